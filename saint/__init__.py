@@ -1,0 +1,1 @@
+"""What two or more stages share: runtime, manifests, sentences, activation store, kernels."""

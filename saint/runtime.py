@@ -1,0 +1,296 @@
+"""Errors, logging, devices, torchrun workers and atomic writes, shared by every stage."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from tqdm import tqdm
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger("saint")
+
+
+class UserError(ValueError):
+    """Something the person at the keyboard can mend; shown as one line, without a traceback."""
+
+
+def run_stage(
+    main: Callable[[], None], *, expected: tuple[type[BaseException], ...] = ()
+) -> NoReturn:
+    """Run a stage's `main` as a program: expected errors become one line and exit code 1.
+
+    expected: error classes of libraries that the stage calls, beside `UserError` and `OSError`
+    (missing files, full disk). Anything else keeps its traceback: it is a bug. Ctrl-C and SIGTERM
+    exit with 130 and 143: every stage resumes from what is on disk.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=logging.INFO if rank == 0 else logging.WARNING,
+        format="%(message)s",
+    )
+    # Chatty libraries (HTTP clients, font caches) stay quiet unless something is wrong.
+    log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    logging.getLogger().setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        main()
+    except (UserError, OSError, *expected) as error:
+        prefix = f"error (rank {rank}): " if rank else "error: "
+        print(prefix + " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted: the same command resumes", file=sys.stderr)
+        sys.exit(130)
+    finally:
+        _leave_process_group()
+    sys.exit(0)
+
+
+def _leave_process_group() -> None:
+    if "torch" not in sys.modules:
+        return
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def log_arguments(args: argparse.Namespace) -> None:
+    """Log all arguments once, as one JSON line."""
+    log.info("arguments %s", json.dumps(vars(args), default=str, sort_keys=True))
+
+
+def progress(total: int | None, *, unit: str, description: str, **kwargs: Any) -> tqdm:
+    """Return a tqdm bar: only on rank 0, and quiet when stderr is no terminal."""
+    quiet = int(os.environ.get("RANK", "0")) != 0 or not sys.stderr.isatty()
+    return tqdm(
+        total=total, unit=unit, desc=description, disable=quiet, dynamic_ncols=True, **kwargs
+    )
+
+
+@dataclass(frozen=True)
+class Workers:
+    """The process's place among torchrun's (one process without torchrun) and its device."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, the one that writes shared files and talks."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for all ranks; does nothing for a single process."""
+        if self.world_size > 1:
+            import torch.distributed as dist
+
+            dist.barrier()
+
+    def broadcast(self, value: Any) -> Any:
+        """Return rank 0's picklable `value` on every rank."""
+        if self.world_size == 1:
+            return value
+        import torch.distributed as dist
+
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return every rank's picklable `value`, in rank order, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        import torch.distributed as dist
+
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def on_main(self, action: Callable[[], Any]) -> Any:
+        """Run `action` on rank 0 and return its result on every rank.
+
+        An expected error on rank 0 is raised on all ranks, so that none waits for ever.
+        """
+        outcome: tuple[bool, Any] = (True, None)
+        if self.is_main:
+            try:
+                outcome = (True, action())
+            except (UserError, OSError) as error:
+                outcome = (False, str(error))
+        succeeded, value = self.broadcast(outcome)
+        if not succeeded:
+            raise UserError(value)
+        return value
+
+
+def start_workers(device: str) -> Workers:
+    """Join torchrun's process group where there is one, and choose this process's device.
+
+    device: "auto" (CUDA when there is a GPU, else CPU), "cpu", "cuda" or "cuda:N".
+    Raises UserError when CUDA is asked for and absent.
+    """
+    import torch
+    import torch.distributed as dist
+
+    rank, world_size = (
+        int(os.environ.get(name, d)) for name, d in (("RANK", 0), ("WORLD_SIZE", 1))
+    )
+    chosen = pick_device(device, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if world_size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    return Workers(rank, world_size, chosen)
+
+
+def pick_device(device: str, *, local_rank: int = 0) -> torch.device:
+    """Resolve a `--device` flag ("auto", "cpu", "cuda", "cuda:N") to a torch device."""
+    import torch
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"--device {device}: not a device (auto, cpu, cuda, cuda:N)") from None
+    if chosen.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError(f"--device {device}: this machine has no CUDA GPU that torch can use")
+        index = chosen.index if chosen.index is not None else local_rank
+        if index >= torch.cuda.device_count():
+            raise UserError(f"--device {device}: there are {torch.cuda.device_count()} GPUs")
+        chosen = torch.device("cuda", index)
+    return chosen
+
+
+def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """Resolve a `--dtype` flag; "auto" is bfloat16 where hardware multiplies it."""
+    import torch
+
+    if dtype != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[
+            dtype
+        ]
+    if device.type == "cuda":
+        return torch.bfloat16
+    return torch.bfloat16 if cpu_multiplies_bf16() else torch.float32
+
+
+def cpu_multiplies_bf16() -> bool:
+    """Whether this CPU has bf16 matrix instructions (AVX512-BF16 or AMX); others emulate them."""
+    import torch
+
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and (
+        "avx512_bf16" in _cpu_flags() or "amx_bf16" in _cpu_flags()
+    )
+
+
+def _cpu_flags() -> str:
+    try:
+        return Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return ""
+
+
+def add_device_flags(parser: argparse.ArgumentParser, *, dtype: bool = False) -> None:
+    """Add `--device` (and `--dtype`), which every computing stage has."""
+    group = parser.add_argument_group("device")
+    group.add_argument(
+        "--device",
+        default="auto",
+        help="auto (CUDA when there is a GPU), cpu, cuda or cuda:N [auto]",
+    )
+    if dtype:
+        group.add_argument(
+            "--dtype",
+            default="auto",
+            choices=["auto", "float32", "bfloat16", "float16"],
+            help="the language model's precision; auto: bfloat16 where the hardware has it",
+        )
+
+
+def add_overwrite_flag(parser: argparse.ArgumentParser) -> None:
+    """Add `--overwrite`, which starts a stage over."""
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="start over, removing what this stage wrote before; without it a run resumes",
+    )
+
+
+def positive_int(text: str) -> int:
+    """Argparse type: an integer of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it is fsynced and renamed to `path`.
+
+    On an exception the temporary file is removed and `path` keeps its old content.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())  # some writers make files that only their owner reads
+        os.replace(temporary, path)
+        _fsync_directory(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _fsync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save_torch(path: Path, value: Any) -> None:
+    """Write with `torch.save`, atomically; equal values give equal bytes."""
+    import torch
+
+    # Given a path, torch.save would write that (temporary) name into the file.
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        torch.save(value, file)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file atomically, indented, keys in their given order."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
