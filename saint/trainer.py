@@ -1,0 +1,252 @@
+"""The training step and its state: recipe, optimiser, dead latents, ranks, validation."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sae import (
+    AuxK,
+    Losses,
+    TopKSparseAutoencoder,
+    losses_and_gradients,
+    normalise_decoder,
+    project_decoder_gradient,
+    standardise,
+)
+from saint.batched_rows import BatchedRows, Split
+from saint.runtime import Workers
+
+_BLOCK_ROWS = 8192
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that shapes the result, automatic values resolved."""
+
+    n_latents: int
+    k: int
+    num_epochs: int
+    batch_size: int
+    learning_rate: float
+    warmup_fraction: float
+    decay_fraction: float
+    grad_clip: float
+    k_aux: int
+    aux_coefficient: float
+    dead_tokens: int
+    seed: int
+
+    def learning_rate_at(self, step: int, n_steps: int) -> float:
+        """Linear warm-up, constant, then linear decay to zero; by steps."""
+        warmup = max(1, round(self.warmup_fraction * n_steps))
+        decay = max(1, round(self.decay_fraction * n_steps))
+        return self.learning_rate * min(1.0, (step + 1) / warmup, (n_steps - step) / decay)
+
+
+class Trainer:
+    """The state of a run: weights, Adam's moments, step, and tokens since each latent fired."""
+
+    def __init__(
+        self,
+        sae: TopKSparseAutoencoder,
+        recipe: Recipe,
+        n_steps: int,
+        workers: Workers,
+        kernel: str,
+    ):
+        self.sae, self.recipe, self.n_steps, self.workers = sae, recipe, n_steps, workers
+        self.kernel: Any = kernel
+        self.optimizer = torch.optim.Adam(
+            sae.parameters(), lr=recipe.learning_rate, eps=6.25e-10, fused=True
+        )
+        self.tokens_since_fired = torch.zeros(
+            recipe.n_latents, dtype=torch.int64, device=workers.device
+        )
+        self.step = 0
+        self.skipped_steps: set[int] = set()
+        self.best_val_loss = math.inf
+
+    def dead(self) -> Tensor:
+        """Return the (n_dead,) indices of latents that have not fired for dead_tokens."""
+        return torch.nonzero(self.tokens_since_fired >= self.recipe.dead_tokens).squeeze(1)
+
+    def train_step(self, rows: Tensor, micro_batch_size: int) -> Losses:
+        """Take one optimiser step on this rank's share of the batch: raw rows (n, d_model)."""
+        self.sae.zero_grad(set_to_none=True)
+        dead = self.dead()
+        aux = None
+        if len(dead) and self.recipe.aux_coefficient:
+            aux = AuxK(dead, min(self.recipe.k_aux, len(dead)), self.recipe.aux_coefficient)
+        parts: list[tuple[float, Losses]] = []
+        for micro in rows.split(micro_batch_size):
+            x = standardise(micro.to(self.workers.device), self.sae.config.norm_eps)[0]
+            share = len(micro) / len(rows)
+            losses = losses_and_gradients(self.sae, x, aux, kernel=self.kernel, weight=share)
+            parts.append((share, losses))
+        losses = self._over_ranks(combine(parts))
+        project_decoder_gradient(self.sae)
+        torch.nn.utils.clip_grad_norm_(self.sae.parameters(), self.recipe.grad_clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.learning_rate_at(self.step, self.n_steps)
+        self.optimizer.step()
+        normalise_decoder(self.sae)
+        self.tokens_since_fired += self.recipe.batch_size
+        self.tokens_since_fired[losses.fired] = 0
+        self.step += 1
+        return losses
+
+    def _over_ranks(self, losses: Losses) -> Losses:
+        """Average gradients and losses over the ranks; a latent fired if it did on any."""
+        if self.workers.world_size == 1:
+            return losses
+        for parameter in self.sae.parameters():
+            dist.all_reduce(parameter.grad)
+            assert parameter.grad is not None
+            parameter.grad.div_(self.workers.world_size)
+        scalars = torch.stack(
+            [losses.loss, losses.aux_loss, losses.squared_error, losses.l0.to(losses.loss.dtype)]
+        )
+        fired = losses.fired.to(torch.int32)
+        dist.all_reduce(scalars)
+        dist.all_reduce(fired, op=dist.ReduceOp.MAX)
+        loss, aux_loss, squared_error, l0 = scalars.unbind()
+        n = self.workers.world_size
+        return Losses(loss / n, aux_loss / n, squared_error, fired > 0, l0 / n)
+
+    def state(self) -> dict[str, Any]:
+        """Return everything that the next step depends on."""
+        return {
+            "sae": self.sae.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "tokens_since_fired": self.tokens_since_fired,
+            "step": self.step,
+            "skipped_steps": sorted(self.skipped_steps),
+            "best_val_loss": self.best_val_loss,
+        }
+
+    def restore(self, path: Path) -> None:
+        """Continue from a checkpoint file."""
+        state = torch.load(path, map_location=self.workers.device, weights_only=True)
+        self.sae.load_state_dict(state["sae"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.tokens_since_fired.copy_(state["tokens_since_fired"])
+        self.step, self.best_val_loss = state["step"], state["best_val_loss"]
+        self.skipped_steps |= set(state["skipped_steps"])
+
+
+def combine(parts: Sequence[tuple[float, Losses]]) -> Losses:
+    """Weigh micro-batches' losses by their shares of the batch."""
+    first = parts[0][1]
+    fired = first.fired.clone()
+    for _, losses in parts[1:]:
+        fired |= losses.fired
+    return Losses(
+        loss=torch.stack([s * p.loss for s, p in parts]).sum(),
+        aux_loss=torch.stack([s * p.aux_loss for s, p in parts]).sum(),
+        squared_error=torch.stack([p.squared_error for _, p in parts]).sum(),
+        fired=fired,
+        l0=torch.stack([s * p.l0 for s, p in parts]).sum(),
+    )
+
+
+@torch.no_grad()
+def validate(sae: TopKSparseAutoencoder, rows: BatchedRows) -> tuple[dict[str, float], Tensor]:
+    """Return val/ metrics over all held-out rows, and each latent's density (n_latents,)."""
+    n_rows, device = rows.n_rows("val"), sae.b_pre.device
+    loss = error_sum = active = torch.zeros((), dtype=torch.float64, device=device)
+    total = torch.zeros(sae.config.d_model, dtype=torch.float64, device=device)
+    squares, fired = torch.zeros_like(total), torch.zeros(sae.config.n_latents, device=device)
+    for start in range(0, n_rows, _BLOCK_ROWS):
+        raw = rows.read("val", start, min(start + _BLOCK_ROWS, n_rows)).to(device)
+        x = standardise(raw, sae.config.norm_eps)[0]
+        values, indices = sae.encode(x)
+        error = (sae.decode(values, indices) - x).square().sum(dim=1).double()
+        loss = loss + (error / x.square().sum(dim=1).clamp_min(1e-12)).sum()
+        error_sum = error_sum + error.sum()
+        active = active + (values > 0).sum()
+        total += x.double().sum(dim=0)
+        squares += x.double().square().sum(dim=0)
+        fired += torch.bincount(indices[values > 0], minlength=len(fired))
+    variance = (squares - total.square() / n_rows).sum().clamp_min(1e-12)
+    metrics = {
+        "val/loss": float(loss / n_rows),
+        "val/aux_loss": 0.0,  # AuxK trains dead latents; held-out tokens have none of their own
+        "val/total_loss": float(loss / n_rows),
+        "val/fvu": float(error_sum / variance),
+        "val/l0": float(active / n_rows),
+        "val/silent_latents_ratio": float((fired == 0).float().mean()),
+    }
+    return metrics, (fired / n_rows).cpu()
+
+
+@torch.no_grad()
+def largest_activations(sae: TopKSparseAutoencoder, rows: BatchedRows, workers: Workers) -> Tensor:
+    """Return (n_latents,) float32: each latent's maximum over every captured token."""
+    maximum = torch.zeros(sae.config.n_latents, device=workers.device)
+    splits: tuple[Split, ...] = ("train", "val")
+    blocks: list[tuple[Split, int]] = [
+        (s, i) for s in splits for i in range(0, rows.n_rows(s), _BLOCK_ROWS)
+    ]
+    for split, start in blocks[workers.rank :: workers.world_size]:
+        raw = rows.read(split, start, min(start + _BLOCK_ROWS, rows.n_rows(split))).to(
+            workers.device
+        )
+        values, indices = sae.encode(standardise(raw, sae.config.norm_eps)[0])
+        maximum.scatter_reduce_(0, indices.reshape(-1), values.reshape(-1), "amax")
+    if workers.world_size > 1:
+        dist.all_reduce(maximum, op=dist.ReduceOp.MAX)
+    return maximum
+
+
+class LossMeter:
+    """Sums losses on the device between two logs, and remembers the first step that blew up."""
+
+    def __init__(self, device: torch.device):
+        self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=device)
+        self._sums = torch.zeros(3, dtype=torch.float64, device=device)
+        self._n, self._since = 0, time.monotonic()
+
+    def add(self, losses: Losses, step: int) -> None:
+        """Count a step's losses in, without waiting for the device."""
+        scalars = torch.stack([losses.loss, losses.aux_loss, losses.l0.to(losses.loss.dtype)])
+        bad = ~torch.isfinite(scalars).all() & (self.first_bad_step < 0)
+        self.first_bad_step.masked_fill_(bad, step)
+        self._sums += scalars
+        self._n += 1
+
+    def read(self) -> tuple[list[float], float]:
+        """Return the mean loss, aux_loss and l0 since the last read, and seconds per step."""
+        means = (self._sums / self._n).tolist()
+        seconds = (time.monotonic() - self._since) / self._n
+        self._sums.zero_()
+        self._n, self._since = 0, time.monotonic()
+        return means, seconds
+
+
+def describe_step(trainer: Trainer, meter: LossMeter) -> dict[str, Any]:
+    """Return the metrics since the last log, under the names that DESIGN fixes."""
+    (loss, aux_loss, l0), seconds = meter.read()
+    recipe, since = trainer.recipe, trainer.tokens_since_fired
+    longest = int(since.max())
+    return {
+        "step": trainer.step,
+        "tokens": trainer.step * recipe.batch_size,
+        "train/loss": loss,
+        "train/aux_loss": aux_loss,
+        "train/total_loss": loss + recipe.aux_coefficient * aux_loss,
+        "train/l0": l0,
+        "debug/dead_latents_ratio": len(trainer.dead()) / recipe.n_latents,
+        "debug/max_dead_latent": longest // recipe.batch_size,
+        "debug/max_dead_latent_count": int((since == longest).sum()),
+        "learning_rate": recipe.learning_rate_at(trainer.step - 1, trainer.n_steps),
+        "tokens_per_s": recipe.batch_size / seconds,
+    }

@@ -1,0 +1,138 @@
+"""What a training run leaves beside its SAE: checkpoints, metrics.jsonl, W&B, curves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from saint.runtime import atomic_path, save_torch
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """Where a run keeps its checkpoints, metrics and curves; all named after the SAE's file."""
+
+    model: Path
+    keep_last_n: int = 1
+
+    @property
+    def checkpoint_dir(self) -> Path:
+        """Directory of this run's checkpoints."""
+        return self.model.parent / "sae_checkpoints"
+
+    @property
+    def best(self) -> Path:
+        """The SAE with the lowest val/loss so far."""
+        return self.checkpoint_dir / f"{self.model.stem}.best.pt"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line."""
+        return self.model.with_name(f"{self.model.stem}.metrics.jsonl")
+
+    @property
+    def curves(self) -> Path:
+        """A picture of the curves, renewed while the run goes on."""
+        return self.model.with_name(f"{self.model.stem}.curves.png")
+
+    def patterns(self) -> tuple[str, ...]:
+        """Return glob patterns of everything that a run writes, relative to the SAE's directory."""
+        checkpoints = f"{self.checkpoint_dir.name}/{self.model.stem}"
+        names = (self.model.name, self.metrics.name, self.curves.name)
+        return (*names, f"{checkpoints}.step_*.pt", f"{checkpoints}.best.pt")
+
+    def checkpoints(self) -> list[Path]:
+        """Return the checkpoints, oldest first."""
+        return sorted(self.checkpoint_dir.glob(f"{self.model.stem}.step_*.pt"))
+
+    def save(self, state: Mapping[str, Any], step: int) -> None:
+        """Write a checkpoint, and only then remove the older ones beyond keep_last_n."""
+        path = self.checkpoint_dir / f"{self.model.stem}.step_{step:09d}.pt"
+        save_torch(path, dict(state))
+        for old in self.checkpoints()[: -max(1, self.keep_last_n)]:
+            old.unlink()
+
+    def clear_checkpoints(self) -> None:
+        """After success with keep_last_n 0: leave none."""
+        if self.keep_last_n == 0:
+            for path in self.checkpoints():
+                path.unlink()
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Return all logged metrics; a last line cut short by a kill is left out."""
+        lines = self.metrics.read_text().splitlines() if self.metrics.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("}")]
+
+    def truncate_metrics(self, step: int) -> None:
+        """Drop what was logged after a checkpoint, so that a resumed run logs each step once."""
+        if self.metrics.exists():
+            kept = [entry for entry in self.read_metrics() if entry["step"] <= step]
+            with atomic_path(self.metrics) as temporary:
+                temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+
+    def append_metrics(self, entry: Mapping[str, Any]) -> None:
+        """Add one line to metrics.jsonl."""
+        self.metrics.parent.mkdir(parents=True, exist_ok=True)
+        with self.metrics.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+_PANELS = (
+    (("train/loss", "val/loss"), "normalised MSE", "log"),
+    (("val/fvu",), "FVU (held out)", "linear"),
+    (("debug/dead_latents_ratio",), "dead latents", "linear"),
+    (("learning_rate",), "learning rate", "linear"),
+)
+
+
+def write_curves(entries: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw the training curves as one PNG, atomically."""
+    from matplotlib.figure import Figure  # no pyplot: no global state, no display
+
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    for axes, (names, title, scale) in zip(figure.subplots(2, 2).flat, _PANELS, strict=True):
+        for name in names:
+            points = [(e["tokens"], e[name]) for e in entries if name in e]
+            if points:
+                marker = "o" if name.startswith("val") else ""
+                axes.plot(*zip(*points, strict=True), marker=marker, label=name)
+        axes.set(title=title, xlabel="training tokens", yscale=scale)
+        axes.grid(alpha=0.3)
+        if len(names) > 1:
+            axes.legend()
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
+class WandbLog:
+    """Mirrors metrics to Weights & Biases; a resumed run continues its curves."""
+
+    def __init__(self, project: str, *, run_id: str, offline: bool, config: Mapping[str, Any]):
+        import wandb
+
+        self._run = wandb.init(
+            project=project,
+            id=run_id,
+            resume="allow",
+            mode="offline" if offline else "online",
+            config=dict(config),
+        )
+
+    def log(self, entry: Mapping[str, Any], density: torch.Tensor | None) -> None:
+        """Log one entry; density (n_latents,) becomes a histogram of log10."""
+        import wandb
+
+        shown = dict(entry)
+        if density is not None:
+            values = density[density > 0].log10().tolist()
+            shown["val/log10_latent_density"] = wandb.Histogram(values)
+        self._run.log(shown, step=entry["step"])
+
+    def close(self) -> None:
+        """Finish the run."""
+        self._run.finish()
