@@ -1,0 +1,181 @@
+"""What one pass of the encoder leaves on disk: sparse activations per shard, and who lies where."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file as load_arrays
+from safetensors.numpy import save_file as save_arrays
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sae import TopKSparseAutoencoder, standardise
+from saint.activation_store import ActivationStore, Shard, read_tensors
+from saint.runtime import Workers, atomic_path, log, progress
+from saint.top_sentences import (
+    Chunk,
+    Tally,
+    batches_of_sentences,
+    first_of_equals,
+    hash_sentences,
+)
+
+
+@dataclass(frozen=True)
+class SparseShard:
+    """A shard's activations after the encoder.
+
+    values: (n_tokens, k) float32. indices: (n_tokens, k) int32. pooled: (n_sentences, d_model)
+    float16, the mean of each sentence's standardised tokens. offsets: (n_sentences + 1,) int64.
+    """
+
+    values: Tensor
+    indices: Tensor
+    pooled: Tensor
+    offsets: Tensor
+
+
+def sparse_path(work_dir: Path, index: int) -> Path:
+    """Return where a shard's sparse activations lie."""
+    return work_dir / f"sparse_{index:05d}.safetensors"
+
+
+def write_sparse(path: Path, shard: SparseShard) -> None:
+    """Write a shard's sparse activations atomically."""
+    with atomic_path(path) as temporary:
+        save_file(
+            {name: getattr(shard, name) for name in SparseShard.__dataclass_fields__}, temporary
+        )
+
+
+def read_sparse(path: Path) -> SparseShard:
+    """Memory-map a shard's sparse activations. Raises UserError when they cannot be read."""
+    return SparseShard(**read_tensors(path, tuple(SparseShard.__dataclass_fields__)))
+
+
+@dataclass(frozen=True)
+class SentenceIndex:
+    """Where every sentence of the store lies; all (n_sentences,), ascending by sentence_id.
+
+    canonical: whether no sentence with a smaller id has the same tokens.
+    """
+
+    sentence_ids: np.ndarray
+    shard: np.ndarray
+    row: np.ndarray
+    start: np.ndarray
+    length: np.ndarray
+    canonical: np.ndarray
+
+    @classmethod
+    def of(cls, store: ActivationStore) -> SentenceIndex:
+        """Read token ids and offsets of all shards."""
+        columns: list[list[np.ndarray]] = [[] for _ in range(6)]
+        for i in range(store.n_shards):
+            shard = store.read_shard(i)
+            offsets, n = shard.offsets, len(shard.sentence_ids)
+            parts = (
+                shard.sentence_ids,
+                torch.full((n,), i),
+                torch.arange(n),
+                offsets[:-1],
+                offsets[1:] - offsets[:-1],
+                torch.from_numpy(
+                    hash_sentences(shard.token_ids.numpy(), offsets.numpy()).view(np.int64)
+                ),
+            )
+            for column, part in zip(columns, parts, strict=True):
+                column.append(part.numpy().copy())
+        ids, *others, hashes = map(np.concatenate, columns)
+        order = np.argsort(ids)
+        first = first_of_equals(hashes, ids)
+        return cls(*(column[order] for column in (ids, *others, first)))
+
+    def find(self, sentence_ids: np.ndarray) -> np.ndarray:
+        """Return positions in this index of sentence ids that are in it."""
+        return np.searchsorted(self.sentence_ids, sentence_ids)
+
+
+@torch.inference_mode()
+def encode_shard(
+    sae: TopKSparseAutoencoder, shard: Shard, batch_tokens: int, bar: Any
+) -> SparseShard:
+    """Run the encoder over a shard; returns its sparse activations and sentence means, on CPU."""
+    k, n_tokens = sae.config.k, len(shard.token_ids)
+    sparse = SparseShard(
+        values=torch.empty(n_tokens, k),
+        indices=torch.empty(n_tokens, k, dtype=torch.int32),
+        pooled=torch.zeros(len(shard.sentence_ids), sae.config.d_model, dtype=torch.float16),
+        offsets=shard.offsets.clone(),
+    )
+    for first, end in batches_of_sentences(shard.offsets.numpy(), batch_tokens):
+        rows = slice(int(shard.offsets[first]), int(shard.offsets[end]))
+        x = shard.activations[rows].to(sae.W_enc.device)
+        z = standardise(x, sae.config.norm_eps)[0]
+        values, indices = sae.encode(z)
+        sparse.values[rows], sparse.indices[rows] = values.cpu(), indices.cpu()
+        lengths = (shard.offsets[first + 1 : end + 1] - shard.offsets[first:end]).to(z.device)
+        pooled = torch.segment_reduce(z, "mean", lengths=lengths, axis=0, initial=0)
+        sparse.pooled[first:end] = pooled.cpu()
+        bar.update(len(x))
+    return sparse
+
+
+def tally_store(
+    sae: TopKSparseAutoencoder,
+    store: ActivationStore,
+    index: SentenceIndex,
+    tally: Tally,
+    work_dir: Path,
+    batch_tokens: int,
+    workers: Workers,
+) -> None:
+    """Encode and tally this rank's shards; rank 0's tally then holds all ranks' shards.
+
+    Shards that an interrupted run encoded are read from work_dir.
+    """
+    n_resumed = 0
+
+    def count(sparse: SparseShard, ids: np.ndarray) -> None:
+        canonical = index.canonical[index.find(ids)]
+        values, indices, offsets = (
+            column.numpy() for column in (sparse.values, sparse.indices, sparse.offsets)
+        )
+        tally.add(Chunk(values, indices, offsets, ids, canonical))
+
+    bar = progress(store.n_tokens, unit="tok", description="encode", unit_scale=True)
+    with bar, ThreadPoolExecutor(1) as counting:  # beside the encoder, in the order of the shards
+        counted: Future[None] | None = None
+        for i in range(workers.rank, store.n_shards, workers.world_size):
+            shard, path = store.read_shard(i), sparse_path(work_dir, i)
+            if path.exists():
+                n_resumed += 1
+                bar.update(len(shard.token_ids))
+            else:
+                write_sparse(path, encode_shard(sae, shard, batch_tokens, bar))
+            if counted is not None:
+                counted.result()
+            counted = counting.submit(count, read_sparse(path), shard.sentence_ids.numpy())
+        if counted is not None:
+            counted.result()
+    if n_resumed:
+        log.info("resumed: %d of %d shards were encoded already", n_resumed, store.n_shards)
+    tally.finish()
+    merge_ranks(tally, work_dir, workers)
+
+
+def merge_ranks(tally: Tally, work_dir: Path, workers: Workers) -> None:
+    """Add the other ranks' tallies, handed over as files, to rank 0's."""
+    paths = [work_dir / f"tally_{rank:05d}.safetensors" for rank in range(workers.world_size)]
+    if not workers.is_main:
+        with atomic_path(paths[workers.rank]) as temporary:
+            save_arrays(tally.state(), temporary)
+    workers.barrier()
+    if workers.is_main:
+        for path in paths[1:]:
+            tally.absorb(load_arrays(path))
