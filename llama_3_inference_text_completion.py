@@ -1,0 +1,205 @@
+"""Complete text with a Llama, plainly and with chosen latents of an SAE turned up or down.
+
+    python llama_3_inference_text_completion.py --llama_model_dir M \
+        --sae_model_path trained_sae.pt --prompt "Senior diplomats met to discuss" --steer 896=+1.5
+
+Prints both completions, what the setting did to the latents, and what it cost in fluency.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from llama_3 import CheckpointError
+from saint.dose import DEFAULT_STRENGTHS, dose_request, sweep
+from saint.latent_guide import Guide, search_labels, search_text, search_token
+from saint.runtime import (
+    UserError,
+    atomic_path,
+    log,
+    log_arguments,
+    progress,
+    run_stage,
+    write_json,
+    write_text,
+)
+from saint.steering import (
+    WHERE,
+    Pair,
+    Request,
+    Studio,
+    parse_setting,
+    request_from_json,
+    stream_pairs,
+)
+from saint.steering_html import dose_html, latent_name, report_page
+from saint.steering_vector import export_vector
+from saint.studio import EXAMPLE_PROMPTS, add_studio_flags, load_studio
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the command line's parser."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_studio_flags(parser)
+    what = parser.add_argument_group("what to write")
+    what.add_argument("--prompt", nargs="+", help="one or more prompts [four examples]")
+    what.add_argument(
+        "--steer",
+        nargs="+",
+        default=[],
+        metavar="LATENT=+1.5",
+        help="latents and what to do with them, strength in units of the latent's largest seen "
+        "activation: 896=+1.5 adds, 896=1.5 sets, 896=*2 scales, 896=off ablates; "
+        "1:896=+1.5 names a latent of the second SAE",
+    )
+    what.add_argument("--where", choices=WHERE, default="both", help="tokens to edit [both]")
+    what.add_argument("--max_new_tokens", type=int, default=40, help="tokens to write [40]")
+    what.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest [0]")
+    what.add_argument("--top_p", type=float, default=1.0, help="share of probability kept [1]")
+    what.add_argument("--seed", type=int, default=0, help="of the random numbers [0]")
+    what.add_argument("--chat", action="store_true", help="prompts are messages to a chat model")
+    what.add_argument(
+        "--request", type=Path, help="JSON settings copied from the page, instead of these flags"
+    )
+    find = parser.add_argument_group("finding latents (instead of writing)")
+    for name, search in (("label", "labels"), ("token", "tokens"), ("text", "an example text")):
+        find.add_argument(f"--find_{name}", metavar="QUERY", help=f"search by {search}")
+    tune = parser.add_argument_group("tuning and taking away (instead of writing)")
+    tune.add_argument(
+        "--dose_report",
+        type=Path,
+        help="write an HTML page (or .json) here that sweeps the strength of each latent of "
+        "--steer, and proposes the strongest dose before fluency breaks",
+    )
+    tune.add_argument(
+        "--export_vector", type=Path, help="write --steer as a steering vector (safetensors) here"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    args = build_parser().parse_args(argv)
+    log_arguments(args)
+    request = _request(args)
+    studio, guides = load_studio(args)
+    queries = {
+        search_labels: args.find_label, search_token: args.find_token, search_text: args.find_text
+    }  # fmt: skip
+    for search, query in queries.items():
+        if query is not None:
+            _print_hits(search(studio, guides, query), guides, as_json=args.json)
+            return
+    if args.export_vector is not None:
+        data = export_vector(studio, request.settings)
+        with atomic_path(args.export_vector) as temporary:
+            temporary.write_bytes(data)
+        return
+    if args.dose_report is not None:
+        _report_doses(studio, guides, request, args.dose_report)
+        return
+    pairs = _complete(studio, request, quiet=args.json)
+    if args.json:
+        record = {"request": request.to_json(), "pairs": [pair.to_json() for pair in pairs]}
+        print(json.dumps(record, ensure_ascii=False))
+        return
+    for pair in pairs:
+        _print_pair(pair, guides)
+
+
+def _request(args: argparse.Namespace) -> Request:
+    if args.request is not None:
+        try:
+            return request_from_json(json.loads(args.request.read_text(encoding="utf-8")))
+        except json.JSONDecodeError as error:
+            raise UserError(f"{args.request} is not JSON: {error}") from None
+    return Request(
+        prompts=tuple(args.prompt or EXAMPLE_PROMPTS),
+        settings=tuple(parse_setting(text) for text in args.steer),
+        where=args.where,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        seed=args.seed,
+        chat=args.chat,
+    )
+
+
+def _complete(studio: Studio, request: Request, *, quiet: bool) -> list[Pair]:
+    pairs: list[Pair] = []
+    n_tokens = 0
+    for update in stream_pairs(studio, request):
+        n_tokens += 1
+        if not quiet and sys.stderr.isatty():
+            print(f"\r{n_tokens} tokens", end="", file=sys.stderr)
+        pairs = update.pairs or pairs
+    log.info("wrote %d pairs of completions", len(pairs))
+    return pairs
+
+
+def _report_doses(studio: Studio, guides: list[Guide], request: Request, path: Path) -> None:
+    if not request.settings:
+        raise UserError("--dose_report needs --steer, to know which latents to sweep")
+    studio.check(request)
+    reports = []
+    bar = progress(len(request.settings) * len(DEFAULT_STRENGTHS), unit="dose", description="sweep")
+    varied = dose_request(request.prompts, seed=request.seed)
+    varied = replace(varied, where=request.where, chat=request.chat)
+    for setting in request.settings:
+        steps = []
+        for step in sweep(studio, setting, varied):
+            steps.append(step)
+            bar.update()
+        report = steps[-1]
+        reports.append(report)
+        dose = "none" if report.proposed is None else f"{report.proposed:g}"
+        print(f"{latent_name(setting, guides)}: strongest dose before fluency breaks: {dose}")
+    bar.close()
+    if path.suffix == ".json":
+        write_json(path, [report.to_json() for report in reports])
+    else:
+        body = "".join(dose_html(report, guides) for report in reports)
+        write_text(path, report_page("How far each latent can be turned up", body))
+
+
+def _print_pair(pair: Pair, guides: list[Guide]) -> None:
+    print(f"\n> {pair.prompt}")
+    for name, reading in (("plain", pair.plain), ("steered", pair.steered)):
+        surprise = reading.mean_surprise
+        cost = "" if surprise is None else f"  [{surprise:.2f} nats per token]"
+        print(f"{name:>8}:{reading.text}{cost}")
+    for effect in pair.effects:
+        setting = effect.setting
+        name = f"latent {setting.latent} {guides[setting.sae].label(setting.latent)}".strip()
+        if effect.target is None:
+            print(f"          {name}: no token was edited")
+            continue
+        outcome = f"{effect.present:.2f} → target {effect.target:.2f}, got {effect.realised:.2f}"
+        print(f"          {name}: {outcome} × its largest; {effect.share:.0%} of the residual")
+
+
+def _print_hits(hits: list, guides: list[Guide], *, as_json: bool) -> None:
+    rows = [
+        {"sae": h.sae, "latent": h.latent, "label": guides[h.sae].label(h.latent),
+         "score": round(h.score, 4), "reason": h.reason}
+        for h in hits
+    ]  # fmt: skip
+    if as_json:
+        print(json.dumps(rows, ensure_ascii=False))
+        return
+    for row in rows:
+        print(f"{row['sae']}:{row['latent']}  {row['label'] or '(no label)'}  ({row['reason']})")
+    if not rows:
+        print("nothing found")
+
+
+if __name__ == "__main__":
+    run_stage(main, expected=(CheckpointError,))

@@ -1,0 +1,136 @@
+"""A web page that steers a Llama with the latents of one or more SAEs.
+
+    python llama_3_inference_text_completion_gradio.py --llama_model_dir M \
+        --sae_model_path ./trained_sae.pt --port 8080
+
+Search for a latent, turn it up, and compare what the model writes plainly and steered. The page is
+served to this machine only; `--share` or another `--host` asks every visitor for a password.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import secrets
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from llama_3 import CheckpointError
+from saint.latent_guide import Guide
+from saint.runtime import UserError, log, log_arguments, positive_int, run_stage
+from saint.steering import Limits, Studio
+from saint.studio import add_studio_flags, load_studio
+
+if TYPE_CHECKING:
+    import gradio
+
+    from saint.steering_desk import Desk
+
+_LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the command line's parser."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_studio_flags(parser)
+    page = parser.add_argument_group("page")
+    page.add_argument("--port", type=positive_int, default=8080, help="TCP port [8080]")
+    page.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on [127.0.0.1: this machine only]"
+    )
+    page.add_argument(
+        "--share", action="store_true", help="also open a public link through Gradio's servers"
+    )
+    page.add_argument(
+        "--auth",
+        metavar="USER:PASSWORD",
+        help="ask visitors for these; without it --share and --host make up a one-time password",
+    )
+    limits = parser.add_argument_group("what one request may ask for")
+    limits.add_argument(
+        "--max_new_tokens", type=positive_int, default=Limits.new_tokens,
+        help=f"tokens per completion [{Limits.new_tokens}]",
+    )  # fmt: skip
+    limits.add_argument(
+        "--max_prompts", type=positive_int, default=Limits.prompts,
+        help=f"prompts at a time [{Limits.prompts}]",
+    )  # fmt: skip
+    return parser
+
+
+def choose_auth(auth: str | None, *, host: str, share: bool) -> tuple[str, str] | None:
+    """Return (user, password) that visitors must give, or None where only this machine can come.
+
+    Without `--auth`, a page that others can reach gets a password that is made up here.
+    Raises UserError for an `--auth` that is not user:password.
+    """
+    if auth is not None:
+        user, colon, password = auth.partition(":")
+        if not (user and colon and password):
+            raise UserError("--auth: expected user:password, neither of them empty")
+        return user, password
+    if not share and host in _LOCAL_HOSTS:
+        return None
+    return "saint", secrets.token_urlsafe(12)
+
+
+def launch(
+    studio: Studio,
+    guides: list[Guide],
+    *,
+    host: str,
+    port: int | None,
+    share: bool,
+    auth: tuple[str, str] | None,
+) -> tuple[gradio.Blocks, Desk]:
+    """Start serving in the background; port None takes a free one.
+
+    Raises OSError when the port is taken.
+    """
+    # Before gradio is imported: nothing is reported to anybody.
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    from saint.steering_desk import Desk
+    from saint.steering_page import build_page, css, theme
+
+    desk = Desk(studio, guides)
+    page = build_page(desk)
+    page.launch(
+        server_name=host,
+        server_port=port,
+        share=share,
+        auth=auth,
+        theme=theme(),
+        css=css(),
+        quiet=True,
+        prevent_thread_lock=True,
+        ssr_mode=False,
+        run_history=False,
+        enable_monitoring=False,
+        footer_links=["api"],
+        # Visitors have nothing to upload.
+        max_file_size=1,
+    )
+    return page, desk
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Load the model and serve the page until it is interrupted."""
+    args = build_parser().parse_args(argv)
+    log_arguments(argparse.Namespace(**vars(args) | {"auth": args.auth and "(given)"}))
+    auth = choose_auth(args.auth, host=args.host, share=args.share)
+    limits = Limits(args.max_prompts, new_tokens=args.max_new_tokens)
+    studio, guides = load_studio(args, limits)
+    page, _ = launch(studio, guides, host=args.host, port=args.port, share=args.share, auth=auth)
+    if auth is not None and args.auth is None:
+        print(f"one-time login: user {auth[0]}, password {auth[1]}", flush=True)
+    print(f"open http://{args.host}:{args.port}", flush=True)
+    if page.share_url:
+        print(f"public link {page.share_url}", flush=True)
+    log.info("ctrl-C stops the page")
+    page.block_thread()
+
+
+if __name__ == "__main__":
+    run_stage(main, expected=(CheckpointError,))
