@@ -1,0 +1,114 @@
+"""Run interpretation stages as programs without paying for their imports each time.
+
+A fork server imports the stages once; every call is a process of its own, which can be killed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+REPO = Path(__file__).resolve().parent.parent
+_PREFIX = "interpret_top_sentences_"
+STAGES = ("send_batches", "retrieve_batches", "parse_responses")
+
+
+@dataclass
+class Finished:
+    returncode: int
+    stdout: str
+    stderr: str
+
+    @property
+    def last_line(self) -> str:
+        return (self.stderr.strip().splitlines() or [""])[-1]
+
+
+def _context() -> Any:
+    # The server's own process inherits sys.path through the environment.
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(REPO), str(REPO / "tests")])
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["stage_warmup"])
+    return context
+
+
+def _die_at(event: int) -> None:
+    """Kill this process before (even) or after (odd) its n-th fsync, rename or socket call."""
+    calls = 0
+
+    def wrap(owner: Any, name: str) -> None:
+        plain = getattr(owner, name)
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == event // 2 and event % 2 == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = plain(*args, **kwargs)
+            if calls == event // 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        setattr(owner, name, counted)
+
+    for owner, name in ((os, "fsync"), (os, "replace"), (os, "truncate")):
+        wrap(owner, name)
+    for name in ("send", "sendall", "recv"):
+        wrap(socket.socket, name)
+
+
+def _child(
+    stage: str, argv: list[str], env: dict[str, str], output: str, die_at: int | None
+) -> None:
+    from saint.runtime import run_stage
+
+    if die_at is not None:
+        _die_at(die_at)
+
+    for name in [
+        k for k in os.environ if k.upper().startswith("ANTHROPIC") or "proxy" in k.lower()
+    ]:
+        del os.environ[name]
+    os.environ.update(env)
+    for number, ending in ((1, ".out"), (2, ".err")):
+        descriptor = os.open(output + ending, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(descriptor, number)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
+    module = importlib.import_module(_PREFIX + stage)
+    run_stage(lambda: module.main(argv))
+
+
+def start(
+    stage: str, *args: object, env: dict[str, str], output: Path, die_at: int | None = None
+) -> BaseProcess:
+    texts = [str(a) for a in args]
+    process = _context().Process(
+        target=_child, args=(stage, texts, env, str(output), die_at), daemon=True
+    )
+    # Without this every child would import the program that called us: pytest.
+    with mock.patch.dict(sys.modules, {"__main__": ModuleType("__main__")}):
+        process.start()
+    return process
+
+
+def call(stage: str, *args: object, env: dict[str, str] | None = None, output: Path) -> Finished:
+    process = start(stage, *args, env=env or {}, output=output)
+    process.join(60)
+    assert process.exitcode is not None, "the stage hangs"
+    return finished(process, output)
+
+
+def finished(process: BaseProcess, output: Path) -> Finished:
+    assert process.exitcode is not None
+    texts = [Path(f"{output}{ending}").read_text() for ending in (".out", ".err")]
+    return Finished(process.exitcode, *texts)

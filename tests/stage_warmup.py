@@ -1,0 +1,25 @@
+"""Imported by the fork server: what the client would otherwise import at its first request."""
+
+import gc
+import importlib
+import os
+import ssl
+
+from saint.anthropic_api import open_client
+
+for stage in ("send_batches", "retrieve_batches", "parse_responses"):
+    importlib.import_module(f"interpret_top_sentences_{stage}")
+
+# The tests' server speaks plain HTTP: reading all root certificates would take most of a run.
+ssl.SSLContext.load_verify_locations = lambda *args, **kwargs: None  # type: ignore[method-assign]
+
+os.environ["ANTHROPIC_API_KEY"] = "warm-up"
+client = open_client()
+resources = (client.messages.batches, client.messages.create)
+try:
+    client.copy(base_url="http://127.0.0.1:9", max_retries=0).messages.batches.retrieve("none")
+except Exception as error:  # nobody listens there: it is the imports that are wanted
+    refused = error
+# Children share these objects' memory as long as their garbage collector leaves them alone.
+gc.collect()
+gc.freeze()

@@ -1,0 +1,223 @@
+"""Scores measure what a judge knows: mock judges of known accuracy, controls, disjoint splits."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from interpretation_data import example, row
+from test_interpret_stages import Workplace, error_of
+
+from saint.prompts import (
+    PromptOptions,
+    detect_prompt,
+    explain_prompt,
+    fuzz_prompt,
+    intruder_prompt,
+    render,
+)
+from saint.prompts import (
+    test_sentences as held_out_sentences,
+)
+from saint.scoring import outcomes, pooled, score
+
+
+def judge(accuracy: float, seed: int = 0):
+    """Answers like Claude, knowing the concept; each excerpt is judged right with `accuracy`."""
+    rng = random.Random(seed)
+
+    def answer(params: dict[str, Any]) -> str:
+        text = params["messages"][0]["content"]
+        system = params["system"]
+        if "You name one latent" in system:
+            word = re.findall(r"«(topic\d+)»", text)[0]
+            return json.dumps({"common_semantic": f"the word {word}", "certainty": 0.9})
+        if "intruder" in system:
+            letters = []
+            for part in text.split("Set ")[1:]:
+                rows = dict(re.findall(r"^([A-E])\. (.*)$", part, re.MULTILINE))
+                odd = next(letter for letter, line in rows.items() if "«topic" not in line)
+                wrong = [letter for letter in rows if letter != odd]
+                letters.append(odd if rng.random() < accuracy else rng.choice(wrong))
+            return json.dumps({"intruders": letters})
+        label = re.findall(r"Label: the word (topic\d+)", text)[0]
+        excerpts = re.findall(r"^(\d+)\. (.*)$", text, re.MULTILINE)
+        sign = f"«{label}»" if "marked tokens" in system else label
+        name = "correct" if "marked tokens" in system else "fires"
+        chosen = [int(n) for n, t in excerpts if (sign in t) == (rng.random() < accuracy)]
+        return json.dumps({name: chosen})
+
+    return answer
+
+
+@pytest.mark.parametrize("accuracy", [1.0, 0.8, 0.5])
+def test_a_judge_of_known_accuracy_is_measured_as_such(tmp_path: Path, accuracy: float):
+    work = Workplace(tmp_path, n_latents=12)
+    work.api.answer = judge(accuracy)
+    assert len(work.everything("--no_smoke_test")) == 12
+    for task in ("detect", "fuzz", "intruder"):
+        done = work.send("--task", task, "--labels_path", work.labels, "--n_controls", 6)
+        assert done.returncode == 0, done.stderr
+    assert work.retrieve().returncode == 0
+    assert work.parse("--report").returncode == 0
+    report = json.loads((work.output / "parsed_responses.report.json").read_text())
+    scores = report["scores"]
+    assert all(scores[task]["latents"] == 12 for task in scores)
+    # 480, 240 and 60 decisions: four standard errors.
+    assert scores["detect"]["mean"] == pytest.approx(accuracy, abs=0.09)
+    assert scores["fuzz"]["mean"] == pytest.approx(accuracy, abs=0.13)
+    assert scores["intruder"]["mean"] == pytest.approx(accuracy, abs=0.26)
+    for task in ("detect", "fuzz"):
+        control = report["shuffled_label_controls"][task]
+        assert control["latents"] == 6 and control["mean"] == pytest.approx(0.5, abs=0.13)
+    labels = yaml.safe_load(work.labels.read_text())
+    found = labels[3]["score"]["detect"]
+    assert found["n"] == 40 and found["ci_low"] <= found["balanced_accuracy"] <= found["ci_high"]
+    assert found["ci_low"] < found["ci_high"]
+    assert len(work.api.live_requests) == 3
+    work.api.close()
+
+
+def test_scores_belong_to_the_label_they_measured(tmp_path: Path):
+    work = Workplace(tmp_path, n_latents=5)
+    work.api.answer = judge(1.0)
+    work.everything("--no_smoke_test")
+    work.send("--task", "detect", "--labels_path", work.labels, "--n_controls", 0)
+    work.retrieve()
+    work.parse("--task", "detect")
+    labels = yaml.safe_load(work.labels.read_text())
+    assert labels[2]["score"]["detect"]["balanced_accuracy"] == 1.0
+    # Parsing the labels again keeps scores of the same text, also where the tests are left out.
+    assert work.parse("--task", "explain").returncode == 0
+    assert "score" in yaml.safe_load(work.labels.read_text())[2]
+    # A label of another text has not been measured, and is asked about again.
+    plain = work.api.answer
+    work.api.answer = lambda p: plain(p).replace("the word", "any word")
+    work.everything("--no_smoke_test", "--overwrite")
+    assert "score" not in yaml.safe_load(work.labels.read_text())[2]
+    work.api.answer = lambda p: plain({**p, "messages": [_the_word(p)]})
+    work.send("--task", "detect", "--labels_path", work.labels, "--n_controls", 0)
+    work.retrieve()
+    work.parse()
+    assert yaml.safe_load(work.labels.read_text())[2]["score"]["detect"]["n"] == 40
+    work.api.close()
+
+
+def _the_word(params: dict[str, Any]) -> dict[str, Any]:
+    return {"content": params["messages"][0]["content"].replace("any word", "the word")}
+
+
+def test_tests_need_labels_and_evidence(tmp_path: Path):
+    work = Workplace(tmp_path)
+    work.labels.parent.mkdir()
+    work.labels.write_text("77: {common_semantic: x, certainty: 1}\n")
+    done = work.send("--task", "detect", "--labels_path", work.labels)
+    assert "no latent is left" in error_of(done)
+    work.api.close()
+
+
+@st.composite
+def evidence_rows(draw: st.DrawFn) -> dict[str, Any]:
+    """Rows with overlapping splits, few examples, and tokens that fire anywhere."""
+    base = row(1)
+    examples = []
+    for _ in range(draw(st.integers(0, 60))):
+        kind = draw(st.sampled_from(["top", "quantile", "near_miss", "random"]))
+        split = "" if kind == "top" else draw(st.sampled_from(["explain", "test"]))
+        word = "hit" if kind in ("top", "quantile") else None
+        window = example(kind, split, draw(st.integers(0, 30)), word)
+        if word and draw(st.booleans()):
+            window["activations"][draw(st.integers(0, 10))] = 0.5
+        examples.append(window)
+    return base | {"examples": examples}
+
+
+@settings(max_examples=80, deadline=None)
+@given(evidence_rows(), st.integers(1, 20))
+def test_splits_are_disjoint_and_classes_balanced(latent: dict[str, Any], n_test: int):
+    options = PromptOptions(n_test=n_test)
+    texts = {i: f"sentence number {i}" for i in range(31)}
+    for ranking in ("max", "mean"):
+        shown = set(explain_prompt(latent, ranking, texts, options).key["shown"])
+        assert not shown & held_out_sentences(latent)
+        for prompt in (
+            detect_prompt(latent, "label", options),
+            fuzz_prompt(latent, "label", options),
+            intruder_prompt(latent, options),
+        ):
+            if prompt is not None:
+                assert not set(prompt.key["tested"]) & shown
+    for ask in (detect_prompt, fuzz_prompt):
+        if prompt := ask(latent, "label", options):
+            truth = prompt.key["truth"]
+            assert 8 <= len(truth) <= 2 * n_test and sum(truth) * 2 == len(truth)
+            assert len(re.findall(r"^\d+\. ", prompt.text, re.MULTILINE)) == len(truth)
+
+
+def test_fuzz_marks_as_many_wrong_tokens_as_right_ones():
+    prompt = fuzz_prompt(row(3), "label", PromptOptions())
+    assert prompt is not None
+    lines = re.findall(r"^\d+\. (.*)$", prompt.text, re.MULTILINE)
+    for line, truth in zip(lines, prompt.key["truth"], strict=True):
+        assert ("«topic3»" in line) == bool(truth)
+        assert line.count("«") == 1
+
+
+def test_detect_hides_the_marks():
+    prompt = detect_prompt(row(3), "label", PromptOptions())
+    assert prompt is not None and "«" not in prompt.text
+    lines = re.findall(r"^\d+\. (.*)$", prompt.text, re.MULTILINE)
+    assert [int("topic3" in line) for line in lines] == prompt.key["truth"]
+
+
+def test_windows_are_cut_around_the_strongest_token():
+    window = example("top", "", 1, "hit") | {"tokens": [f" w{i}" for i in range(11)]}
+    text = render(window, PromptOptions(window_tokens=4), marks=[5])
+    assert text.split() == ["w4", "«w5»", "w6", "w3"] or text.split() == ["w3", "w4", "«w5»", "w6"]
+    long = window | {"tokens": ["x" * 500] * 11}
+    assert len(render(long, PromptOptions(excerpt_chars=100), marks=[5])) <= 104
+    nasty = window | {"tokens": [" «", "»\n", "\x07a", " b", " c", " hit", *[" d"] * 5]}
+    assert render(nasty, PromptOptions(), marks=[5]) == "‹›⏎a b c «hit» d d d d d"
+
+
+def test_neighbouring_marks_are_joined():
+    window = example("top", "", 1, "hit") | {"tokens": [" a", " summary", " judgment", " b"]}
+    window |= {"start": 0, "position": 1}
+    assert render(window, PromptOptions(), marks=[1, 2]) == "a «summary judgment» b"
+    spaces = window | {"tokens": [" a", " ", "", " b"]}
+    assert render(spaces, PromptOptions(), marks=[1]) == "a«␣» b"
+
+
+def test_outcomes_and_scores():
+    results = outcomes("detect", {"fires": [1, "3", 9, "x"]}, [1, 1, 0, 0])
+    assert results == [(1, True), (1, False), (0, False), (0, True)]
+    assert outcomes("intruder", {"intruders": ["a", "C."]}, ["A", "C", "B"]) == [
+        (0, True),
+        (0, True),
+        (0, False),
+    ]
+    # Balanced: the classes' shares are averaged, whatever their sizes.
+    uneven = [(1, True)] * 8 + [(0, True)] * 1 + [(0, False)] * 1
+    assert score("detect", uneven, seed=0)["balanced_accuracy"] == pytest.approx(0.75)
+    assert score("intruder", [(0, True)] * 5, seed=0)["chance"] == pytest.approx(0.2)
+
+
+def test_intervals_cover_the_truth():
+    """Of 200 latents with a true accuracy of 0.8, about 95 % of the intervals contain it."""
+    rng = np.random.default_rng(1)
+    covered, everything = 0, []
+    for seed in range(200):
+        results = [(i % 2, bool(rng.random() < 0.8)) for i in range(40)]
+        everything.append(results)
+        found = score("detect", results, seed=seed)
+        covered += found["ci_low"] <= 0.8 <= found["ci_high"]
+    assert 0.90 <= covered / 200 <= 0.99
+    assert pooled("detect", everything)["ci_low"] <= 0.8 <= pooled("detect", everything)["ci_high"]
