@@ -1,0 +1,50 @@
+"""Kill send and retrieve a few hundred times against a faulty local server; count double payments.
+
+    python benchmarks/ledger_faults.py --kills 200
+
+The server answers with 429, 500, 529, drops connections before and after it accepted a batch, cuts,
+breaks and doubles result lines, and lets requests expire, fail and be canceled. Half of the kills
+fall at uniformly random times, half before or after a random fsync, rename or socket call. At the
+end of a round everything must be answered once, paid once, and every batch id known.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(REPO), str(REPO / "tests")]
+
+from fault_campaign import campaign  # noqa: E402  # pyright: ignore[reportMissingImports]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--kills", type=int, default=200, help="processes to kill [200]")
+    parser.add_argument("--kills_per_round", type=int, default=5, help="in one directory [5]")
+    parser.add_argument("--n_latents", type=int, default=10, help="requests in one round [10]")
+    parser.add_argument("--seed", type=int, default=0, help="of kills and faults [0]")
+    args = parser.parse_args()
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as directory:
+        tally = campaign(
+            Path(directory),
+            args.kills,
+            seed=args.seed,
+            kills_per_round=args.kills_per_round,
+            n_latents=args.n_latents,
+        )
+    found = {**asdict(tally), "faults": dict(tally.faults)}
+    print(json.dumps({**found, "seconds": round(time.monotonic() - began)}, indent=2))
+    wrong = tally.paid_twice + tally.unanswered + tally.lost_ids + tally.not_recorded
+    sys.exit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()
