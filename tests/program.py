@@ -115,6 +115,28 @@ def call(stage: str, *args: object, env: dict[str, str] | None = None) -> Finish
         return finished(process, output)
 
 
+def call_ranks(n_ranks: int, stage: str, *args: object) -> list[Finished]:
+    """Run `stage`.py as `n_ranks` ranks of one process group, as torchrun would."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(n_ranks)}
+    with tempfile.TemporaryDirectory() as directory:
+        outputs = [Path(directory) / str(rank) for rank in range(n_ranks)]
+        ranks = [
+            start(
+                stage,
+                *args,
+                output=output,
+                env={**group, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            )
+            for rank, output in enumerate(outputs)
+        ]
+        for process in ranks:
+            process.join(120)
+        return [finished(*pair) for pair in zip(ranks, outputs, strict=True)]
+
+
 def finished(process: BaseProcess, output: Path) -> Finished:
     """Return what an ended process left behind."""
     code = process.exitcode

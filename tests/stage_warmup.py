@@ -5,6 +5,8 @@ import importlib
 import os
 import ssl
 
+import pyarrow as pa
+
 from saint.anthropic_api import open_client
 
 for stage in (
@@ -18,6 +20,8 @@ for stage in (
     "interpret_top_sentences_parse_responses",
 ):
     importlib.import_module(stage)
+
+pa.array([0])  # imports pandas
 
 # The tests' server speaks plain HTTP: reading all root certificates would take most of a run.
 ssl.SSLContext.load_verify_locations = lambda *args, **kwargs: None  # type: ignore[method-assign]

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from program import REPO
+from program import REPO, call, call_ranks
 from test_pipeline import capture_args, root, train_args, tree_bytes  # noqa: F401
 
 from sae import AuxK, losses_and_gradients, standardise
+
+FLAGS = {"num_epochs": 2, "batch_size": 64, "logs_per_epoch": 1000, "dead_tokens": 128}
 
 
 def torchrun(n_ranks: int, stage: str, *args: object) -> subprocess.CompletedProcess[str]:
@@ -31,21 +33,32 @@ def test_capture_gives_the_same_bytes_on_two_ranks(root: Path, tmp_path: Path): 
     assert tree_bytes(tmp_path / "acts") == tree_bytes(root / "acts")
 
 
+@pytest.fixture(scope="module")
+def alone(root: Path, tmp_path_factory) -> Path:  # noqa: F811
+    """A run of one process, without a process group."""
+    path = tmp_path_factory.mktemp("alone") / "sae.pt"
+    assert call("sae_training", *train_args(root, path, **FLAGS)).returncode == 0
+    return path
+
+
 @pytest.mark.parametrize("n_ranks", [2, 4])
-def test_ranks_equal_one_rank_on_the_whole_batch(root: Path, tmp_path: Path, n_ranks):  # noqa: F811
-    flags = {"num_epochs": 2, "batch_size": 64, "logs_per_epoch": 1000, "dead_tokens": 128}
-    alone = torchrun(1, "sae_training", *train_args(root, tmp_path / "one.pt", **flags))
-    together = torchrun(n_ranks, "sae_training", *train_args(root, tmp_path / "n.pt", **flags))
-    assert alone.returncode == 0 and together.returncode == 0, together.stderr
-    losses = {}
-    for name in ("one", "n"):
-        lines = (tmp_path / f"{name}.metrics.jsonl").read_text().splitlines()
-        losses[name] = [json.loads(line) for line in lines][:20]
-    assert len(losses["one"]) == 20
-    for one, many in zip(losses["one"], losses["n"], strict=True):
-        assert many["train/loss"] == pytest.approx(one["train/loss"], rel=1e-3)
-        assert many["debug/dead_latents_ratio"] == one["debug/dead_latents_ratio"]
-    assert any(entry["train/aux_loss"] > 0 for entry in losses["one"])
+def test_ranks_equal_one_rank_on_the_whole_batch(
+    root: Path,  # noqa: F811
+    alone: Path,
+    tmp_path: Path,
+    n_ranks: int,
+):
+    ranks = call_ranks(n_ranks, "sae_training", *train_args(root, tmp_path / "sae.pt", **FLAGS))
+    assert [rank.returncode for rank in ranks] == [0] * n_ranks, ranks[0].stderr
+    one, many = (
+        [json.loads(line) for line in path.with_name("sae.metrics.jsonl").open()][:20]
+        for path in (alone, tmp_path / "sae.pt")
+    )
+    assert len(one) == 20
+    for alone_entry, entry in zip(one, many, strict=True):
+        assert entry["train/loss"] == pytest.approx(alone_entry["train/loss"], rel=1e-3)
+        assert entry["debug/dead_latents_ratio"] == alone_entry["debug/dead_latents_ratio"]
+    assert any(entry["train/aux_loss"] > 0 for entry in one)
 
 
 def test_averaged_shares_are_the_gradient_of_the_whole_batch():
