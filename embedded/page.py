@@ -66,7 +66,7 @@ def steerable(studio: Studio, evidence: Evidence, latents: Sequence[int]) -> lis
 
 
 def showcase(studio: Studio, latents: Sequence[int]) -> tuple[Pair, Setting]:
-    """Try some latents and strengths on the demo's prompts; return the pair that shows steering best.
+    """Try latents and strengths on the demo's prompts; return the pair that steers best.
 
     Best is the text whose own activation of the latent, read by the plain model, is high while
     the text stays fluent and does not run in circles.
