@@ -13,24 +13,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sae import (
-    AuxK,
-    Losses,
-    TopKSparseAutoencoder,
-    losses_and_gradients,
-    normalise_decoder,
-    project_decoder_gradient,
-    standardise,
-)
+from sae import TopKSparseAutoencoder, standardise
 from saint.batched_rows import BatchedRows, Split
 from saint.runtime import Workers
+from saint.sae_gradients import AuxK, Losses
+from saint.training_step import make_step
 
 _BLOCK_ROWS = 8192
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that shapes the result, automatic values resolved."""
+    """Everything that shapes the result, automatic values resolved.
+
+    lr_floor: the last learning rate as a share of the peak. k_start, k_anneal_steps: active latents
+    of the first step, and the steps until they are k.
+    """
 
     n_latents: int
     k: int
@@ -39,6 +37,9 @@ class Recipe:
     learning_rate: float
     warmup_fraction: float
     decay_fraction: float
+    lr_floor: float
+    k_start: int
+    k_anneal_steps: int
     grad_clip: float
     k_aux: int
     aux_coefficient: float
@@ -46,10 +47,16 @@ class Recipe:
     seed: int
 
     def learning_rate_at(self, step: int, n_steps: int) -> float:
-        """Linear warm-up, constant, then linear decay to zero; by steps."""
+        """Linear warm-up, constant, then linear decay to the floor; by steps."""
         warmup = max(1, round(self.warmup_fraction * n_steps))
         decay = max(1, round(self.decay_fraction * n_steps))
-        return self.learning_rate * min(1.0, (step + 1) / warmup, (n_steps - step) / decay)
+        decayed = self.lr_floor + (1 - self.lr_floor) * min(1.0, (n_steps - step) / decay)
+        return self.learning_rate * min(1.0, (step + 1) / warmup) * decayed
+
+    def k_at(self, step: int) -> int:
+        """Active latents per token: linearly from k_start to k over the first steps."""
+        remaining = max(0.0, 1 - step / self.k_anneal_steps) if self.k_anneal_steps else 0.0
+        return self.k + round((self.k_start - self.k) * remaining)
 
 
 class Trainer:
@@ -61,13 +68,13 @@ class Trainer:
         recipe: Recipe,
         n_steps: int,
         workers: Workers,
-        kernel: str,
+        kernels: str,
     ):
         self.sae, self.recipe, self.n_steps, self.workers = sae, recipe, n_steps, workers
-        self.kernel: Any = kernel
         self.optimizer = torch.optim.Adam(
             sae.parameters(), lr=recipe.learning_rate, eps=6.25e-10, fused=True
         )
+        self.kernels = make_step(kernels, sae, self.optimizer, workers)
         self.tokens_since_fired = torch.zeros(
             recipe.n_latents, dtype=torch.int64, device=workers.device
         )
@@ -81,8 +88,7 @@ class Trainer:
 
     def train_step(self, rows: Tensor, micro_batch_size: int) -> Losses:
         """Take one optimiser step on this rank's share of the batch: raw rows (n, d_model)."""
-        self.sae.zero_grad(set_to_none=True)
-        dead = self.dead()
+        dead, k = self.dead(), self.recipe.k_at(self.step)
         aux = None
         if len(dead) and self.recipe.aux_coefficient:
             aux = AuxK(dead, min(self.recipe.k_aux, len(dead)), self.recipe.aux_coefficient)
@@ -90,28 +96,20 @@ class Trainer:
         for micro in rows.split(micro_batch_size):
             x = standardise(micro.to(self.workers.device), self.sae.config.norm_eps)[0]
             share = len(micro) / len(rows)
-            losses = losses_and_gradients(self.sae, x, aux, kernel=self.kernel, weight=share)
-            parts.append((share, losses))
+            weight = share / self.workers.world_size
+            parts.append((share, self.kernels.accumulate(x, k, aux, weight)))
         losses = self._over_ranks(combine(parts))
-        project_decoder_gradient(self.sae)
-        torch.nn.utils.clip_grad_norm_(self.sae.parameters(), self.recipe.grad_clip)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.learning_rate_at(self.step, self.n_steps)
-        self.optimizer.step()
-        normalise_decoder(self.sae)
+        learning_rate = self.recipe.learning_rate_at(self.step, self.n_steps)
+        self.kernels.apply(learning_rate, self.recipe.grad_clip)
         self.tokens_since_fired += self.recipe.batch_size
         self.tokens_since_fired[losses.fired] = 0
         self.step += 1
         return losses
 
     def _over_ranks(self, losses: Losses) -> Losses:
-        """Average gradients and losses over the ranks; a latent fired if it did on any."""
+        """Average losses over the ranks; a latent fired if it did on any."""
         if self.workers.world_size == 1:
             return losses
-        for parameter in self.sae.parameters():
-            dist.all_reduce(parameter.grad)
-            assert parameter.grad is not None
-            parameter.grad.div_(self.workers.world_size)
         scalars = torch.stack(
             [losses.loss, losses.aux_loss, losses.squared_error, losses.l0.to(losses.loss.dtype)]
         )
