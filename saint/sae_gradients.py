@@ -141,7 +141,7 @@ def sparse_gradient(
 
     weight: factor on the gradients, a micro-batch's share of the batch.
     """
-    n_tokens = max(1, x.shape[0])
+    n_tokens, x = max(1, x.shape[0]), x.contiguous()
     a = x - sae.b_pre
     wanted = aux.dead if aux is not None else None
     values, indices, dead_pre = pieces.encode(a, sae.W_enc, sae.b_enc, k, wanted)
