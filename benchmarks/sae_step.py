@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sae import SAEConfig, TopKSparseAutoencoder  # noqa: E402
 from saint.runtime import Workers, pick_device  # noqa: E402
 from saint.sae_gradients import AuxK  # noqa: E402
-from saint.training_step import KERNELS, make_step  # noqa: E402
+from saint.training_step import KERNELS, Moments, make_step  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -101,12 +101,9 @@ def dense_step(args: argparse.Namespace, x: Tensor) -> Callable[[], float]:
 
 def saint_step(args: argparse.Namespace, x: Tensor) -> tuple[str, Callable[[], float]]:
     """Return the name of the kernels and SAINT's step."""
-    sae = TopKSparseAutoencoder(
-        SAEConfig(args.d_model, args.n_latents, args.k), device=x.device
-    )
+    sae = TopKSparseAutoencoder(SAEConfig(args.d_model, args.n_latents, args.k), device=x.device)
     sae.initialise(x.mean(0), seed=0)
-    optimizer = torch.optim.Adam(sae.parameters(), lr=5e-5, eps=6.25e-10, fused=True)
-    kernels = make_step(args.kernels, sae, optimizer, Workers(0, 1, x.device))
+    kernels = make_step(args.kernels, sae, Moments(sae), Workers(0, 1, x.device))
     aux = None
     if args.n_dead:
         dead = torch.arange(args.n_dead, device=x.device)
@@ -136,7 +133,10 @@ def sae_lens_step(args: argparse.Namespace, x: Tensor) -> Callable[[], float]:
     def step() -> float:
         output = sae.training_forward_pass(
             TrainStepInput(
-                sae_in=x, coefficients={}, dead_neuron_mask=dead, n_training_steps=1,
+                sae_in=x,
+                coefficients={},
+                dead_neuron_mask=dead,
+                n_training_steps=1,
                 is_logging_step=False,
             )
         )

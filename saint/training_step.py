@@ -1,17 +1,16 @@
 """One optimiser step from micro-batches, in the three ways that `--kernels` names.
 
 Each step object is given micro-batches (`accumulate`) and then moves the weights once (`apply`).
-All use one `torch.optim.Adam`'s moments, so that a checkpoint does not depend on the kernels.
+All keep Adam's moments alike, so that a checkpoint does not depend on the kernels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from sae import TopKSparseAutoencoder, normalise_decoder
 from saint import cpu_kernels
@@ -27,6 +26,28 @@ from saint.sae_gradients import (
 )
 
 KERNELS = ("auto", "cpp", "sparse", "dense")
+BETAS = (0.9, 0.999)
+EPS = 6.25e-10
+
+
+class Moments:
+    """Adam's state: two float32 moments of each parameter, and the steps taken."""
+
+    def __init__(self, sae: TopKSparseAutoencoder):
+        self.n_steps = 0
+        self.first = {name: torch.zeros_like(p) for name, p in sae.named_parameters()}
+        self.second = {name: torch.zeros_like(p) for name, p in sae.named_parameters()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what `load_state_dict` takes."""
+        return {"n_steps": self.n_steps, "first": self.first, "second": self.second}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from another run's moments."""
+        self.n_steps = state["n_steps"]
+        for name in self.first:
+            self.first[name].copy_(state["first"][name])
+            self.second[name].copy_(state["second"][name])
 
 
 class Step(Protocol):
@@ -43,9 +64,7 @@ class Step(Protocol):
         ...
 
 
-def make_step(
-    kernels: str, sae: TopKSparseAutoencoder, optimizer: torch.optim.Adam, workers: Workers
-) -> Step:
+def make_step(kernels: str, sae: TopKSparseAutoencoder, moments: Moments, workers: Workers) -> Step:
     """Choose the step: "auto" is C++ (else sparse) on a CPU, and dense on a GPU.
 
     Raises UserError when "cpp" is asked for and cannot be had.
@@ -55,13 +74,13 @@ def make_step(
         raise UserError(f"--kernels cpp works on a CPU, this run is on {workers.device}")
     if kernels == "cpp" or (kernels == "auto" and on_cpu):
         try:
-            return CppStep(sae, optimizer, workers)
+            return CppStep(sae, moments, workers)
         except UserError as error:
             if kernels == "cpp":
                 raise
             log.info("kernels: torch's sparse products, since there are no faster ones: %s", error)
-            return TorchStep(sae, optimizer, workers, "sparse")
-    return TorchStep(sae, optimizer, workers, "sparse" if kernels == "sparse" else "dense")
+            return TorchStep(sae, moments, workers, "sparse")
+    return TorchStep(sae, moments, workers, "sparse" if kernels == "sparse" else "dense")
 
 
 class TorchStep:
@@ -70,11 +89,11 @@ class TorchStep:
     def __init__(
         self,
         sae: TopKSparseAutoencoder,
-        optimizer: torch.optim.Adam,
+        moments: Moments,
         workers: Workers,
         name: Literal["sparse", "dense"],
     ):
-        self.sae, self.optimizer, self.workers = sae, optimizer, workers
+        self.sae, self.moments, self.workers = sae, moments, workers
         self.name: Literal["sparse", "dense"] = name
 
     def accumulate(self, x: Tensor, k: int, aux: AuxK | None, weight: float) -> Losses:
@@ -88,12 +107,34 @@ class TorchStep:
                 dist.all_reduce(parameter.grad)
         project_decoder_gradient(self.sae)
         norm = torch.nn.utils.clip_grad_norm_(self.sae.parameters(), grad_clip)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self._adam(learning_rate)
+        self.sae.zero_grad(set_to_none=True)
         normalise_decoder(self.sae)
         return norm
+
+    @torch.no_grad()
+    def _adam(self, learning_rate: float) -> None:
+        from torch.optim.adam import adam  # takes seconds to import, which "cpp" can do without
+
+        parameters = dict(self.sae.named_parameters())
+        n_steps = [torch.tensor(float(self.moments.n_steps)) for _ in parameters]
+        self.moments.n_steps += 1
+        adam(
+            list(parameters.values()),
+            [p.grad for p in parameters.values() if p.grad is not None],
+            [self.moments.first[name] for name in parameters],
+            [self.moments.second[name] for name in parameters],
+            [],
+            [n.to(self.workers.device) for n in n_steps],
+            fused=True,
+            amsgrad=False,
+            beta1=BETAS[0],
+            beta2=BETAS[1],
+            lr=learning_rate,
+            weight_decay=0.0,
+            eps=EPS,
+            maximize=False,
+        )
 
 
 @torch.no_grad()
@@ -113,10 +154,8 @@ class CppStep:
 
     name = "cpp"
 
-    def __init__(
-        self, sae: TopKSparseAutoencoder, optimizer: torch.optim.Adam, workers: Workers
-    ):
-        self.sae, self.optimizer, self.workers = sae, optimizer, workers
+    def __init__(self, sae: TopKSparseAutoencoder, moments: Moments, workers: Workers):
+        self.sae, self.moments, self.workers = sae, moments, workers
         self.pieces = CpuKernels()
         self._parts: list[SparseGradient] = []
         self._dead: Tensor | None = None
@@ -160,34 +199,17 @@ class CppStep:
                     dist.all_reduce(tensor)
         return SparseGradient(*whole, aux)
 
-    def _weights_and_moments(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        for parameter in (self.sae.W_enc, self.sae.b_enc, self.sae.W_dec, self.sae.b_pre):
-            state = self._state(parameter)
-            yield parameter.detach(), state["exp_avg"], state["exp_avg_sq"]
-
-    def _state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """Return Adam's state of a parameter, laid out as torch's own first step would."""
-        state = self.optimizer.state[parameter]
-        if not state:
-            state["step"] = torch.zeros(())
-            state["exp_avg"] = torch.zeros_like(parameter)
-            state["exp_avg_sq"] = torch.zeros_like(parameter)
-        return state
+    def _weights_and_moments(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        first, second = self.moments.first, self.moments.second
+        return [
+            (getattr(self.sae, name).detach(), first[name], second[name])
+            for name in ("W_enc", "b_enc", "W_dec", "b_pre")
+        ]
 
     def _adam_step(self, learning_rate: float) -> cpu_kernels.AdamStep:
-        group = self.optimizer.param_groups[0]
-        group["lr"] = learning_rate
-        for parameter in group["params"]:
-            self._state(parameter)["step"] += 1
-        n_steps = int(self._state(group["params"][0])["step"])
-        beta1, beta2 = group["betas"]
-        return cpu_kernels.AdamStep(
-            beta1,
-            beta2,
-            learning_rate / (1 - beta1**n_steps),
-            (1 - beta2**n_steps) ** -0.5,
-            group["eps"],
-        )
+        self.moments.n_steps += 1
+        correction1, correction2 = (1 - beta**self.moments.n_steps for beta in BETAS)
+        return cpu_kernels.AdamStep(*BETAS, learning_rate / correction1, correction2**-0.5, EPS)
 
 
 def _concatenate(tensors: list[Tensor]) -> Tensor:

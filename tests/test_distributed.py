@@ -1,4 +1,4 @@
-"""Several gloo processes do what one does: the same bytes, and averaged gradients."""
+"""Several gloo processes do what one does: the same bytes, and the whole batch's gradient."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.multiprocessing as mp
 from program import REPO
 from test_pipeline import capture_args, root, train_args, tree_bytes  # noqa: F401
+from training_ranks import rank_main, walk
 
-from sae import AuxK, losses_and_gradients, standardise
+from saint.runtime import Workers
 
 
 def torchrun(n_ranks: int, stage: str, *args: object) -> subprocess.CompletedProcess[str]:
@@ -31,35 +33,28 @@ def test_capture_gives_the_same_bytes_on_two_ranks(root: Path, tmp_path: Path): 
     assert tree_bytes(tmp_path / "acts") == tree_bytes(root / "acts")
 
 
-@pytest.mark.parametrize("n_ranks", [2, 4])
-def test_ranks_equal_one_rank_on_the_whole_batch(root: Path, tmp_path: Path, n_ranks):  # noqa: F811
-    flags = {"num_epochs": 2, "batch_size": 64, "logs_per_epoch": 1000, "dead_tokens": 128}
-    alone = torchrun(1, "sae_training", *train_args(root, tmp_path / "one.pt", **flags))
-    together = torchrun(n_ranks, "sae_training", *train_args(root, tmp_path / "n.pt", **flags))
-    assert alone.returncode == 0 and together.returncode == 0, together.stderr
-    losses = {}
-    for name in ("one", "n"):
-        lines = (tmp_path / f"{name}.metrics.jsonl").read_text().splitlines()
-        losses[name] = [json.loads(line) for line in lines][:20]
-    assert len(losses["one"]) == 20
-    for one, many in zip(losses["one"], losses["n"], strict=True):
-        assert many["train/loss"] == pytest.approx(one["train/loss"], rel=1e-3)
-        assert many["debug/dead_latents_ratio"] == one["debug/dead_latents_ratio"]
-    assert any(entry["train/aux_loss"] > 0 for entry in losses["one"])
+def test_training_on_two_ranks_is_training_on_one(root: Path, tmp_path: Path):  # noqa: F811
+    finished = torchrun(2, "sae_training", *train_args(root, tmp_path / "sae.pt"))
+    assert finished.returncode == 0, finished.stderr
+    paths = (root / "trained_sae.metrics.jsonl", tmp_path / "sae.metrics.jsonl")
+    alone, together = ([json.loads(line) for line in path.open()] for path in paths)
+    assert len(alone) == len(together) > 10
+    for one, many in zip(alone, together, strict=True):
+        for name in {"train/loss", "val/fvu", "train/grad_norm"} & one.keys():
+            assert many[name] == pytest.approx(one[name], rel=1e-3)
 
 
-def test_averaged_shares_are_the_gradient_of_the_whole_batch():
-    from test_sae import gradient, make_sae
-
-    sae, x = make_sae(), standardise(torch.randn(64, 24))[0]
-    aux = AuxK(torch.arange(0, 64, 5), 3, 1 / 32)
-    losses_and_gradients(sae, x, aux, kernel="sparse")
-    whole = [gradient(p).clone() for p in sae.parameters()]
-    shares = []
-    for part in x.chunk(4):
-        sae.zero_grad(set_to_none=True)
-        losses_and_gradients(sae, part, aux, kernel="sparse")
-        shares.append([gradient(p).clone() for p in sae.parameters()])
-    for i, wanted in enumerate(whole):
-        mean = torch.stack([share[i] for share in shares]).mean(0)
-        assert float((mean - wanted).norm() / wanted.norm()) < 1e-6
+def test_four_ranks_take_one_ranks_steps_with_all_kernels(tmp_path: Path):
+    mp.spawn(rank_main, (4, tmp_path), nprocs=4)
+    ranks = [torch.load(tmp_path / f"{i}.pt", weights_only=True) for i in range(4)]
+    for kernels in ("cpp", "sparse"):
+        alone = walk(kernels, Workers(0, 1, torch.device("cpu")))
+        assert alone["n_dead"] > 5
+        for rank in ranks:
+            assert rank[kernels]["losses"] == pytest.approx(alone["losses"], rel=1e-3)
+            for name, wanted in alone["first"].items():
+                difference = (rank[kernels]["first"][name] - wanted).norm() / wanted.norm()
+                assert difference < 1e-6, (kernels, name)
+            for name, weights in rank[kernels]["weights"].items():
+                assert torch.equal(weights, ranks[0][kernels]["weights"][name])
+                torch.testing.assert_close(weights, alone["weights"][name], rtol=0, atol=1e-4)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from sae import SAEConfig, TopKSparseAutoencoder, load_sae, save_sae, standardise
 from saint import kernels
 from saint.runtime import UserError

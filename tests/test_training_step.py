@@ -14,7 +14,7 @@ from sae import TopKSparseAutoencoder, standardise
 from saint import cpu_kernels, training_step
 from saint.runtime import UserError, Workers
 from saint.sae_gradients import AuxK, CpuKernels, Losses, TorchKernels, sparse_gradient
-from saint.training_step import make_step
+from saint.training_step import Moments, make_step
 
 ALONE = Workers(0, 1, torch.device("cpu"))
 KERNELS = ("cpp", "sparse", "dense")
@@ -75,15 +75,13 @@ def one_step(
 
     After the first step Adam's first moment is (1 - β₁) times the gradient.
     """
-    optimizer = torch.optim.Adam(sae.parameters(), lr=1.0, eps=6.25e-10, fused=True)
-    step = make_step(kernels, sae, optimizer, ALONE)
+    moments = Moments(sae)
+    step = make_step(kernels, sae, moments, ALONE)
     losses = None
     for part in x.chunk(parts):
         losses = step.accumulate(part, sae.config.k, aux, len(part) / max(1, len(x)))
     norm = step.apply(rate, clip)
-    gradients = {
-        n: optimizer.state[p]["exp_avg"] / (1 - 0.9) for n, p in sae.named_parameters()
-    }
+    gradients = {name: first / (1 - 0.9) for name, first in moments.first.items()}
     assert losses is not None
     return losses, gradients, float(norm)
 
@@ -153,7 +151,9 @@ def test_a_clipped_step_is_adam_on_unit_directions(kernels):
     weights = wanted.stepped(sae, rate=1e-2, clip=wanted.norm / 3)
     one_step(sae, x, aux, kernels, rate=1e-2, clip=wanted.norm / 3)
     for name in WEIGHTS:
-        torch.testing.assert_close(getattr(sae, name).detach().double(), weights[name], atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            getattr(sae, name).detach().double(), weights[name], atol=1e-5, rtol=0
+        )
 
 
 def test_all_kernels_walk_the_same_way_and_keep_unit_norms():
@@ -161,8 +161,7 @@ def test_all_kernels_walk_the_same_way_and_keep_unit_norms():
     for kernels in KERNELS:
         torch.manual_seed(3)
         sae = make_sae(n_latents=200)
-        optimizer = torch.optim.Adam(sae.parameters(), lr=1.0, eps=6.25e-10, fused=True)
-        step = make_step(kernels, sae, optimizer, ALONE)
+        step = make_step(kernels, sae, Moments(sae), ALONE)
         generator = torch.Generator().manual_seed(5)
         for i in range(8):
             x = standardise(torch.randn(30, 24, generator=generator))[0]
@@ -210,7 +209,9 @@ def test_cpp_selection_is_exact_and_prefers_the_first_of_equals():
         pre = a @ w.T + bias
         values, indices, also = cpu_kernels.Encoder()(a, w, bias, k, torch.tensor([0, 0]))
         wanted = pre.sort(dim=1, descending=True, stable=True)
-        assert torch.equal(indices.sort(dim=1).values, wanted.indices[:, :k].sort(dim=1).values.int())
+        assert torch.equal(
+            indices.sort(dim=1).values, wanted.indices[:, :k].sort(dim=1).values.int()
+        )
         assert torch.equal(values.sort(descending=True).values, wanted.values[:, :k].relu())
         assert torch.equal(also, pre[:, [0, 0]])
 
@@ -238,21 +239,21 @@ def test_cpp_steps_have_the_same_bits_with_any_number_of_threads(monkeypatch):
 def test_without_a_compiler_torch_does_it(monkeypatch, caplog):
     caplog.set_level("INFO", logger="saint")
     sae = make_sae()
-    optimizer = torch.optim.Adam(sae.parameters())
+    moments = Moments(sae)
     monkeypatch.setattr(cpu_kernels.shutil, "which", lambda name: None)
     cpu_kernels.library.cache_clear()
     try:
-        assert make_step("auto", sae, optimizer, ALONE).name == "sparse"
+        assert make_step("auto", sae, moments, ALONE).name == "sparse"
         assert "no C++ compiler" in caplog.text
         with pytest.raises(UserError, match="no C\\+\\+ compiler"):
-            make_step("cpp", sae, optimizer, ALONE)
+            make_step("cpp", sae, moments, ALONE)
         monkeypatch.setattr(cpu_kernels.shutil, "which", lambda name: "/bin/false")
         with pytest.raises(UserError, match="cannot compile"):
             monkeypatch.setattr(cpu_kernels, "_FLAGS", ("-O9",))
-            make_step("cpp", sae, optimizer, ALONE)
+            make_step("cpp", sae, moments, ALONE)
     finally:
         cpu_kernels.library.cache_clear()
     gpu = Workers(0, 1, torch.device("cuda"))
     with pytest.raises(UserError, match="works on a CPU"):
-        make_step("cpp", sae, optimizer, gpu)
-    assert training_step.make_step("auto", sae, optimizer, gpu).name == "dense"
+        make_step("cpp", sae, moments, gpu)
+    assert training_step.make_step("auto", sae, moments, gpu).name == "dense"
