@@ -37,12 +37,12 @@ class Finished:
         return (self.stderr.strip().splitlines() or [""])[-1]
 
 
-def _context() -> Any:
+def context() -> Any:
     # The server's own process inherits sys.path through the environment.
     os.environ["PYTHONPATH"] = os.pathsep.join([str(REPO), str(REPO / "tests")])
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(STAGES))
-    return context
+    forkserver = multiprocessing.get_context("forkserver")
+    forkserver.set_forkserver_preload(list(STAGES))
+    return forkserver
 
 
 def _child(stage: str, argv: list[str], env: dict[str, str], output: str) -> None:
@@ -64,7 +64,7 @@ def _child(stage: str, argv: list[str], env: dict[str, str], output: str) -> Non
 def start(
     stage: str, *args: object, output: Path, env: dict[str, str] | None = None
 ) -> BaseProcess:
-    process = _context().Process(
+    process = context().Process(
         target=_child, args=(stage, [str(a) for a in args], env or {}, str(output))
     )
     process.start()
