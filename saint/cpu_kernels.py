@@ -20,7 +20,8 @@ from torch import Tensor
 
 from saint.runtime import UserError, atomic_path
 
-_SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu_step.cpp", "cpu_encoder.cpp"))
+_HEADER = Path(__file__).with_name("cpu_kernels.h")
 _FLAGS = (
     "-O3",
     "-march=native",
@@ -53,22 +54,24 @@ def library() -> ctypes.CDLL:
     if compiler is None:
         raise UserError("no C++ compiler here (c++, g++ or $CXX)")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
-    parts = (_SOURCE.read_text(), version.stdout, *_FLAGS, _cpu_name())
+    texts = [path.read_text() for path in (*_SOURCES, _HEADER)]
+    parts = (*texts, version.stdout, *_FLAGS, _cpu_name())
     name = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
     cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "saint"
     path = cache_dir / f"cpu_kernels-{name}.so"
     try:
         if not path.exists():
             with atomic_path(path) as temporary:
-                command = [compiler, *_FLAGS, "-x", "c++", str(_SOURCE), "-o", str(temporary)]
+                command = [compiler, *_FLAGS, *map(str, _SOURCES), "-o", str(temporary)]
                 done = subprocess.run(command, capture_output=True, text=True, check=False)
                 if done.returncode != 0:
                     reason = (done.stderr.strip().splitlines() or ["no message"])[0]
-                    raise UserError(f"{compiler} cannot compile {_SOURCE.name}: {reason}")
+                    raise UserError(f"{compiler} cannot compile the kernels: {reason}")
         loaded = ctypes.CDLL(str(path))
     except OSError as error:
         raise UserError(f"the compiled kernels cannot be used: {error}") from None
     loaded.saint_norm.restype = ctypes.c_double
+    loaded.saint_rescore.restype = ctypes.c_int64
     return loaded
 
 
@@ -93,11 +96,51 @@ def _pointer(tensor: Tensor) -> int:
     return tensor.data_ptr()
 
 
-class Encoder:
-    """The dense product and exact selection; keeps its pre-activations' memory between steps."""
+def has_rounded_product() -> bool:
+    """Whether this CPU multiplies small whole numbers much faster than float32."""
+    return bool(_call("saint_has_rounded_product"))
 
-    def __init__(self) -> None:
+
+class _Rounded(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_int64 if name == "stride" else ctypes.c_void_p)
+        for name in ("stride", "q", "scale", "square", "error", "sum")
+    ]
+    tensors: tuple[Tensor, ...]
+
+
+def _round(rows: Tensor, *, is_input: bool) -> _Rounded:
+    """Round rows (n, d) to whole numbers; the result keeps the tensors that it points to."""
+    n, d = rows.shape
+    stride = -(-d // 64) * 64
+    tensors = (
+        torch.empty(n, stride, dtype=torch.uint8),
+        *(torch.empty(n) for _ in range(3)),
+        torch.empty(n, dtype=torch.int32),
+    )
+    rounded = _Rounded(stride, *map(_pointer, tensors))
+    rounded.tensors = tensors
+    _call("saint_round", n, d, int(is_input), rows, rounded)
+    return rounded
+
+
+class Encoder:
+    """The dense product and exact selection.
+
+    rounded: multiply whole numbers first, and score the candidates exactly (cpu_encoder.cpp);
+    tokens for which that cannot decide go through the float32 product, and are counted.
+    Keeps its memory between steps, and the rounded weights until `forget_weights`.
+    """
+
+    def __init__(self, *, rounded: bool) -> None:
+        self.rounded = rounded
+        self.n_tokens = self.n_candidates = self.n_unsure = 0
         self._memory = torch.empty(0)
+        self._weights: _Rounded | None = None
+
+    def forget_weights(self) -> None:
+        """Say that W_enc has changed since the last call."""
+        self._weights = None
 
     def __call__(
         self, a: Tensor, w_enc: Tensor, b_enc: Tensor, k: int, also: Tensor | None = None
@@ -110,15 +153,43 @@ class Encoder:
         values = torch.empty(n_tokens, k)
         indices = torch.empty(n_tokens, k, dtype=torch.int32)
         others = None if also is None else torch.empty(n_tokens, len(also))
+        select = self._select_rounded if self.rounded else self._select
         for start in range(0, n_tokens, n_rows):
             block = slice(start, min(start + n_rows, n_tokens))
-            rows = block.stop - start
-            pre = self._memory[: rows * n_latents].view(rows, n_latents)
-            torch.mm(a[block], w_enc.T, out=pre)
-            _call("saint_topk", rows, n_latents, k, pre, b_enc, values[block], indices[block])
-            if also is not None and others is not None:
-                torch.index_select(pre, 1, also, out=others[block]).add_(b_enc[also])
+            pre = self._memory[: (block.stop - start) * n_latents].view(-1, n_latents)
+            select(a[block], w_enc, b_enc, pre, values[block], indices[block])
+            if also is not None and others is not None and not self.rounded:
+                torch.index_select(pre, 1, also, out=others[block])
+        if also is not None and others is not None:
+            if self.rounded:
+                torch.mm(a, w_enc[also].T, out=others)
+            others.add_(b_enc[also])
         return values, indices, others
+
+    def _select(
+        self, a: Tensor, w_enc: Tensor, b_enc: Tensor, pre: Tensor, values: Tensor, indices: Tensor
+    ) -> None:
+        torch.mm(a, w_enc.T, out=pre)
+        _call("saint_topk", *pre.shape, values.shape[1], pre, b_enc, values, indices)
+
+    def _select_rounded(
+        self, a: Tensor, w_enc: Tensor, b_enc: Tensor, pre: Tensor, values: Tensor, indices: Tensor
+    ) -> None:
+        if self._weights is None:
+            self._weights = _round(w_enc.detach(), is_input=False)
+        rounded = _round(a, is_input=True)
+        _call("saint_rounded_product", *pre.shape, rounded, self._weights, pre)
+        unsure = torch.empty(len(a), dtype=torch.bool)
+        sizes = (*pre.shape, a.shape[1], values.shape[1])
+        inputs = (a, w_enc.detach(), b_enc.detach(), rounded, self._weights, pre)
+        self.n_candidates += int(_call("saint_rescore", *sizes, *inputs, values, indices, unsure))
+        self.n_tokens += len(a)
+        rows = torch.nonzero(unsure).squeeze(1)
+        if len(rows):
+            self.n_unsure += len(rows)
+            again = (pre[: len(rows)], values[rows], indices[rows])
+            self._select(a[rows], w_enc, b_enc, *again)
+            values[rows], indices[rows] = again[1:]
 
 
 def reconstruct(

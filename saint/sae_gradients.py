@@ -119,11 +119,14 @@ class TorchKernels:
 
 
 class CpuKernels:
-    """The same pieces in C++. Raises UserError where they cannot be compiled."""
+    """The same pieces in C++. Raises UserError where they cannot be compiled.
 
-    def __init__(self) -> None:
+    rounded: see `cpu_kernels.Encoder`.
+    """
+
+    def __init__(self, *, rounded: bool) -> None:
         cpu_kernels.library()
-        self.encode = cpu_kernels.Encoder()
+        self.encode = cpu_kernels.Encoder(rounded=rounded)
         self.reconstruct = cpu_kernels.reconstruct
 
 

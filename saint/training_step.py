@@ -25,7 +25,8 @@ from saint.sae_gradients import (
     sparse_gradient,
 )
 
-KERNELS = ("auto", "cpp", "sparse", "dense")
+KERNELS = ("auto", "cpp", "cpp_float32", "sparse", "dense")
+_LEAST_ROUNDED_D_MODEL = 256  # for shorter rows the error bound is wide, and there is little to win
 BETAS = (0.9, 0.999)
 EPS = 6.25e-10
 
@@ -67,16 +68,19 @@ class Step(Protocol):
 def make_step(kernels: str, sae: TopKSparseAutoencoder, moments: Moments, workers: Workers) -> Step:
     """Choose the step: "auto" is C++ (else sparse) on a CPU, and dense on a GPU.
 
-    Raises UserError when "cpp" is asked for and cannot be had.
+    "cpp" multiplies rounded numbers where that is faster and scores what could matter exactly,
+    "cpp_float32" never does. Raises UserError when these are asked for and cannot be had.
     """
     on_cpu = workers.device.type == "cpu"
-    if kernels == "cpp" and not on_cpu:
-        raise UserError(f"--kernels cpp works on a CPU, this run is on {workers.device}")
-    if kernels == "cpp" or (kernels == "auto" and on_cpu):
+    if kernels.startswith("cpp") and not on_cpu:
+        raise UserError(f"--kernels {kernels} works on a CPU, this run is on {workers.device}")
+    if kernels.startswith("cpp") or (kernels == "auto" and on_cpu):
         try:
-            return CppStep(sae, moments, workers)
+            may_round = kernels != "cpp_float32" and sae.config.d_model >= _LEAST_ROUNDED_D_MODEL
+            rounded = may_round and cpu_kernels.has_rounded_product()
+            return CppStep(sae, moments, workers, rounded=rounded)
         except UserError as error:
-            if kernels == "cpp":
+            if kernels != "auto":
                 raise
             log.info("kernels: torch's sparse products, since there are no faster ones: %s", error)
             return TorchStep(sae, moments, workers, "sparse")
@@ -152,11 +156,12 @@ class CppStep:
     one rank does with the whole batch.
     """
 
-    name = "cpp"
-
-    def __init__(self, sae: TopKSparseAutoencoder, moments: Moments, workers: Workers):
+    def __init__(
+        self, sae: TopKSparseAutoencoder, moments: Moments, workers: Workers, *, rounded: bool
+    ):
         self.sae, self.moments, self.workers = sae, moments, workers
-        self.pieces = CpuKernels()
+        self.name = "cpp" if rounded else "cpp_float32"
+        self.pieces = CpuKernels(rounded=rounded)
         self._parts: list[SparseGradient] = []
         self._dead: Tensor | None = None
 
@@ -184,6 +189,7 @@ class CppStep:
         scale = min(1.0, grad_clip / (norm + 1e-6))
         step = self._adam_step(learning_rate)
         cpu_kernels.update(gradient, parameters, step, scale, grad_b_pre)
+        self.pieces.encode.forget_weights()
         return torch.tensor(norm)
 
     def _sum_of_parts(self) -> SparseGradient:

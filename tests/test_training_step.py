@@ -207,7 +207,7 @@ def test_cpp_selection_is_exact_and_prefers_the_first_of_equals():
         bias = torch.randn(n_latents).round()
         a, w = (2 * a).round(), w.round()  # whole numbers: many equals, no rounding
         pre = a @ w.T + bias
-        values, indices, also = cpu_kernels.Encoder()(a, w, bias, k, torch.tensor([0, 0]))
+        values, indices, also = cpu_kernels.Encoder(rounded=False)(a, w, bias, k, torch.tensor([0, 0]))
         wanted = pre.sort(dim=1, descending=True, stable=True)
         assert torch.equal(
             indices.sort(dim=1).values, wanted.indices[:, :k].sort(dim=1).values.int()
@@ -220,7 +220,7 @@ def test_numbers_that_are_not_finite_show_in_the_loss():
     sae = make_sae()
     x = standardise(torch.randn(4, 24))[0]
     x[2, 3] = torch.nan
-    for pieces in (CpuKernels(), TorchKernels()):
+    for pieces in (CpuKernels(rounded=True), TorchKernels()):
         losses, _ = sparse_gradient(sae, x, 5, None, pieces)
         assert not torch.isfinite(losses.loss)
 

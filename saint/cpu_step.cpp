@@ -3,16 +3,10 @@
 // contiguous float32 or int32, row-major. Every sum has one fixed order, whatever the number of
 // threads: a step gives the same bits each time.
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
 #include <cstring>
-#include <limits>
-#include <utility>
 #include <vector>
-#if defined(__SSE__)
-#include <immintrin.h>
-#endif
+
+#include "cpu_kernels.h"
 
 namespace {
 
@@ -28,13 +22,6 @@ struct FlushDenormals {
   ~FlushDenormals() { _mm_setcsr(saved); }
 #endif
 };
-
-float dot(const float* x, const float* y, int64_t n) {
-  float sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; i++) sum += x[i] * y[i];
-  return sum;
-}
 
 void add_scaled(float* out, const float* x, float scale, int64_t n) {
 #pragma omp simd
@@ -62,64 +49,6 @@ void weighted_sum(float* out, const float* rows, const int32_t* which, const flo
   }
   for (; j < count; j++) add_scaled(out, rows + which[j] * n, weights[j], n);
 }
-
-// The k largest of pre + bias: groups' maxima first, then only the groups that can matter.
-class TopK {
- public:
-  TopK(int64_t n, int64_t k) : n_(n), k_(k) {
-    while (group_ < 128 && n / (group_ * 2) >= 8 * k) group_ *= 2;
-    maxima_.resize((n + group_ - 1) / group_);
-  }
-
-  void row(const float* pre, const float* bias, float* values, int32_t* indices) {
-    const float threshold = group_maxima(pre, bias);
-    found_.clear();
-    for (size_t g = 0; g < maxima_.size(); g++) {
-      if (maxima_[g] < threshold) continue;
-      const int64_t end = std::min(n_, (int64_t)(g + 1) * group_);
-      for (int64_t i = g * group_; i < end; i++) {
-        const float value = pre[i] + bias[i];
-        if (value >= threshold) found_.emplace_back(value, (int32_t)i);
-      }
-    }
-    if ((int64_t)found_.size() > k_)
-      std::nth_element(found_.begin(), found_.begin() + k_, found_.end(), before);
-    for (int64_t j = 0; j < k_; j++) {
-      // Fewer than k numbers: the others are NaN, and so will be the loss.
-      const bool there = j < (int64_t)found_.size();
-      values[j] = there ? std::max(found_[j].first, 0.0f) : std::nanf("");
-      indices[j] = there ? found_[j].second : 0;
-    }
-  }
-
- private:
-  using Entry = std::pair<float, int32_t>;
-  static bool before(const Entry& x, const Entry& y) {
-    return x.first != y.first ? x.first > y.first : x.second < y.second;
-  }
-
-  // At least k elements are ≥ the k-th largest maximum of the groups.
-  float group_maxima(const float* pre, const float* bias) {
-    const float lowest = -std::numeric_limits<float>::infinity();
-    for (size_t g = 0; g < maxima_.size(); g++) {
-      const int64_t start = g * group_, count = std::min(group_, n_ - start);
-      float best = lowest;
-      const float *p = pre + start, *b = bias + start;
-#pragma omp simd reduction(max : best)
-      for (int64_t i = 0; i < count; i++) best = std::max(best, p[i] + b[i]);
-      maxima_[g] = best;
-    }
-    if ((int64_t)maxima_.size() <= k_) return lowest;
-    sorted_ = maxima_;
-    std::nth_element(sorted_.begin(), sorted_.begin() + (k_ - 1), sorted_.end(),
-                     std::greater<float>());
-    return sorted_[k_ - 1];
-  }
-
-  int64_t n_, k_, group_ = 16;
-  std::vector<float> maxima_, sorted_;
-  std::vector<Entry> found_;
-};
 
 }  // namespace
 
@@ -210,18 +139,6 @@ struct Rows {
 }  // namespace
 
 extern "C" {
-
-// Keep the k largest of pre + bias in each row of pre (n_rows, n), after ReLU.
-void saint_topk(int64_t n_rows, int64_t n, int64_t k, const float* pre, const float* bias,
-                float* values, int32_t* indices, int64_t threads) {
-#pragma omp parallel num_threads(threads)
-  {
-    TopK topk(n, k);
-#pragma omp for schedule(dynamic, 8)
-    for (int64_t t = 0; t < n_rows; t++)
-      topk.row(pre + t * n, bias, values + t * k, indices + t * k);
-  }
-}
 
 // Decode n tokens and go back: squared error and Σx² per token, g = ∂loss/∂reconstruction for the
 // loss factor/2 · Σ_tokens ‖error‖² / ‖x‖², g_values = ∂loss/∂activation. While a token's
