@@ -1,8 +1,8 @@
 // The encoder's exact selection: top-k of float32 pre-activations without sorting, and of a cheap
-// 7- or 8-bit product whose candidates are scored again in float32.
+// product of small whole numbers whose candidates are scored again in float32.
 //
-// Rows x are rounded to x̃ = scale · q with whole numbers |q| ≤ kLevels, so that a product of two
-// rows errs by about σ² = (‖a − ã‖² ‖w‖² + ‖w − w̃‖² ‖a‖²) / d. Every latent whose rounded
+// Rows x are rounded to x̃ = scale · q with whole numbers q, so that a product of two rows errs by
+// about σ² = (‖a − ã‖² ‖w‖² + ‖w − w̃‖² ‖a‖²) / d. Every latent whose rounded
 // pre-activation could, with an error of 6σ, be among a token's k largest is scored exactly. A
 // token falls back to the float32 product (the caller does it) when its k-th exact value does not
 // stand clear of what was left out, or when any candidate erred by more than 6σ.
@@ -18,18 +18,21 @@ namespace {
 
 constexpr float kSigmas = 6;
 constexpr float kSlack = 1.5f;  // σ that the exact k-th value may lie below the rounded one
-constexpr int64_t kStep = 64;   // bytes of a row that one step of the product takes
+constexpr int64_t kStep = 64;   // rows of bytes are padded to multiples of this
 
+// Largest |q| of the encoder's input and of its weights. Without VNNI products of bytes are summed
+// in 16 bits: four pairs of 127 · 31 fit.
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-constexpr int kLevels = 127;  // summed in 32 bits at once
+constexpr int kInputLevels = 127, kWeightLevels = 127;
 #define SAINT_ROUNDED_PRODUCT 1
 #elif defined(__AVX2__)
-constexpr int kLevels = 63;  // two pairs of 127 · 63 still fit in 16 bits
+constexpr int kInputLevels = 63, kWeightLevels = 31;
 #define SAINT_ROUNDED_PRODUCT 1
 #else
-constexpr int kLevels = 63;
+constexpr int kInputLevels = 63, kWeightLevels = 31;
 #define SAINT_ROUNDED_PRODUCT 0
 #endif
+constexpr int kInputOffset = kInputLevels + 1;  // the instructions want one side unsigned
 
 // The k largest of pre + bias: groups' maxima first, then only the groups that can matter.
 class TopK {
@@ -111,50 +114,94 @@ class TopK {
 };
 
 #if SAINT_ROUNDED_PRODUCT
+// Compilers like to load an operand again for every product: this keeps it in its register.
+#define SAINT_IN_REGISTER(x) asm("" : "+x"(x))
+
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#undef SAINT_IN_REGISTER
+#define SAINT_IN_REGISTER(x) asm("" : "+v"(x))
 constexpr int kTokens = 4, kLatents = 4;
 using Sums = __m512i;
 
 inline Sums zero() { return _mm512_setzero_si512(); }
-inline void add_products(Sums& sums, const uint8_t* a, const int8_t* w) {
-  sums = _mm512_dpbusd_epi32(sums, _mm512_loadu_si512(a), _mm512_loadu_si512(w));
-}
 inline int32_t total(Sums sums) { return _mm512_reduce_add_epi32(sums); }
+
+// Add the products of kStep bytes of each row.
+template <int T, int L, int kBytes>
+inline void add_products(Sums (&sums)[T][L], const uint8_t* a, const int8_t* w, int64_t stride) {
+  static_assert(kBytes == kStep);
+  Sums x[T];
+#pragma GCC unroll 4
+  for (int t = 0; t < T; t++) {
+    x[t] = _mm512_loadu_si512(a + t * stride);
+    SAINT_IN_REGISTER(x[t]);
+  }
+#pragma GCC unroll 4
+  for (int l = 0; l < L; l++) {
+    Sums y = _mm512_loadu_si512(w + l * stride);
+    SAINT_IN_REGISTER(y);
+#pragma GCC unroll 4
+    for (int t = 0; t < T; t++) sums[t][l] = _mm512_dpbusd_epi32(sums[t][l], x[t], y);
+  }
+}
+constexpr int64_t kLongStep = kStep;
 #else
 constexpr int kTokens = 4, kLatents = 2;
 using Sums = __m256i;
 
 inline Sums zero() { return _mm256_setzero_si256(); }
-inline void add_products(Sums& sums, const uint8_t* a, const int8_t* w) {
-  const __m256i low = _mm256_maddubs_epi16(_mm256_loadu_si256((const __m256i*)a),
-                                           _mm256_loadu_si256((const __m256i*)w));
-  const __m256i high = _mm256_maddubs_epi16(_mm256_loadu_si256((const __m256i*)(a + 32)),
-                                            _mm256_loadu_si256((const __m256i*)(w + 32)));
-  const __m256i pairs = _mm256_add_epi16(low, high);
-  sums = _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-}
 inline int32_t total(Sums sums) {
   __m128i x = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
   x = _mm_add_epi32(x, _mm_shuffle_epi32(x, 0x4e));
   return _mm_cvtsi128_si32(_mm_add_epi32(x, _mm_shuffle_epi32(x, 0xb1)));
 }
+
+// Add the products of kBytes bytes of each row: in 16 bits, then once in 32.
+template <int T, int L, int kBytes>
+inline void add_products(Sums (&sums)[T][L], const uint8_t* a, const int8_t* w, int64_t stride) {
+  Sums pairs[T][L];
+#pragma GCC unroll 4
+  for (int i = 0; i < kBytes; i += 32) {
+    Sums x[T];
+#pragma GCC unroll 4
+    for (int t = 0; t < T; t++) {
+      x[t] = _mm256_loadu_si256((const __m256i*)(a + t * stride + i));
+      SAINT_IN_REGISTER(x[t]);
+    }
+#pragma GCC unroll 4
+    for (int l = 0; l < L; l++) {
+      Sums y = _mm256_loadu_si256((const __m256i*)(w + l * stride + i));
+      SAINT_IN_REGISTER(y);
+#pragma GCC unroll 4
+      for (int t = 0; t < T; t++) {
+        const Sums products = _mm256_maddubs_epi16(x[t], y);
+        pairs[t][l] = i ? _mm256_add_epi16(pairs[t][l], products) : products;
+        SAINT_IN_REGISTER(pairs[t][l]);
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int t = 0; t < T; t++)
+#pragma GCC unroll 4
+    for (int l = 0; l < L; l++) {
+      const Sums wide = _mm256_madd_epi16(pairs[t][l], _mm256_set1_epi16(1));
+      sums[t][l] = _mm256_add_epi32(sums[t][l], wide);
+    }
+}
+constexpr int64_t kLongStep = 2 * kStep;
 #endif
 
-// sums[t][l] = Σ a[t] · w[l] over `stride` bytes, for a tile that stays in registers.
+// sums[t][l] = Σ a[t] · w[l] over `stride` bytes, a multiple of kStep.
 template <int T, int L>
 void tile(const uint8_t* a, const int8_t* w, int64_t stride, int32_t* sums, int64_t sums_stride) {
   Sums s[T][L];
   for (int t = 0; t < T; t++)
     for (int l = 0; l < L; l++) s[t][l] = zero();
-  for (int64_t i = 0; i < stride; i += kStep) {
-#pragma GCC unroll 4
-    for (int t = 0; t < T; t++)
-#pragma GCC unroll 4
-      for (int l = 0; l < L; l++) add_products(s[t][l], a + t * stride + i, w + l * stride + i);
-  }
-#pragma GCC unroll 4
+  int64_t i = 0;
+  for (; i + kLongStep <= stride; i += kLongStep)
+    add_products<T, L, kLongStep>(s, a + i, w + i, stride);
+  if (i < stride) add_products<T, L, kStep>(s, a + i, w + i, stride);
   for (int t = 0; t < T; t++)
-#pragma GCC unroll 4
     for (int l = 0; l < L; l++) sums[t * sums_stride + l] = total(s[t][l]);
 }
 #endif
@@ -166,20 +213,20 @@ extern "C" {
 // Rows (n, stride) of whole numbers with what the error bound needs of each row x.
 struct Rounded {
   int64_t stride;
-  uint8_t* q;      // int8, or for the encoder's input uint8 with kLevels + 1 added
+  uint8_t* q;  // int8, or for the encoder's input uint8 with kInputOffset added
   float* scale;
-  float* square;   // ‖x‖²
-  float* error;    // ‖x − x̃‖²
-  int32_t* sum;    // Σ q
+  float* square;  // ‖x‖²
+  float* error;   // ‖x − x̃‖²
+  int32_t* sum;   // Σ q
 };
 
 // Whether this CPU has instructions that make the rounded product worth while.
 int64_t saint_has_rounded_product(int64_t /* threads */) { return SAINT_ROUNDED_PRODUCT; }
 
-// Round rows x (n, d); offset: 0, or 1 for the encoder's input.
-void saint_round(int64_t n, int64_t d, int64_t offset, const float* x, const Rounded* to,
+// Round rows x (n, d), of the encoder's input or of its weights.
+void saint_round(int64_t n, int64_t d, int64_t is_input, const float* x, const Rounded* to,
                  int64_t threads) {
-  const int add = offset ? kLevels + 1 : 0;
+  const int levels = is_input ? kInputLevels : kWeightLevels, add = is_input ? kInputOffset : 0;
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 64)
   for (int64_t r = 0; r < n; r++) {
     const float* row = x + r * d;
@@ -187,7 +234,7 @@ void saint_round(int64_t n, int64_t d, int64_t offset, const float* x, const Rou
     float largest = 0;
 #pragma omp simd reduction(max : largest)
     for (int64_t i = 0; i < d; i++) largest = std::max(largest, std::fabs(row[i]));
-    const float scale = largest / kLevels, inverse = largest > 0 ? kLevels / largest : 0;
+    const float scale = largest / levels, inverse = largest > 0 ? levels / largest : 0;
     float square = 0, error = 0;
     int32_t sum = 0;
 #pragma omp simd reduction(+ : square, error, sum)
@@ -237,7 +284,7 @@ void saint_rounded_product(int64_t n_tokens, int64_t n_latents, const Rounded* a
           const float *scale = w->scale + start, token_scale = a->scale[t + i];
 #pragma omp simd
           for (int64_t j = 0; j < count; j++)
-            out[j] = token_scale * scale[j] * (float)(s[j] - (kLevels + 1) * sum[j]);
+            out[j] = token_scale * scale[j] * (float)(s[j] - kInputOffset * sum[j]);
         }
       }
     }
@@ -280,7 +327,9 @@ int64_t saint_rescore(int64_t n_tokens, int64_t n_latents, int64_t d, int64_t k,
       n_candidates += candidates.size();
       bool sure = (int64_t)candidates.size() <= 16 * k + 256;
       if (sure)
-        for (auto& [value, l] : candidates) {
+        for (size_t i = 0; i < candidates.size(); i++) {
+          auto& [value, l] = candidates[i];
+          if (i + 1 < candidates.size()) prefetch(w + candidates[i + 1].second * d, d);
           const float exact = dot(token, w + l * d, d) + bias[l];
           // Written so that a NaN is not sure either; 1e-5: rounding of the float32 sums.
           const float room = 1e-5f * std::sqrt(d * square * rounded_w->square[l]);
