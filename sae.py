@@ -1,4 +1,4 @@
-"""The TopK sparse autoencoder: model, losses and gradients, checkpoints, steering edit.
+"""The TopK sparse autoencoder: model, checkpoints, steering edit.
 
 Source: Gao et al., "Scaling and evaluating sparse autoencoders", arXiv:2406.04093.
 """
@@ -19,7 +19,6 @@ from saint.runtime import UserError, save_torch
 
 FORMAT = "saint.sae"
 VERSION = 1
-_MIN_NORMALISER = 1e-12
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ class TopKSparseAutoencoder(nn.Module):
         x: (n_tokens, d_model), already standardised. Memory is bounded: long inputs go in blocks.
         Returns values (n_tokens, k), non-negative, and indices (n_tokens, k), int64.
         """
-        return kernels.encode(x - self.b_pre, self.W_enc, self.b_enc, self.config.k)
+        return kernels.encode(x - self.b_pre, self.W_enc, self.b_enc, self.config.k)[:2]
 
     @torch.no_grad()
     def decode(self, values: Tensor, indices: Tensor) -> Tensor:
@@ -127,173 +126,6 @@ class TopKSparseAutoencoder(nn.Module):
         values, indices = self.encode(x)
         hits = indices.unsqueeze(-1) == latents.to(indices.device)
         return (values.unsqueeze(-1) * hits).sum(dim=1)
-
-
-@dataclass(frozen=True)
-class Losses:
-    """One batch's losses and what the training loop counts; tensors stay on the device.
-
-    loss: normalised MSE, mean over tokens. aux_loss: AuxK's, 0 where it was off.
-    squared_error: Σ‖x − x̂‖². fired: (n_latents,) bool, latents active on any token.
-    l0: mean number of active latents per token.
-    """
-
-    loss: Tensor
-    aux_loss: Tensor
-    squared_error: Tensor
-    fired: Tensor
-    l0: Tensor
-
-
-@dataclass(frozen=True)
-class AuxK:
-    """The dead latents' auxiliary loss (Gao et al., sec. A.2).
-
-    dead: (n_dead,) int64 latent indices. k: latents kept per token, at most n_dead.
-    coefficient: its weight in the total loss.
-    """
-
-    dead: Tensor
-    k: int
-    coefficient: float
-
-
-def normalised_mse(error: Tensor, normaliser: Tensor) -> Tensor:
-    """Mean over tokens of mean_d(error²) / normaliser; error (n, d_model), normaliser (n,)."""
-    return (error.square().mean(dim=1) / normaliser.clamp_min(_MIN_NORMALISER)).mean()
-
-
-def losses_dense(sae: TopKSparseAutoencoder, x: Tensor, aux: AuxK | None) -> tuple[Losses, Tensor]:
-    """Return the losses and the differentiable total, as plain dense autograd: the reference.
-
-    x: (n_tokens, d_model), standardised. The batch's tokens are weighted equally.
-    """
-    k = sae.config.k
-    pre = sae.pre_activations(x)
-    values, indices = pre.topk(k, dim=1)
-    values = values.relu()
-    hidden = torch.zeros_like(pre).scatter(1, indices, values)
-    reconstruction = hidden @ sae.W_dec + sae.b_pre
-    loss = normalised_mse(reconstruction - x, x.square().mean(dim=1))
-    total, aux_loss = loss, torch.zeros_like(loss)
-    if aux is not None:
-        residual = (x - reconstruction).detach()
-        dead_values, dead_indices = pre[:, aux.dead].topk(aux.k, dim=1)
-        dead_hidden = torch.zeros_like(pre[:, aux.dead]).scatter(
-            1, dead_indices, dead_values.relu()
-        )
-        error = dead_hidden @ sae.W_dec[aux.dead] - residual
-        aux_loss = normalised_mse(error, residual.var(dim=1, correction=0))
-        total = loss + aux.coefficient * aux_loss
-    with torch.no_grad():
-        fired = torch.zeros(sae.config.n_latents, dtype=torch.bool, device=x.device)
-        fired[indices[values > 0]] = True
-        losses = Losses(
-            loss.detach(),
-            aux_loss.detach(),
-            (reconstruction - x).square().sum(),
-            fired,
-            (values > 0).sum() / max(1, x.shape[0]),
-        )
-    return losses, total
-
-
-def losses_and_gradients(
-    sae: TopKSparseAutoencoder,
-    x: Tensor,
-    aux: AuxK | None,
-    *,
-    kernel: Literal["sparse", "dense"],
-    weight: float = 1.0,
-) -> Losses:
-    """Compute the losses of standardised x (n_tokens, d_model) and add gradients to `.grad`.
-
-    weight: factor on the gradients, a micro-batch's share of the batch. "sparse" touches the
-    active latents only and equals "dense" (autograd) up to rounding.
-    """
-    if kernel == "dense":
-        losses, total = losses_dense(sae, x, aux)
-        (weight * total).backward()
-        return losses
-    return _losses_and_gradients_sparse(sae, x, aux, weight)
-
-
-@torch.no_grad()
-def _losses_and_gradients_sparse(
-    sae: TopKSparseAutoencoder, x: Tensor, aux: AuxK | None, weight: float
-) -> Losses:
-    n_tokens, d_model = x.shape
-    a = x - sae.b_pre
-    values, indices = kernels.encode(a, sae.W_enc, sae.b_enc, sae.config.k)
-    error = kernels.decode(values, indices, sae.W_dec).add_(sae.b_pre).sub_(x)
-    squared = error.square().sum(dim=1)
-    normaliser = x.square().sum(dim=1).clamp_min(_MIN_NORMALISER * d_model)
-    # ∂loss/∂x̂ of mean over tokens of ‖x̂ − x‖² / ‖x‖².
-    g = error * (2.0 * weight / (max(1, n_tokens) * normaliser)).unsqueeze(1)
-    g_values = kernels.gather_dot(g, indices, sae.W_dec) * (values > 0)
-    by_latent = kernels.group_by_latent(indices, sae.config.n_latents)
-    grad_b_enc = kernels.sum_by_latent(by_latent, g_values)
-    _accumulate(sae.W_dec, kernels.outer_by_latent(by_latent, values, g))
-    _accumulate(sae.W_enc, kernels.outer_by_latent(by_latent, g_values, a))
-    grad_b_pre = g.sum(dim=0)
-    aux_loss = x.new_zeros(())
-    if aux is not None:
-        aux_loss, dead_grad_b_enc = _aux_gradients(sae, a, error.neg_(), aux, weight)
-        grad_b_enc.index_add_(0, aux.dead, dead_grad_b_enc)
-    # b_pre also enters every pre-activation, through W_enc · (x − b_pre).
-    _accumulate(sae.b_pre, grad_b_pre - grad_b_enc @ sae.W_enc)
-    _accumulate(sae.b_enc, grad_b_enc)
-    fired = torch.zeros(sae.config.n_latents, dtype=torch.bool, device=x.device)
-    fired[indices[values > 0]] = True
-    return Losses(
-        (squared / normaliser).mean(),
-        aux_loss,
-        squared.sum(),
-        fired,
-        (values > 0).sum() / max(1, n_tokens),
-    )
-
-
-def _aux_gradients(
-    sae: TopKSparseAutoencoder, a: Tensor, residual: Tensor, aux: AuxK, weight: float
-) -> tuple[Tensor, Tensor]:
-    """Add AuxK's gradients of W_enc and W_dec; return its loss and its gradient of b_enc[dead].
-
-    The dead latents are gathered into a small dense autoencoder, whatever their number.
-    """
-    w_enc, w_dec = sae.W_enc[aux.dead], sae.W_dec[aux.dead]
-    hidden = torch.addmm(sae.b_enc[aux.dead], a, w_enc.T)
-    if aux.k < len(aux.dead):
-        threshold_values, kept = hidden.topk(aux.k, dim=1)
-        hidden = torch.zeros_like(hidden).scatter_(1, kept, threshold_values)
-    hidden.relu_()
-    error = torch.mm(hidden, w_dec).sub_(residual)
-    normaliser = residual.var(dim=1, correction=0).clamp_min(_MIN_NORMALISER)
-    loss = (error.square().mean(dim=1) / normaliser).mean()
-    factor = 2.0 * weight * aux.coefficient / (residual.numel() * normaliser)
-    g = error.mul_(factor.unsqueeze(1))
-    g_hidden = torch.mm(g, w_dec.T).mul_(hidden > 0)
-    _accumulate(sae.W_dec, hidden.T @ g, rows=aux.dead)
-    _accumulate(sae.W_enc, g_hidden.T @ a, rows=aux.dead)
-    return loss, g_hidden.sum(dim=0)
-
-
-def _accumulate(parameter: nn.Parameter, gradient: Tensor, rows: Tensor | None = None) -> None:
-    if rows is not None:
-        assert parameter.grad is not None, "the full gradient comes first"
-        parameter.grad.index_add_(0, rows, gradient)
-    elif parameter.grad is None:
-        parameter.grad = gradient
-    else:
-        parameter.grad.add_(gradient)
-
-
-@torch.no_grad()
-def project_decoder_gradient(sae: TopKSparseAutoencoder) -> None:
-    """Remove from each decoder direction's gradient the component parallel to it."""
-    assert sae.W_dec.grad is not None
-    parallel = (sae.W_dec.grad * sae.W_dec).sum(dim=1, keepdim=True)
-    sae.W_dec.grad.addcmul_(sae.W_dec, parallel, value=-1)
 
 
 @torch.no_grad()

@@ -11,8 +11,8 @@ holds all there is, and an interrupted run continues with the same bits.
 from __future__ import annotations
 
 import argparse
-import math
 import pickle
+import resource
 import signal
 import time
 from collections.abc import Sequence
@@ -31,11 +31,8 @@ from saint.manifests import Output, State, file_checksum
 from saint.runtime import (
     UserError,
     Workers,
-    add_device_flags,
-    add_overwrite_flag,
     log,
     log_arguments,
-    positive_int,
     progress,
     run_stage,
     start_workers,
@@ -48,109 +45,11 @@ from saint.trainer import (
     largest_activations,
     validate,
 )
-from saint.training_run import RunFiles, WandbLog, write_curves
+from saint.training_flags import build_parser, resolve_recipe
+from saint.training_run import RunFiles, WandbLog
 
 STAGE = "sae_training"
-LEARNING_RATE_CONSTANT = 0.064  # 1e-3 at 4,096 latents
-_DEAD_TOKENS = 10_000_000
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Describe the command line."""
-    parser = argparse.ArgumentParser(
-        description="Train a TopK sparse autoencoder on the shuffled activations.",
-        epilog="Run it again to resume from the last checkpoint. Ctrl-C checkpoints and exits.",
-    )
-    files = parser.add_argument_group("files")
-    files.add_argument("--data_dir", type=Path, required=True, help="what preprocessing wrote")
-    files.add_argument("--b_pre_path", type=Path, required=True, help="the mean from preprocessing")
-    files.add_argument(
-        "--model_save_path", type=Path, default=Path("trained_sae.pt"), help="[%(default)s]"
-    )
-    files.add_argument("--model_load_path", type=Path, help="start from these weights [random]")
-    size = parser.add_argument_group("the autoencoder")
-    size.add_argument("--n_latents", type=positive_int, default=65536, help="[%(default)s]")
-    size.add_argument("--k", type=positive_int, default=64, help="active latents [%(default)s]")
-    recipe = parser.add_argument_group("recipe")
-    recipe.add_argument("--num_epochs", type=positive_int, default=10, help="[%(default)s]")
-    recipe.add_argument(
-        "--batch_size",
-        type=positive_int,
-        help="tokens a step, over all ranks [as preprocessing says]",
-    )
-    recipe.add_argument(
-        "--micro_batch_size", type=positive_int, help="tokens at once, to save memory [batch_size]"
-    )
-    recipe.add_argument(
-        "--learning_rate", type=float, help=f"peak [{LEARNING_RATE_CONSTANT} / √n_latents]"
-    )
-    recipe.add_argument(
-        "--warmup_fraction", type=float, default=0.02, help="share of steps [%(default)s]"
-    )
-    recipe.add_argument(
-        "--decay_fraction", type=float, default=0.5, help="share of steps, to zero [%(default)s]"
-    )
-    recipe.add_argument("--grad_clip", type=float, default=1.0, help="largest norm [%(default)s]")
-    recipe.add_argument(
-        "--k_aux", type=positive_int, help="dead latents that AuxK uses [largest 2^n ≤ d_model]"
-    )
-    recipe.add_argument("--aux_coefficient", type=float, default=1 / 32, help="[1/32]")
-    recipe.add_argument(
-        "--dead_tokens",
-        type=positive_int,
-        help="a latent is dead after so many tokens without firing [10M, at most one epoch]",
-    )
-    recipe.add_argument("--seed", type=int, default=0, help="of the first weights [%(default)s]")
-    logs = parser.add_argument_group("logs and checkpoints")
-    logs.add_argument("--logs_per_epoch", type=positive_int, default=100, help="[%(default)s]")
-    logs.add_argument(
-        "--checkpoint_minutes", type=float, default=10.0, help="between checkpoints [%(default)s]"
-    )
-    logs.add_argument(
-        "--keep_last_n", type=int, default=1, help="checkpoints kept; 0 keeps none [%(default)s]"
-    )
-    logs.add_argument("--wandb_project", help="log to this W&B project too [off]")
-    logs.add_argument("--wandb_offline", action="store_true", help="W&B without a network")
-    parser.add_argument(
-        "--kernels",
-        default="auto",
-        choices=["auto", "sparse", "dense"],
-        help="auto is sparse on a CPU and dense on a GPU; same results",
-    )
-    add_device_flags(parser)
-    add_overwrite_flag(parser)
-    return parser
-
-
-def resolve_recipe(args: argparse.Namespace, rows: BatchedRows, workers: Workers) -> Recipe:
-    """Fill in the defaults that depend on the data; refuse what cannot work."""
-    n_rows, d_model = rows.n_rows("train"), rows.facts["d_model"]
-    batch_size = args.batch_size or rows.facts["batch_size"]
-    problems = []
-    if batch_size > n_rows:
-        problems.append(f"--batch_size {batch_size} is larger than the {n_rows} training rows")
-    if batch_size % workers.world_size:
-        problems.append(
-            f"--batch_size {batch_size} does not divide among {workers.world_size} ranks"
-        )
-    if args.k > args.n_latents:
-        problems.append(f"--k {args.k} is larger than --n_latents {args.n_latents}")
-    if problems:
-        raise UserError("; ".join(problems))
-    return Recipe(
-        n_latents=args.n_latents,
-        k=args.k,
-        num_epochs=args.num_epochs,
-        batch_size=batch_size,
-        learning_rate=args.learning_rate or LEARNING_RATE_CONSTANT / math.sqrt(args.n_latents),
-        warmup_fraction=args.warmup_fraction,
-        decay_fraction=args.decay_fraction,
-        grad_clip=args.grad_clip,
-        k_aux=args.k_aux or 1 << (d_model.bit_length() - 1),
-        aux_coefficient=args.aux_coefficient,
-        dead_tokens=args.dead_tokens or min(_DEAD_TOKENS, n_rows),
-        seed=args.seed,
-    )
+_PAGE_SECONDS = 20
 
 
 @dataclass
@@ -164,6 +63,8 @@ class Run:
     workers: Workers
     wandb: WandbLog | None
     stopping: bool = False
+    page_written: float = 0.0
+    fvu: float | None = None
 
     @property
     def n_batches(self) -> int:
@@ -188,10 +89,7 @@ class Run:
         sae.initialise(read_mean(self.args.b_pre_path, config.d_model), seed=self.recipe.seed)
         if self.args.model_load_path:
             copy_weights(sae, self.args.model_load_path)
-        kernel = self.args.kernels
-        if kernel == "auto":
-            kernel = "dense" if self.workers.device.type == "cuda" else "sparse"
-        trainer = Trainer(sae, self.recipe, self.n_steps, self.workers, kernel)
+        trainer = Trainer(sae, self.recipe, self.n_steps, self.workers, self.args.kernels)
         checkpoints = self.files.checkpoints()
         if checkpoints:
             trainer.restore(checkpoints[-1])
@@ -238,8 +136,8 @@ class Run:
                 if step in trainer.skipped_steps:
                     trainer.step += 1
                     continue
-                losses = trainer.train_step(batch, self.args.micro_batch_size or len(batch))
-                meter.add(losses, step)
+                losses, norm = trainer.train_step(batch, self.args.micro_batch_size or len(batch))
+                meter.add(losses, norm, step)
                 bar.update()
                 ended = trainer.step == self.n_steps
                 stopping = self._anybody_stopping()
@@ -277,15 +175,21 @@ class Run:
                 trainer.best_val_loss = metrics["val/loss"]
                 save_sae(self.files.best, trainer.sae)
         self.files.append_metrics(entry)
-        if validating:
-            write_curves(self.files.read_metrics(), self.files.curves)
+        now = time.monotonic()
+        if validating or now - self.page_written > _PAGE_SECONDS:
+            ended = trainer.step == self.n_steps
+            self.files.write_page(asdict(self.recipe), done=ended)
+            self.page_written = now
         if self.wandb:
             self.wandb.log(entry, density)
-        shown = {"loss": f"{entry['train/loss']:.4f}"}
-        shown |= {"dead": f"{entry['debug/dead_latents_ratio']:.1%}"}
-        if "val/fvu" in entry:
-            shown |= {"FVU": f"{entry['val/fvu']:.4f}"}
-        bar.set_postfix(shown)
+        self.fvu = entry.get("val/fvu", self.fvu)
+        bar.set_postfix(
+            loss=f"{entry['train/loss']:.4f}",
+            FVU="-" if self.fvu is None else f"{self.fvu:.4f}",
+            L0=f"{entry['train/l0']:.1f}",
+            dead=f"{entry['debug/dead_latents_ratio']:.1%}",
+            tokens_per_s=f"{entry['tokens_per_s']:.0f}",
+        )
 
     def request_stop(self, signum: int, frame: FrameType | None) -> None:
         """Signal handler: finish this step, checkpoint, exit. A second one exits at once."""
@@ -401,20 +305,28 @@ def finish(output: Output, run: Run, trainer: Trainer, seconds: float) -> None:
     run.files.clear_checkpoints()
     if run.wandb:
         run.wandb.close()
-    memory = ""
-    if run.workers.device.type == "cuda":
-        memory = f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB of GPU memory at most"
+    kernels = trainer.kernels.name
     log.info(
-        "trained %s: %d steps, loss %.4f, held-out FVU %s, dead %.1f %%, %.0f tokens/s, %.0f s%s",
+        "trained %s: %d steps, loss %.4f, held-out FVU %s, dead %.1f %%, %.0f tokens/s (kernels "
+        "%s), %.0f s, %s",
         output.path,
         trainer.step,
         last["train/loss"],
         f"{last['val/fvu']:.4f}" if "val/fvu" in last else "not measured",
         100 * last["debug/dead_latents_ratio"],
         counts["n_tokens"] / max(seconds, 1e-9),
+        kernels,
         seconds,
-        memory,
+        peak_memory(run.workers.device),
     )
+
+
+def peak_memory(device: torch.device) -> str:
+    """Say the most memory that this process has held: the GPU's, or its own on a CPU."""
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB of GPU memory at most"
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return f"{kilobytes / 1e6:.1f} GB of memory at most"
 
 
 if __name__ == "__main__":

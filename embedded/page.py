@@ -24,6 +24,8 @@ from saint.manifests import Output, State, file_checksum
 from saint.runtime import add_overwrite_flag, log, run_stage, write_json, write_text
 from saint.steering import Pair, Request, Setting, Studio, build_edits, stream_pairs
 from saint.studio import EXAMPLE_PROMPTS, add_studio_flags, load_studio
+from saint.training_page import STYLE, curves
+from saint.training_run import RunFiles
 
 _N_LATENTS = 20
 _N_WINDOWS = 5
@@ -163,7 +165,8 @@ def render(
     return Template(template).substitute(
         tiles=tiles,
         layer=report["layer"],
-        curves=figure(run_dir / "trained_sae.curves.png", "training curves"),
+        curves_style=STYLE,
+        curves=curves(RunFiles(run_dir / "trained_sae.pt").read_metrics()),
         evaluation=figure(run_dir / "sae_evaluation.png", "cross-entropy and latent densities"),
         latents="".join(latent_html(evidence.latent(i), labels.get(i)) for i in latents),
         prompt=html.escape(pair.prompt),

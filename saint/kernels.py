@@ -14,23 +14,31 @@ from torch.nn import functional as F
 
 # Pre-activations of one block: 2^26 float32 are 256 MB.
 _BLOCK_ELEMENTS = 1 << 26
+MIN_NORMALISER = 1e-12
 
 
-def encode(a: Tensor, w_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def encode(
+    a: Tensor, w_enc: Tensor, b_enc: Tensor, k: int, also: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return the k largest of a · w_encᵀ + b_enc per row, after ReLU, and their indices.
 
     a: (n_tokens, d_model) float32. w_enc: (n_latents, d_model). b_enc: (n_latents,).
-    Returns values (n_tokens, k) float32 and indices (n_tokens, k) int64, in no particular order.
+    also: (m,) latents whose pre-activations are wanted whatever their rank.
+    Returns values (n_tokens, k) float32 and indices (n_tokens, k) int64, in no particular order,
+    and those pre-activations (n_tokens, m) or None.
     """
     n_tokens, n_latents = a.shape[0], w_enc.shape[0]
     rows = max(1, _BLOCK_ELEMENTS // n_latents)
     values = a.new_empty(n_tokens, k)
     indices = torch.empty(n_tokens, k, dtype=torch.int64, device=a.device)
+    others = None if also is None else a.new_empty(n_tokens, len(also))
     for start in range(0, n_tokens, rows):
         block = slice(start, start + rows)
         pre = torch.addmm(b_enc, a[block], w_enc.T)
         torch.topk(pre, k, dim=1, sorted=False, out=(values[block], indices[block]))
-    return values.relu_(), indices
+        if also is not None and others is not None:
+            torch.index_select(pre, 1, also, out=others[block])
+    return values.relu_(), indices, others
 
 
 def decode(values: Tensor, indices: Tensor, w_dec: Tensor) -> Tensor:
@@ -49,6 +57,25 @@ def gather_dot(g: Tensor, indices: Tensor, w_dec: Tensor) -> Tensor:
         check_invariants=False,
     )
     return torch.sparse.sampled_addmm(wanted, g, w_dec.T, beta=0.0).values().view(n_tokens, k)
+
+
+def reconstruct(
+    x: Tensor, values: Tensor, indices: Tensor, w_dec: Tensor, b_pre: Tensor, factor: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Decode, and go back to the activations.
+
+    x: (n_tokens, d_model), the wanted outputs. The loss is factor / 2 · Σ_tokens ‖x̂ − x‖² / ‖x‖².
+    Returns ∂loss/∂x̂ (n_tokens, d_model), ∂loss/∂values (n_tokens, k), 0 where inactive, ‖x̂ − x‖²
+    and ‖x‖² (n_tokens,), and which latents are active on any token (n_latents,) bool.
+    """
+    g = decode(values, indices, w_dec).add_(b_pre).sub_(x)
+    squared = g.square().sum(dim=1)
+    normaliser = x.square().sum(dim=1).clamp_min(MIN_NORMALISER * x.shape[1])
+    g.mul_((factor / normaliser).unsqueeze(1))
+    g_values = gather_dot(g, indices, w_dec) * (values > 0)
+    fired = torch.zeros(w_dec.shape[0], dtype=torch.bool, device=x.device)
+    fired[indices[values > 0]] = True
+    return g, g_values, squared, normaliser, fired
 
 
 @dataclass(frozen=True)

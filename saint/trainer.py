@@ -13,24 +13,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sae import (
-    AuxK,
-    Losses,
-    TopKSparseAutoencoder,
-    losses_and_gradients,
-    normalise_decoder,
-    project_decoder_gradient,
-    standardise,
-)
+from sae import TopKSparseAutoencoder, standardise
 from saint.batched_rows import BatchedRows, Split
 from saint.runtime import Workers
+from saint.sae_gradients import AuxK, Losses
+from saint.training_step import Moments, make_step
 
 _BLOCK_ROWS = 8192
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that shapes the result, automatic values resolved."""
+    """Everything that shapes the result, automatic values resolved.
+
+    lr_floor: the last learning rate as a share of the peak. k_start, k_anneal_steps: active latents
+    of the first step, and the steps until they are k.
+    """
 
     n_latents: int
     k: int
@@ -39,6 +37,9 @@ class Recipe:
     learning_rate: float
     warmup_fraction: float
     decay_fraction: float
+    lr_floor: float
+    k_start: int
+    k_anneal_steps: int
     grad_clip: float
     k_aux: int
     aux_coefficient: float
@@ -46,10 +47,16 @@ class Recipe:
     seed: int
 
     def learning_rate_at(self, step: int, n_steps: int) -> float:
-        """Linear warm-up, constant, then linear decay to zero; by steps."""
+        """Linear warm-up, constant, then linear decay to the floor; by steps."""
         warmup = max(1, round(self.warmup_fraction * n_steps))
         decay = max(1, round(self.decay_fraction * n_steps))
-        return self.learning_rate * min(1.0, (step + 1) / warmup, (n_steps - step) / decay)
+        decayed = self.lr_floor + (1 - self.lr_floor) * min(1.0, (n_steps - step) / decay)
+        return self.learning_rate * min(1.0, (step + 1) / warmup) * decayed
+
+    def k_at(self, step: int) -> int:
+        """Active latents per token: linearly from k_start to k over the first steps."""
+        remaining = max(0.0, 1 - step / self.k_anneal_steps) if self.k_anneal_steps else 0.0
+        return self.k + round((self.k_start - self.k) * remaining)
 
 
 class Trainer:
@@ -61,13 +68,11 @@ class Trainer:
         recipe: Recipe,
         n_steps: int,
         workers: Workers,
-        kernel: str,
+        kernels: str,
     ):
         self.sae, self.recipe, self.n_steps, self.workers = sae, recipe, n_steps, workers
-        self.kernel: Any = kernel
-        self.optimizer = torch.optim.Adam(
-            sae.parameters(), lr=recipe.learning_rate, eps=6.25e-10, fused=True
-        )
+        self.moments = Moments(sae)
+        self.kernels = make_step(kernels, sae, self.moments, workers)
         self.tokens_since_fired = torch.zeros(
             recipe.n_latents, dtype=torch.int64, device=workers.device
         )
@@ -79,10 +84,12 @@ class Trainer:
         """Return the (n_dead,) indices of latents that have not fired for dead_tokens."""
         return torch.nonzero(self.tokens_since_fired >= self.recipe.dead_tokens).squeeze(1)
 
-    def train_step(self, rows: Tensor, micro_batch_size: int) -> Losses:
-        """Take one optimiser step on this rank's share of the batch: raw rows (n, d_model)."""
-        self.sae.zero_grad(set_to_none=True)
-        dead = self.dead()
+    def train_step(self, rows: Tensor, micro_batch_size: int) -> tuple[Losses, Tensor]:
+        """Take one optimiser step on this rank's share of the batch: raw rows (n, d_model).
+
+        Returns the losses over all ranks, and the norm of the gradient before it is clipped.
+        """
+        dead, k = self.dead(), self.recipe.k_at(self.step)
         aux = None
         if len(dead) and self.recipe.aux_coefficient:
             aux = AuxK(dead, min(self.recipe.k_aux, len(dead)), self.recipe.aux_coefficient)
@@ -90,28 +97,20 @@ class Trainer:
         for micro in rows.split(micro_batch_size):
             x = standardise(micro.to(self.workers.device), self.sae.config.norm_eps)[0]
             share = len(micro) / len(rows)
-            losses = losses_and_gradients(self.sae, x, aux, kernel=self.kernel, weight=share)
-            parts.append((share, losses))
+            weight = share / self.workers.world_size
+            parts.append((share, self.kernels.accumulate(x, k, aux, weight)))
         losses = self._over_ranks(combine(parts))
-        project_decoder_gradient(self.sae)
-        torch.nn.utils.clip_grad_norm_(self.sae.parameters(), self.recipe.grad_clip)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.learning_rate_at(self.step, self.n_steps)
-        self.optimizer.step()
-        normalise_decoder(self.sae)
+        learning_rate = self.recipe.learning_rate_at(self.step, self.n_steps)
+        norm = self.kernels.apply(learning_rate, self.recipe.grad_clip)
         self.tokens_since_fired += self.recipe.batch_size
         self.tokens_since_fired[losses.fired] = 0
         self.step += 1
-        return losses
+        return losses, norm
 
     def _over_ranks(self, losses: Losses) -> Losses:
-        """Average gradients and losses over the ranks; a latent fired if it did on any."""
+        """Average losses over the ranks; a latent fired if it did on any."""
         if self.workers.world_size == 1:
             return losses
-        for parameter in self.sae.parameters():
-            dist.all_reduce(parameter.grad)
-            assert parameter.grad is not None
-            parameter.grad.div_(self.workers.world_size)
         scalars = torch.stack(
             [losses.loss, losses.aux_loss, losses.squared_error, losses.l0.to(losses.loss.dtype)]
         )
@@ -126,7 +125,7 @@ class Trainer:
         """Return everything that the next step depends on."""
         return {
             "sae": self.sae.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "moments": self.moments.state_dict(),
             "tokens_since_fired": self.tokens_since_fired,
             "step": self.step,
             "skipped_steps": sorted(self.skipped_steps),
@@ -137,7 +136,7 @@ class Trainer:
         """Continue from a checkpoint file."""
         state = torch.load(path, map_location=self.workers.device, weights_only=True)
         self.sae.load_state_dict(state["sae"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.moments.load_state_dict(state["moments"])
         self.tokens_since_fired.copy_(state["tokens_since_fired"])
         self.step, self.best_val_loss = state["step"], state["best_val_loss"]
         self.skipped_steps |= set(state["skipped_steps"])
@@ -212,19 +211,20 @@ class LossMeter:
 
     def __init__(self, device: torch.device):
         self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=device)
-        self._sums = torch.zeros(3, dtype=torch.float64, device=device)
+        self._sums = torch.zeros(4, dtype=torch.float64, device=device)
         self._n, self._since = 0, time.monotonic()
 
-    def add(self, losses: Losses, step: int) -> None:
-        """Count a step's losses in, without waiting for the device."""
-        scalars = torch.stack([losses.loss, losses.aux_loss, losses.l0.to(losses.loss.dtype)])
+    def add(self, losses: Losses, norm: Tensor, step: int) -> None:
+        """Count a step's losses and gradient norm in, without waiting for the device."""
+        scalars = (losses.loss, losses.aux_loss, losses.l0, norm)
+        scalars = torch.stack([scalar.double() for scalar in scalars])
         bad = ~torch.isfinite(scalars).all() & (self.first_bad_step < 0)
         self.first_bad_step.masked_fill_(bad, step)
         self._sums += scalars
         self._n += 1
 
     def read(self) -> tuple[list[float], float]:
-        """Return the mean loss, aux_loss and l0 since the last read, and seconds per step."""
+        """Return the mean loss, aux_loss, l0 and norm since the last read, and seconds per step."""
         means = (self._sums / self._n).tolist()
         seconds = (time.monotonic() - self._since) / self._n
         self._sums.zero_()
@@ -234,7 +234,7 @@ class LossMeter:
 
 def describe_step(trainer: Trainer, meter: LossMeter) -> dict[str, Any]:
     """Return the metrics since the last log, under the names that DESIGN fixes."""
-    (loss, aux_loss, l0), seconds = meter.read()
+    (loss, aux_loss, l0, norm), seconds = meter.read()
     recipe, since = trainer.recipe, trainer.tokens_since_fired
     longest = int(since.max())
     return {
@@ -244,6 +244,7 @@ def describe_step(trainer: Trainer, meter: LossMeter) -> dict[str, Any]:
         "train/aux_loss": aux_loss,
         "train/total_loss": loss + recipe.aux_coefficient * aux_loss,
         "train/l0": l0,
+        "train/grad_norm": norm,
         "debug/dead_latents_ratio": len(trainer.dead()) / recipe.n_latents,
         "debug/max_dead_latent": longest // recipe.batch_size,
         "debug/max_dead_latent_count": int((since == longest).sum()),

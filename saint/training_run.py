@@ -1,16 +1,17 @@
-"""What a training run leaves beside its SAE: checkpoints, metrics.jsonl, W&B, curves."""
+"""What a training run leaves beside its SAE: checkpoints, metrics.jsonl, W&B, a page of curves."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from saint.runtime import atomic_path, save_torch
+from saint.runtime import atomic_path, save_torch, write_text
+from saint.training_page import training_page
 
 
 @dataclass(frozen=True)
@@ -36,14 +37,14 @@ class RunFiles:
         return self.model.with_name(f"{self.model.stem}.metrics.jsonl")
 
     @property
-    def curves(self) -> Path:
-        """A picture of the curves, renewed while the run goes on."""
-        return self.model.with_name(f"{self.model.stem}.curves.png")
+    def page(self) -> Path:
+        """A page of curves, renewed while the run goes on."""
+        return self.model.with_name(f"{self.model.stem}.training.html")
 
     def patterns(self) -> tuple[str, ...]:
         """Return glob patterns of everything that a run writes, relative to the SAE's directory."""
         checkpoints = f"{self.checkpoint_dir.name}/{self.model.stem}"
-        names = (self.model.name, self.metrics.name, self.curves.name)
+        names = (self.model.name, self.metrics.name, self.page.name)
         return (*names, f"{checkpoints}.step_*.pt", f"{checkpoints}.best.pt")
 
     def checkpoints(self) -> list[Path]:
@@ -81,32 +82,11 @@ class RunFiles:
         with self.metrics.open("a") as file:
             file.write(json.dumps(entry) + "\n")
 
-
-_PANELS = (
-    (("train/loss", "val/loss"), "normalised MSE", "log"),
-    (("val/fvu",), "FVU (held out)", "linear"),
-    (("debug/dead_latents_ratio",), "dead latents", "linear"),
-    (("learning_rate",), "learning rate", "linear"),
-)
-
-
-def write_curves(entries: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw the training curves as one PNG, atomically."""
-    from matplotlib.figure import Figure  # no pyplot: no global state, no display
-
-    figure = Figure(figsize=(11, 6), layout="constrained")
-    for axes, (names, title, scale) in zip(figure.subplots(2, 2).flat, _PANELS, strict=True):
-        for name in names:
-            points = [(e["tokens"], e[name]) for e in entries if name in e]
-            if points:
-                marker = "o" if name.startswith("val") else ""
-                axes.plot(*zip(*points, strict=True), marker=marker, label=name)
-        axes.set(title=title, xlabel="training tokens", yscale=scale)
-        axes.grid(alpha=0.3)
-        if len(names) > 1:
-            axes.legend()
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+    def write_page(self, settings: Mapping[str, Any], *, done: bool) -> None:
+        """Draw all that was logged."""
+        title = f"Training {self.model.name}"
+        entries = self.read_metrics()
+        write_text(self.page, training_page(entries, title=title, settings=settings, done=done))
 
 
 class WandbLog:

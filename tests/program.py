@@ -34,12 +34,13 @@ class Finished:
         return (self.stderr.strip().splitlines() or [""])[-1]
 
 
-def _context() -> Any:
+def context() -> Any:
+    """Return a fork server's context in which the stages are imported already."""
     # The server's own process inherits sys.path through the environment.
     os.environ["PYTHONPATH"] = os.pathsep.join([str(REPO), str(REPO / "tests")])
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["stage_warmup"])
-    return context
+    forkserver = multiprocessing.get_context("forkserver")
+    forkserver.set_forkserver_preload(["stage_warmup"])
+    return forkserver
 
 
 def _die_at(event: int) -> None:
@@ -99,7 +100,7 @@ def start(
 ) -> BaseProcess:
     """Start `stage`.py; its output goes to `output`.out and `output`.err."""
     texts = [str(a) for a in args]
-    process = _context().Process(target=_child, args=(stage, texts, env or {}, str(output), die_at))
+    process = context().Process(target=_child, args=(stage, texts, env or {}, str(output), die_at))
     # Without this every child would import the program that called us: pytest.
     with mock.patch.dict(sys.modules, {"__main__": ModuleType("__main__")}):
         process.start()

@@ -1,4 +1,4 @@
-"""Several gloo processes do what one does: the same bytes, and averaged gradients."""
+"""Several gloo processes do what one does: the same bytes, and the whole batch's gradient."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from program import REPO, call, call_ranks
+from program import REPO, call_ranks, context
 from test_pipeline import capture_args, root, train_args, tree_bytes  # noqa: F401
+from training_ranks import rank_main, walk
 
-from sae import AuxK, losses_and_gradients, standardise
-
-FLAGS = {"num_epochs": 2, "batch_size": 64, "logs_per_epoch": 1000, "dead_tokens": 128}
+from saint.runtime import Workers
 
 
 def torchrun(n_ranks: int, stage: str, *args: object) -> subprocess.CompletedProcess[str]:
@@ -33,46 +32,33 @@ def test_capture_gives_the_same_bytes_on_two_ranks(root: Path, tmp_path: Path): 
     assert tree_bytes(tmp_path / "acts") == tree_bytes(root / "acts")
 
 
-@pytest.fixture(scope="module")
-def alone(root: Path, tmp_path_factory) -> Path:  # noqa: F811
-    """A run of one process, without a process group."""
-    path = tmp_path_factory.mktemp("alone") / "sae.pt"
-    assert call("sae_training", *train_args(root, path, **FLAGS)).returncode == 0
-    return path
+def test_training_on_two_ranks_is_training_on_one(root: Path, tmp_path: Path):  # noqa: F811
+    ranks = call_ranks(2, "sae_training", *train_args(root, tmp_path / "sae.pt"))
+    assert [rank.returncode for rank in ranks] == [0, 0], ranks[0].stderr
+    paths = (root / "trained_sae.metrics.jsonl", tmp_path / "sae.metrics.jsonl")
+    alone, together = ([json.loads(line) for line in path.open()] for path in paths)
+    assert len(alone) == len(together) > 10
+    for one, many in zip(alone, together, strict=True):
+        for name in {"train/loss", "val/fvu", "train/grad_norm"} & one.keys():
+            assert many[name] == pytest.approx(one[name], rel=1e-3)
 
 
-@pytest.mark.parametrize("n_ranks", [2, 4])
-def test_ranks_equal_one_rank_on_the_whole_batch(
-    root: Path,  # noqa: F811
-    alone: Path,
-    tmp_path: Path,
-    n_ranks: int,
-):
-    ranks = call_ranks(n_ranks, "sae_training", *train_args(root, tmp_path / "sae.pt", **FLAGS))
-    assert [rank.returncode for rank in ranks] == [0] * n_ranks, ranks[0].stderr
-    one, many = (
-        [json.loads(line) for line in path.with_name("sae.metrics.jsonl").open()][:20]
-        for path in (alone, tmp_path / "sae.pt")
-    )
-    assert len(one) == 20
-    for alone_entry, entry in zip(one, many, strict=True):
-        assert entry["train/loss"] == pytest.approx(alone_entry["train/loss"], rel=1e-3)
-        assert entry["debug/dead_latents_ratio"] == alone_entry["debug/dead_latents_ratio"]
-    assert any(entry["train/aux_loss"] > 0 for entry in one)
-
-
-def test_averaged_shares_are_the_gradient_of_the_whole_batch():
-    from test_sae import gradient, make_sae
-
-    sae, x = make_sae(), standardise(torch.randn(64, 24))[0]
-    aux = AuxK(torch.arange(0, 64, 5), 3, 1 / 32)
-    losses_and_gradients(sae, x, aux, kernel="sparse")
-    whole = [gradient(p).clone() for p in sae.parameters()]
-    shares = []
-    for part in x.chunk(4):
-        sae.zero_grad(set_to_none=True)
-        losses_and_gradients(sae, part, aux, kernel="sparse")
-        shares.append([gradient(p).clone() for p in sae.parameters()])
-    for i, wanted in enumerate(whole):
-        mean = torch.stack([share[i] for share in shares]).mean(0)
-        assert float((mean - wanted).norm() / wanted.norm()) < 1e-6
+def test_four_ranks_take_one_ranks_steps_with_all_kernels(tmp_path: Path):
+    processes = [context().Process(target=rank_main, args=(i, 4, tmp_path)) for i in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0
+    ranks = [torch.load(tmp_path / f"{i}.pt", weights_only=True) for i in range(4)]
+    for kernels in ("cpp", "sparse"):
+        alone = walk(kernels, Workers(0, 1, torch.device("cpu")))
+        assert alone["n_dead"] > 5
+        for rank in ranks:
+            assert rank[kernels]["losses"] == pytest.approx(alone["losses"], rel=1e-3)
+            for name, wanted in alone["first"].items():
+                difference = (rank[kernels]["first"][name] - wanted).norm() / wanted.norm()
+                assert difference < 1e-6, (kernels, name)
+            for name, weights in rank[kernels]["weights"].items():
+                assert torch.equal(weights, ranks[0][kernels]["weights"][name])
+                torch.testing.assert_close(weights, alone["weights"][name], rtol=0, atol=1e-4)

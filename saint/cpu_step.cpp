@@ -1,0 +1,258 @@
+// The TopK autoencoder's training step on a CPU, around the one dense product (which torch does).
+// Compiled at first use and called through ctypes by saint/cpu_kernels.py; all arrays are
+// contiguous float32 or int32, row-major. Every sum has one fixed order, whatever the number of
+// threads: a step gives the same bits each time.
+
+#include <cstring>
+#include <vector>
+
+#include "cpu_kernels.h"
+
+namespace {
+
+constexpr float kMinNormaliser = 1e-12f;
+constexpr int64_t kChunks = 256;  // of latents, each with its own share of b_pre's gradient
+
+// Moments of latents that rest decay towards zero: denormal arithmetic would be a hundred times
+// slower than the rest of the step.
+struct FlushDenormals {
+#if defined(__SSE__)
+  unsigned saved = _mm_getcsr();
+  FlushDenormals() { _mm_setcsr(saved | 0x8040); }
+  ~FlushDenormals() { _mm_setcsr(saved); }
+#endif
+};
+
+void add_scaled(float* out, const float* x, float scale, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; i++) out[i] += scale * x[i];
+}
+
+// out = Σ_j weights[j] · rows[which[j]], four rows at a time.
+void weighted_sum(float* out, const float* rows, const int32_t* which, const float* weights,
+                  int64_t count, int64_t n) {
+  if (count == 1) {
+    const float *r = rows + which[0] * n, w = weights[0];
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) out[i] = w * r[i];
+    return;
+  }
+  std::memset(out, 0, n * sizeof(float));
+  int64_t j = 0;
+  for (; j + 4 <= count; j += 4) {
+    const float *r0 = rows + which[j] * n, *r1 = rows + which[j + 1] * n;
+    const float *r2 = rows + which[j + 2] * n, *r3 = rows + which[j + 3] * n;
+    const float w0 = weights[j], w1 = weights[j + 1], w2 = weights[j + 2], w3 = weights[j + 3];
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++)
+      out[i] += w0 * r0[i] + w1 * r1[i] + (w2 * r2[i] + w3 * r3[i]);
+  }
+  for (; j < count; j++) add_scaled(out, rows + which[j] * n, weights[j], n);
+}
+
+}  // namespace
+
+extern "C" {
+
+// What a batch's gradient is made of: entry e of latent l (starts[l] ≤ e < starts[l + 1]) is
+// token tokens[e], with activation values[e] and ∂loss/∂activation g_values[e].
+struct Gradient {
+  int64_t n_latents, d_model;
+  const int32_t *starts, *tokens;
+  const float *values, *g_values;
+  const float *a, *g;  // (n_tokens, d_model): the encoder's input, ∂loss/∂reconstruction
+  // AuxK: position of each latent among the dead ones or -1, and their own gradients.
+  const int32_t* aux_position;
+  const float *aux_dec, *aux_enc, *aux_b;
+};
+
+// One parameter tensor with Adam's two moments.
+struct Parameter {
+  float *p, *m, *v;
+};
+
+struct Parameters {
+  Parameter w_enc, b_enc, w_dec, b_pre;
+};
+
+struct AdamStep {
+  float beta1, beta2, step_size, inverse_root_correction2, eps;
+};
+
+}  // extern "C"
+
+namespace {
+
+// gradient: null for a latent at rest. scale: the clipping factor.
+void adam(float* p, float* m, float* v, const float* gradient, int64_t n, float scale,
+          const AdamStep& s) {
+  const float b1 = s.beta1, b2 = s.beta2, rate = s.step_size, eps = s.eps;
+  const float root = s.inverse_root_correction2;
+  if (gradient == nullptr) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) {
+      m[i] *= b1;
+      v[i] *= b2;
+      p[i] -= rate * m[i] / (std::sqrt(v[i]) * root + eps);
+    }
+    return;
+  }
+#pragma omp simd
+  for (int64_t i = 0; i < n; i++) {
+    const float g = scale * gradient[i];
+    m[i] += (1 - b1) * (g - m[i]);
+    v[i] = b2 * v[i] + (1 - b2) * g * g;
+    p[i] -= rate * m[i] / (std::sqrt(v[i]) * root + eps);
+  }
+}
+
+// One latent's gradients, its decoder's without the component along the (unit) direction w_dec.
+struct Rows {
+  std::vector<float> dec, enc;
+  float b = 0;
+
+  explicit Rows(int64_t d) : dec(d), enc(d) {}
+
+  bool build(const Gradient& x, int64_t latent, const float* w_dec) {
+    const int64_t d = x.d_model, start = x.starts[latent], count = x.starts[latent + 1] - start;
+    const int64_t aux = x.aux_position ? x.aux_position[latent] : -1;
+    if (count == 0 && aux < 0) return false;
+    b = 0;
+    if (count > 0) {
+      weighted_sum(dec.data(), x.g, x.tokens + start, x.values + start, count, d);
+      weighted_sum(enc.data(), x.a, x.tokens + start, x.g_values + start, count, d);
+      for (int64_t e = start; e < start + count; e++) b += x.g_values[e];
+    } else {
+      std::fill(dec.begin(), dec.end(), 0.0f);
+      std::fill(enc.begin(), enc.end(), 0.0f);
+    }
+    if (aux >= 0) {
+      add_scaled(dec.data(), x.aux_dec + aux * d, 1, d);
+      add_scaled(enc.data(), x.aux_enc + aux * d, 1, d);
+      b += x.aux_b[aux];
+    }
+    add_scaled(dec.data(), w_dec, -dot(dec.data(), w_dec, d), d);
+    return true;
+  }
+};
+
+}  // namespace
+
+extern "C" {
+
+// Decode n tokens and go back: squared error and Σx² per token, g = ∂loss/∂reconstruction for the
+// loss factor/2 · Σ_tokens ‖error‖² / ‖x‖², g_values = ∂loss/∂activation. While a token's
+// decoder rows are in the cache they serve both directions.
+void saint_reconstruct(int64_t n, int64_t d, int64_t k, const float* x, const float* w_dec,
+                       const float* b_pre, double factor, const float* values,
+                       const int32_t* indices, float* g, float* g_values, float* squared,
+                       float* normaliser, uint8_t* fired, int64_t threads) {
+#pragma omp parallel num_threads(threads)
+  {
+    FlushDenormals flush;
+#pragma omp for schedule(dynamic, 8)
+    for (int64_t t = 0; t < n; t++) {
+      float* error = g + t * d;
+      const float *token = x + t * d, *v = values + t * k;
+      const int32_t* index = indices + t * k;
+      weighted_sum(error, w_dec, index, v, k, d);
+#pragma omp simd
+      for (int64_t i = 0; i < d; i++) error[i] += b_pre[i] - token[i];
+      squared[t] = dot(error, error, d);
+      normaliser[t] = std::max(dot(token, token, d), kMinNormaliser * d);
+      const float scale = (float)(factor / normaliser[t]);
+#pragma omp simd
+      for (int64_t i = 0; i < d; i++) error[i] *= scale;
+      for (int64_t j = 0; j < k; j++) {
+        const bool active = v[j] > 0;
+        g_values[t * k + j] = active ? dot(error, w_dec + index[j] * d, d) : 0;
+        if (active) __atomic_store_n(fired + index[j], 1, __ATOMIC_RELAXED);
+      }
+    }
+  }
+}
+
+// Sort the active entries of (n_tokens, k) matrices by latent, tokens ascending (counting sort).
+// starts: (n_latents + 1); the others have room for n_tokens · k entries.
+void saint_group(int64_t n_tokens, int64_t k, int64_t n_latents, const int32_t* indices,
+                 const float* values, const float* g_values, int32_t* starts, int32_t* tokens,
+                 float* values_by_latent, float* g_values_by_latent, int64_t /* threads */) {
+  const int64_t n = n_tokens * k;
+  std::fill(starts, starts + n_latents + 1, 0);
+  for (int64_t e = 0; e < n; e++) starts[indices[e] + 1] += values[e] > 0;
+  for (int64_t l = 0; l < n_latents; l++) starts[l + 1] += starts[l];
+  std::vector<int32_t> next(starts, starts + n_latents);
+  for (int64_t e = 0; e < n; e++) {
+    if (!(values[e] > 0)) continue;
+    const int32_t to = next[indices[e]]++;
+    tokens[to] = (int32_t)(e / k);
+    values_by_latent[to] = values[e];
+    g_values_by_latent[to] = g_values[e];
+  }
+}
+
+// Return the squared norm of the whole gradient (decoder's projected). grad_b_pre: Σ_tokens g, from
+// which Σ_latents ∂loss/∂b_enc · w_enc is taken here.
+double saint_norm(const Gradient* gradient, const Parameters* at, float* grad_b_pre,
+                  int64_t threads) {
+  const Gradient& x = *gradient;
+  const int64_t d = x.d_model, chunks = std::min(kChunks, x.n_latents);
+  std::vector<double> squares(chunks);
+  std::vector<float> shares(chunks * d);
+#pragma omp parallel num_threads(threads)
+  {
+    FlushDenormals flush;
+    Rows rows(d);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t c = 0; c < chunks; c++) {
+      const int64_t end = x.n_latents * (c + 1) / chunks;
+      for (int64_t l = x.n_latents * c / chunks; l < end; l++) {
+        if (!rows.build(x, l, at->w_dec.p + l * d)) continue;
+        add_scaled(shares.data() + c * d, at->w_enc.p + l * d, -rows.b, d);
+        squares[c] += (double)dot(rows.dec.data(), rows.dec.data(), d) +
+                      dot(rows.enc.data(), rows.enc.data(), d) + (double)rows.b * rows.b;
+      }
+    }
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < d; i++) {
+      double sum = grad_b_pre[i];
+      for (int64_t c = 0; c < chunks; c++) sum += shares[c * d + i];
+      grad_b_pre[i] = (float)sum;
+    }
+  }
+  double total = 0;
+  for (double share : squares) total += share;
+  for (int64_t i = 0; i < d; i++) total += (double)grad_b_pre[i] * grad_b_pre[i];
+  return total;
+}
+
+// One Adam step with the gradient scaled by `scale`, then unit decoder directions: every weight
+// and moment is read and written once, and no gradient ever is.
+void saint_update(const Gradient* gradient, const Parameters* at, const AdamStep* step,
+                  double scale, const float* grad_b_pre, int64_t threads) {
+  const Gradient& x = *gradient;
+  const int64_t d = x.d_model;
+#pragma omp parallel num_threads(threads)
+  {
+    FlushDenormals flush;
+    Rows rows(d);
+#pragma omp for schedule(dynamic, 16)
+    for (int64_t l = 0; l < x.n_latents; l++) {
+      const Parameter &dec = at->w_dec, &enc = at->w_enc, &b = at->b_enc;
+      float* direction = dec.p + l * d;
+      const bool active = rows.build(x, l, direction);
+      adam(direction, dec.m + l * d, dec.v + l * d, active ? rows.dec.data() : nullptr, d,
+           (float)scale, *step);
+      const float length = std::sqrt(dot(direction, direction, d));
+      const float inverse = 1 / std::max(length, kMinNormaliser);
+#pragma omp simd
+      for (int64_t i = 0; i < d; i++) direction[i] *= inverse;
+      adam(enc.p + l * d, enc.m + l * d, enc.v + l * d, active ? rows.enc.data() : nullptr, d,
+           (float)scale, *step);
+      adam(b.p + l, b.m + l, b.v + l, active ? &rows.b : nullptr, 1, (float)scale, *step);
+    }
+  }
+  adam(at->b_pre.p, at->b_pre.m, at->b_pre.v, grad_b_pre, d, (float)scale, *step);
+}
+
+}  // extern "C"

@@ -1,0 +1,238 @@
+"""One optimiser step from micro-batches, in the three ways that `--kernels` names.
+
+Each step object is given micro-batches (`accumulate`) and then moves the weights once (`apply`).
+All keep Adam's moments alike, so that a checkpoint does not depend on the kernels.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sae import TopKSparseAutoencoder, normalise_decoder
+from saint import cpu_kernels
+from saint.runtime import UserError, Workers, log
+from saint.sae_gradients import (
+    AuxGradient,
+    AuxK,
+    CpuKernels,
+    Losses,
+    SparseGradient,
+    losses_and_gradients,
+    sparse_gradient,
+)
+
+KERNELS = ("auto", "cpp", "cpp_float32", "sparse", "dense")
+_LEAST_ROUNDED_D_MODEL = 256  # for shorter rows the error bound is wide, and there is little to win
+BETAS = (0.9, 0.999)
+EPS = 6.25e-10
+
+
+class Moments:
+    """Adam's state: two float32 moments of each parameter, and the steps taken."""
+
+    def __init__(self, sae: TopKSparseAutoencoder):
+        self.n_steps = 0
+        self.first = {name: torch.zeros_like(p) for name, p in sae.named_parameters()}
+        self.second = {name: torch.zeros_like(p) for name, p in sae.named_parameters()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what `load_state_dict` takes."""
+        return {"n_steps": self.n_steps, "first": self.first, "second": self.second}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from another run's moments."""
+        self.n_steps = state["n_steps"]
+        for name in self.first:
+            self.first[name].copy_(state["first"][name])
+            self.second[name].copy_(state["second"][name])
+
+
+class Step(Protocol):
+    """What the training loop needs of a step."""
+
+    name: str
+
+    def accumulate(self, x: Tensor, k: int, aux: AuxK | None, weight: float) -> Losses:
+        """Take in a micro-batch: standardised x (n_tokens, d_model), its gradient times weight."""
+        ...
+
+    def apply(self, learning_rate: float, grad_clip: float) -> Tensor:
+        """Move the weights by the sum over micro-batches and ranks; return the gradient's norm."""
+        ...
+
+
+def make_step(kernels: str, sae: TopKSparseAutoencoder, moments: Moments, workers: Workers) -> Step:
+    """Choose the step: "auto" is C++ (else sparse) on a CPU, and dense on a GPU.
+
+    "cpp" multiplies rounded numbers where that is faster and scores what could matter exactly,
+    "cpp_float32" never does. Raises UserError when these are asked for and cannot be had.
+    """
+    on_cpu = workers.device.type == "cpu"
+    if kernels.startswith("cpp") and not on_cpu:
+        raise UserError(f"--kernels {kernels} works on a CPU, this run is on {workers.device}")
+    if kernels.startswith("cpp") or (kernels == "auto" and on_cpu):
+        try:
+            may_round = kernels != "cpp_float32" and sae.config.d_model >= _LEAST_ROUNDED_D_MODEL
+            rounded = may_round and cpu_kernels.has_rounded_product()
+            return CppStep(sae, moments, workers, rounded=rounded)
+        except UserError as error:
+            if kernels != "auto":
+                raise
+            log.info("kernels: torch's sparse products, since there are no faster ones: %s", error)
+            return TorchStep(sae, moments, workers, "sparse")
+    return TorchStep(sae, moments, workers, "sparse" if kernels == "sparse" else "dense")
+
+
+class TorchStep:
+    """Dense gradients in `.grad`, from autograd ("dense") or sparse products ("sparse")."""
+
+    def __init__(
+        self,
+        sae: TopKSparseAutoencoder,
+        moments: Moments,
+        workers: Workers,
+        name: Literal["sparse", "dense"],
+    ):
+        self.sae, self.moments, self.workers = sae, moments, workers
+        self.name: Literal["sparse", "dense"] = name
+
+    def accumulate(self, x: Tensor, k: int, aux: AuxK | None, weight: float) -> Losses:
+        """See `Step`."""
+        return losses_and_gradients(self.sae, x, k, aux, kernel=self.name, weight=weight)
+
+    def apply(self, learning_rate: float, grad_clip: float) -> Tensor:
+        """See `Step`."""
+        if self.workers.world_size > 1:
+            for parameter in self.sae.parameters():
+                dist.all_reduce(parameter.grad)
+        project_decoder_gradient(self.sae)
+        norm = torch.nn.utils.clip_grad_norm_(self.sae.parameters(), grad_clip)
+        self._adam(learning_rate)
+        self.sae.zero_grad(set_to_none=True)
+        normalise_decoder(self.sae)
+        return norm
+
+    @torch.no_grad()
+    def _adam(self, learning_rate: float) -> None:
+        from torch.optim.adam import adam  # takes seconds to import, which "cpp" can do without
+
+        parameters = dict(self.sae.named_parameters())
+        n_steps = [torch.tensor(float(self.moments.n_steps)) for _ in parameters]
+        self.moments.n_steps += 1
+        adam(
+            list(parameters.values()),
+            [p.grad for p in parameters.values() if p.grad is not None],
+            [self.moments.first[name] for name in parameters],
+            [self.moments.second[name] for name in parameters],
+            [],
+            [n.to(self.workers.device) for n in n_steps],
+            fused=True,
+            amsgrad=False,
+            beta1=BETAS[0],
+            beta2=BETAS[1],
+            lr=learning_rate,
+            weight_decay=0.0,
+            eps=EPS,
+            maximize=False,
+        )
+
+
+@torch.no_grad()
+def project_decoder_gradient(sae: TopKSparseAutoencoder) -> None:
+    """Remove from each decoder direction's gradient the component parallel to it."""
+    assert sae.W_dec.grad is not None
+    parallel = (sae.W_dec.grad * sae.W_dec).sum(dim=1, keepdim=True)
+    sae.W_dec.grad.addcmul_(sae.W_dec, parallel, value=-1)
+
+
+class CppStep:
+    """No gradient is ever stored: the optimiser's pass makes each latent's from its tokens.
+
+    Ranks exchange their tokens' activations and errors rather than gradients, so each does what
+    one rank does with the whole batch.
+    """
+
+    def __init__(
+        self, sae: TopKSparseAutoencoder, moments: Moments, workers: Workers, *, rounded: bool
+    ):
+        self.sae, self.moments, self.workers = sae, moments, workers
+        self.name = "cpp" if rounded else "cpp_float32"
+        self.pieces = CpuKernels(rounded=rounded)
+        self._parts: list[SparseGradient] = []
+        self._dead: Tensor | None = None
+
+    def accumulate(self, x: Tensor, k: int, aux: AuxK | None, weight: float) -> Losses:
+        """See `Step`."""
+        losses, gradient = sparse_gradient(self.sae, x, k, aux, self.pieces, weight=weight)
+        self._parts.append(gradient)
+        self._dead = aux.dead if aux is not None else None
+        return losses
+
+    @torch.no_grad()
+    def apply(self, learning_rate: float, grad_clip: float) -> Tensor:
+        """See `Step`."""
+        whole = self._sum_of_parts()
+        aux = None
+        if whole.aux is not None and self._dead is not None:
+            aux = (self._dead, whole.aux.dec, whole.aux.enc, whole.aux.b)
+        gradient = cpu_kernels.group_by_latent(
+            self.sae.config.n_latents,
+            *(whole.indices, whole.values, whole.g_values, whole.a, whole.g, aux),
+        )
+        parameters = cpu_kernels.point_to(*self._weights_and_moments())
+        grad_b_pre = whole.g.sum(dim=0)
+        norm = cpu_kernels.gradient_norm(gradient, parameters, grad_b_pre)
+        scale = min(1.0, grad_clip / (norm + 1e-6))
+        step = self._adam_step(learning_rate)
+        cpu_kernels.update(gradient, parameters, step, scale, grad_b_pre)
+        self.pieces.encode.forget_weights()
+        return torch.tensor(norm)
+
+    def _sum_of_parts(self) -> SparseGradient:
+        """Put the micro-batches' and then the ranks' tokens one after the other."""
+        parts, self._parts = self._parts, []
+        names = ("values", "g_values", "indices", "a", "g")
+        whole = [_concatenate([getattr(part, name) for part in parts]) for name in names]
+        aux = _add([part.aux for part in parts if part.aux is not None])
+        if self.workers.world_size > 1:
+            whole = [_gather(tensor, self.workers.world_size) for tensor in whole]
+            if aux is not None:
+                for tensor in (aux.dec, aux.enc, aux.b):
+                    dist.all_reduce(tensor)
+        return SparseGradient(*whole, aux)
+
+    def _weights_and_moments(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        first, second = self.moments.first, self.moments.second
+        return [
+            (getattr(self.sae, name).detach(), first[name], second[name])
+            for name in ("W_enc", "b_enc", "W_dec", "b_pre")
+        ]
+
+    def _adam_step(self, learning_rate: float) -> cpu_kernels.AdamStep:
+        self.moments.n_steps += 1
+        correction1, correction2 = (1 - beta**self.moments.n_steps for beta in BETAS)
+        return cpu_kernels.AdamStep(*BETAS, learning_rate / correction1, correction2**-0.5, EPS)
+
+
+def _concatenate(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+
+def _gather(tensor: Tensor, world_size: int) -> Tensor:
+    pieces = [torch.empty_like(tensor) for _ in range(world_size)]
+    dist.all_gather(pieces, tensor)
+    return torch.cat(pieces)
+
+
+def _add(parts: list[AuxGradient]) -> AuxGradient | None:
+    if not parts:
+        return None
+    for part in parts[1:]:
+        parts[0].dec.add_(part.dec)
+        parts[0].enc.add_(part.enc)
+        parts[0].b.add_(part.b)
+    return parts[0]

@@ -1,0 +1,261 @@
+"""One training step, in all its versions, against dense float64 autograd written another way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_sae import make_sae
+
+from sae import TopKSparseAutoencoder, standardise
+from saint import cpu_kernels, training_step
+from saint.runtime import UserError, Workers
+from saint.sae_gradients import AuxK, CpuKernels, Losses, TorchKernels, sparse_gradient
+from saint.training_step import Moments, make_step
+
+ALONE = Workers(0, 1, torch.device("cpu"))
+KERNELS = ("cpp", "sparse", "dense")
+WEIGHTS = ("W_enc", "b_enc", "W_dec", "b_pre")
+
+
+@dataclass
+class Reference:
+    """The whole step in float64: objective by autograd, projection, clipping, Adam, norms."""
+
+    loss: torch.Tensor
+    aux_loss: torch.Tensor
+    gradients: dict[str, torch.Tensor]
+    norm: float
+
+    def stepped(self, sae: TopKSparseAutoencoder, rate: float, clip: float) -> dict:
+        """First step of Adam from zero moments: m̂ = g, v̂ = g²."""
+        scale = min(1.0, clip / (self.norm + 1e-6))
+        weights = {}
+        for name in WEIGHTS:
+            g = scale * self.gradients[name]
+            weights[name] = getattr(sae, name).detach().double() - rate * g / (g.abs() + 6.25e-10)
+        weights["W_dec"] /= weights["W_dec"].norm(dim=1, keepdim=True)
+        return weights
+
+
+def reference(sae: TopKSparseAutoencoder, x: torch.Tensor, aux: AuxK | None) -> Reference:
+    p = {n: v.detach().double().requires_grad_() for n, v in sae.named_parameters()}
+    x = x.double()
+    pre = (x - p["b_pre"]) @ p["W_enc"].T + p["b_enc"]
+    chosen = pre.argsort(dim=1, descending=True, stable=True)[:, : sae.config.k]
+    mask = torch.zeros_like(pre, dtype=torch.bool).scatter(1, chosen, True)
+    hidden = torch.where(mask & (pre > 0), pre, 0.0)
+    error = x - (hidden @ p["W_dec"] + p["b_pre"])
+    loss = ((error**2).sum(1) / (x**2).sum(1).clamp_min(1e-12 * x.shape[1])).mean()
+    aux_loss = torch.zeros((), dtype=torch.float64)
+    if aux is not None:
+        dead = pre[:, aux.dead]
+        keep = dead.argsort(dim=1, descending=True, stable=True)[:, : aux.k]
+        dead_mask = torch.zeros_like(dead, dtype=torch.bool).scatter(1, keep, True)
+        guess = torch.where(dead_mask & (dead > 0), dead, 0.0) @ p["W_dec"][aux.dead]
+        residual = error.detach()
+        spread = ((residual - residual.mean(1, keepdim=True)) ** 2).mean(1).clamp_min(1e-12)
+        aux_loss = (((residual - guess) ** 2).mean(1) / spread).mean()
+    (loss + (aux.coefficient * aux_loss if aux is not None else 0.0)).backward()
+    gradients = {n: v.grad for n, v in p.items() if v.grad is not None}
+    with torch.no_grad():
+        along = (gradients["W_dec"] * p["W_dec"]).sum(1, keepdim=True)
+        gradients["W_dec"] -= along * p["W_dec"]
+        norm = float(torch.stack([g.norm() for g in gradients.values()]).norm())
+    return Reference(loss.detach(), aux_loss.detach(), gradients, norm)
+
+
+def one_step(
+    sae, x, aux, kernels, *, parts=1, rate=0.0, clip=float("inf")
+) -> tuple[Losses, dict[str, torch.Tensor], float]:
+    """Take one step; return the losses, the gradients as Adam saw them, and their norm.
+
+    After the first step Adam's first moment is (1 - β₁) times the gradient.
+    """
+    moments = Moments(sae)
+    step = make_step(kernels, sae, moments, ALONE)
+    losses = None
+    for part in x.chunk(parts):
+        losses = step.accumulate(part, sae.config.k, aux, len(part) / max(1, len(x)))
+    norm = step.apply(rate, clip)
+    gradients = {name: first / (1 - 0.9) for name, first in moments.first.items()}
+    assert losses is not None
+    return losses, gradients, float(norm)
+
+
+def relative(a, b) -> float:
+    return float((a.double() - b).norm() / b.norm().clamp_min(1e-30))
+
+
+AUXES = {
+    "none dead": None,
+    "one dead": ([7], 1),
+    "some dead, k_aux of them": (list(range(0, 64, 3)), 4),
+    "all dead, k_aux all": (list(range(64)), 64),
+}
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("aux", AUXES.values(), ids=AUXES)
+def test_every_gradient_equals_float64_autograd(kernels, aux):
+    sae = make_sae()
+    x = standardise(torch.randn(50, 24))[0]
+    aux = None if aux is None else AuxK(torch.tensor(aux[0]), aux[1], 0.5)
+    wanted = reference(sae, x, aux)
+    losses, gradients, norm = one_step(sae, x, aux, kernels)
+    assert float(losses.loss) == pytest.approx(float(wanted.loss), rel=1e-5)
+    assert float(losses.aux_loss) == pytest.approx(float(wanted.aux_loss), rel=1e-5)
+    assert norm == pytest.approx(wanted.norm, rel=1e-5)
+    for name in WEIGHTS:
+        assert relative(gradients[name], wanted.gradients[name]) < 1e-5, name
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    n=st.integers(1, 40),
+    d=st.integers(2, 40),
+    n_latents=st.integers(1, 300),
+    duplicates=st.booleans(),
+    data=st.data(),
+)
+def test_cpp_gradients_equal_float64_autograd_for_any_shape(n, d, n_latents, duplicates, data):
+    k = data.draw(st.integers(1, n_latents))
+    n_dead = data.draw(st.integers(0, n_latents))
+    sae = make_sae(d, n_latents, k, seed=n)
+    x = standardise(torch.randn(2 * n, d))[0]
+    if duplicates:
+        x = x[torch.randint(n, (2 * n,))]
+    aux = None
+    if n_dead:
+        aux = AuxK(torch.randperm(n_latents)[:n_dead], data.draw(st.integers(1, n_dead)), 0.5)
+    wanted = reference(sae, x, aux)
+    half = one_step(make_sae(d, n_latents, k, seed=n), x[::2], None, "cpp")[2]  # not contiguous
+    assert half == pytest.approx(reference(sae, x[::2], None).norm, rel=1e-4, abs=1e-6)
+    losses, gradients, norm = one_step(sae, x, aux, "cpp")
+    assert float(losses.loss) == pytest.approx(float(wanted.loss), rel=1e-4)
+    for name in WEIGHTS:
+        assert relative(gradients[name], wanted.gradients[name]) < 1e-4 or (
+            wanted.gradients[name].norm() < 1e-5 * wanted.norm
+        ), name
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_a_clipped_step_is_adam_on_unit_directions(kernels):
+    sae = make_sae()
+    x = standardise(torch.randn(50, 24))[0]
+    aux = AuxK(torch.arange(0, 64, 3), 4, 0.5)
+    wanted = reference(sae, x, aux)
+    weights = wanted.stepped(sae, rate=1e-2, clip=wanted.norm / 3)
+    one_step(sae, x, aux, kernels, rate=1e-2, clip=wanted.norm / 3)
+    for name in WEIGHTS:
+        torch.testing.assert_close(
+            getattr(sae, name).detach().double(), weights[name], atol=1e-5, rtol=0
+        )
+
+
+def test_all_kernels_walk_the_same_way_and_keep_unit_norms():
+    ends = {}
+    for kernels in KERNELS:
+        torch.manual_seed(3)
+        sae = make_sae(n_latents=200)
+        step = make_step(kernels, sae, Moments(sae), ALONE)
+        generator = torch.Generator().manual_seed(5)
+        for i in range(8):
+            x = standardise(torch.randn(30, 24, generator=generator))[0]
+            aux = AuxK(torch.arange(i, 200, 9), 4, 1 / 32) if i % 3 else None
+            for part in x.split(20):
+                step.accumulate(part, 5, aux, len(part) / len(x))
+            step.apply(1e-3, 0.1)
+            norms = sae.W_dec.detach().norm(dim=1)
+            torch.testing.assert_close(norms, torch.ones(200), rtol=0, atol=1e-6)
+        ends[kernels] = [p.detach() for p in sae.parameters()]
+    for kernels in ("cpp", "sparse"):
+        for mine, dense in zip(ends[kernels], ends["dense"], strict=True):
+            torch.testing.assert_close(mine, dense, rtol=0, atol=3e-5)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_micro_batches_add_up_to_the_batch(kernels):
+    x = standardise(torch.randn(48, 24))[0]
+    aux = AuxK(torch.arange(0, 64, 5), 3, 1 / 32)
+    _, whole, _ = one_step(make_sae(), x, aux, kernels)
+    _, parts, _ = one_step(make_sae(), x, aux, kernels, parts=5)
+    for name in WEIGHTS:
+        torch.testing.assert_close(parts[name], whole[name], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_an_empty_batch_and_a_zero_token_change_nothing(kernels):
+    for x in (torch.empty(0, 24), torch.zeros(2, 24)):
+        sae = make_sae()
+        with torch.no_grad():
+            sae.b_pre.zero_()
+            sae.b_enc.zero_()
+        _, gradients, norm = one_step(sae, x, None, kernels)
+        assert norm == 0 or kernels == "dense"  # autograd of an empty mean is NaN
+        if kernels != "dense":
+            assert all(not g.any() for g in gradients.values())
+
+
+def test_cpp_selection_is_exact_and_prefers_the_first_of_equals():
+    torch.manual_seed(0)
+    for n_latents, k in ((1, 1), (17, 17), (40, 3), (5000, 7), (70_000, 64)):
+        a, w = torch.randn(6, 8), torch.randn(n_latents, 8)
+        bias = torch.randn(n_latents).round()
+        a, w = (2 * a).round(), w.round()  # whole numbers: many equals, no rounding
+        pre = a @ w.T + bias
+        values, indices, also = cpu_kernels.Encoder(rounded=False)(
+            a, w, bias, k, torch.tensor([0, 0])
+        )
+        wanted = pre.sort(dim=1, descending=True, stable=True)
+        assert torch.equal(
+            indices.sort(dim=1).values, wanted.indices[:, :k].sort(dim=1).values.int()
+        )
+        assert torch.equal(values.sort(descending=True).values, wanted.values[:, :k].relu())
+        assert torch.equal(also, pre[:, [0, 0]])
+
+
+def test_numbers_that_are_not_finite_show_in_the_loss():
+    sae = make_sae()
+    x = standardise(torch.randn(4, 24))[0]
+    x[2, 3] = torch.nan
+    for pieces in (CpuKernels(rounded=True), TorchKernels()):
+        losses, _ = sparse_gradient(sae, x, 5, None, pieces)
+        assert not torch.isfinite(losses.loss)
+
+
+def test_cpp_steps_have_the_same_bits_with_any_number_of_threads(monkeypatch):
+    ends = []
+    for n_threads in (1, 3):
+        sae = make_sae(n_latents=600)
+        x = standardise(torch.randn(64, 24, generator=torch.Generator().manual_seed(1)))[0]
+        monkeypatch.setattr(torch, "get_num_threads", lambda n=n_threads: n)
+        one_step(sae, x, AuxK(torch.arange(9), 9, 1 / 32), "cpp", rate=1e-3, clip=0.01)
+        ends.append([p.detach() for p in sae.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+def test_without_a_compiler_torch_does_it(monkeypatch, caplog):
+    caplog.set_level("INFO", logger="saint")
+    sae = make_sae()
+    moments = Moments(sae)
+    monkeypatch.setattr(cpu_kernels.shutil, "which", lambda name: None)
+    cpu_kernels.library.cache_clear()
+    try:
+        assert make_step("auto", sae, moments, ALONE).name == "sparse"
+        assert "no C++ compiler" in caplog.text
+        with pytest.raises(UserError, match="no C\\+\\+ compiler"):
+            make_step("cpp", sae, moments, ALONE)
+        monkeypatch.setattr(cpu_kernels.shutil, "which", lambda name: "/bin/false")
+        with pytest.raises(UserError, match="cannot compile"):
+            monkeypatch.setattr(cpu_kernels, "_FLAGS", ("-O9",))
+            make_step("cpp", sae, moments, ALONE)
+    finally:
+        cpu_kernels.library.cache_clear()
+    gpu = Workers(0, 1, torch.device("cuda"))
+    with pytest.raises(UserError, match="works on a CPU"):
+        make_step("cpp", sae, moments, gpu)
+    assert training_step.make_step("auto", sae, moments, gpu).name == "dense"
