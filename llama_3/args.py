@@ -53,9 +53,8 @@ class LlamaArgs:
         names = ("n_heads", "n_kv_heads", "ffn_dim", "vocab_size")
         for name in names:
             if getattr(self, name) % n_shards:
-                raise CheckpointError(
-                    f"{name} {getattr(self, name)} does not split over {n_shards}"
-                )
+                size = f"{name} {getattr(self, name)}"
+                raise CheckpointError(f"{size} does not split over {n_shards} ranks of one model")
         return replace(self, **{name: getattr(self, name) // n_shards for name in names})
 
 

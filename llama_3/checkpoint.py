@@ -50,17 +50,15 @@ def load_llama(
     tokenizer = load_tokenizer(model_dir)
     model = Llama(args, device=device, dtype=dtype, n_layers=n_layers, n_shards=model_parallel_size)
     whole = Llama(args, device=torch.device("meta"), dtype=dtype)
-    shapes = {_in_file(name, is_meta): list(p.shape) for name, p in whole.named_parameters()}
+    words, weights = {} if is_meta else _TO_HF, dict(whole.named_parameters())
+    names = {name: ".".join(words.get(word, word) for word in name.split(".")) for name in weights}
+    shapes = {names[name]: list(weight.shape) for name, weight in weights.items()}
     _check(model_dir, is_meta, shapes, stored)
     for own_name, parameter in model.named_parameters():
-        name = _in_file(own_name, is_meta)
+        name = names[own_name]
         halves = args.head_dim if name.endswith(("q_proj.weight", "k_proj.weight")) else None
         _fill(parameter, model.shard, shapes[name], [part for _, part in stored[name]], halves)
     return model.eval(), tokenizer
-
-
-def _in_file(name: str, is_meta: bool) -> str:
-    return name if is_meta else ".".join(_TO_HF.get(word, word) for word in name.split("."))
 
 
 def _map_files(model_dir: Path, is_meta: bool) -> Stored:

@@ -61,6 +61,8 @@ def generate(
         resid = model.capture(tokens, [last], edits=edits, layout=layout)[last]
         resid = resid[torch.arange(len(prompts)), lengths - 1 if step == 0 else 0]
         tokens = _sample(model.unembed(resid), sampling, generators)
+        # Ranks of a tensor-parallel group go on with the first one's draw: they may never differ.
+        tokens = model.reduce(tokens * (model.shard == 0))
         ids = tokens[:, 0].tolist()
         running = [on and i not in stop_ids for on, i in zip(running, ids, strict=True)]
         if not any(running):

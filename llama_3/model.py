@@ -24,13 +24,12 @@ class HookPoint(NamedTuple):
 
 
 Edit = Callable[[Tensor, Tensor], Tensor]
-"""edit(x, positions) -> x of the same shape and dtype.
+"""edit(x, positions) -> x of the same shape, (batch, seq, d_model), and dtype.
 
-x: (batch, seq, d_model). positions: (batch, seq), int64, 0-based within the row's own sequence
-(0 is BOS where one was prepended), -1 where the row is padding. Packed input has batch 1.
+positions: (batch, seq), int64, 0-based within the row's own sequence (0 is BOS where one was
+prepended), -1 where the row is padding. Packed input has batch 1.
 """
 Edits = Mapping[HookPoint, Edit] | None
-Packing = tuple[list[Tensor], Tensor]
 Make = Callable[..., Any]
 
 
@@ -46,7 +45,7 @@ class Layout:
 
     positions: Tensor
     rotation: Tensor
-    packing: Packing | None = None
+    packing: list[Tensor] | None = None
     cache: Tensor | None = None
     mask: Tensor | None = None
 
@@ -198,8 +197,10 @@ class Llama(nn.Module):
         if tokens.ndim == 1:
             if not seq_lens or sum(seq_lens) != len(tokens) or min(seq_lens) < 1:
                 raise ValueError("packed tokens need seq_lens, positive, adding up to their number")
-            positions = torch.cat([torch.arange(n) for n in seq_lens])[None].to(self.device)
-            return Layout(positions, self.rotation(positions), _rectangles(seq_lens, self.device))
+            positions = torch.cat([torch.arange(n) for n in seq_lens])[None]
+            positions, packing = to_device(positions, self.device), _rectangles(seq_lens)
+            packing = [to_device(rows, self.device) for rows in packing]
+            return Layout(positions, self.rotation(positions), packing)
         row = torch.arange(tokens.shape[1], device=self.device)[None]
         lengths = torch.tensor(seq_lens or [len(row[0])] * len(tokens), device=self.device)
         return Layout(torch.where(row < lengths[:, None], row, -1), self.rotation(row))
@@ -255,19 +256,15 @@ def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Attention of (batch, seq, heads, head_dim) queries over fewer or as many KV heads.
-
-    Causal over a sequence; a single query sees all keys, or those in mask (batch, 1, 1, n_keys).
-    """
+    """Causal attention, (batch, seq, heads, head_dim); one query sees all keys, or mask's."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     modes = {"is_causal": q.shape[2] > 1, "enable_gqa": q.shape[1] != k.shape[1]}
     return F.scaled_dot_product_attention(q, k, v, mask, **modes).transpose(1, 2)
 
 
-def _packed_attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
+def _packed_attention(q: Tensor, k: Tensor, v: Tensor, packing: list[Tensor]) -> Tensor:
     """Causal attention within each packed sequence; tensors are (1, n_tokens, heads, head_dim)."""
-    rectangles, inverse = packing
-    parts = []
+    parts, (*rectangles, inverse) = [], packing
     for rows in rectangles:
         flat = rows.flatten()
         boxed = (x[0].index_select(0, flat).unflatten(0, rows.shape) for x in (q, k, v))
@@ -275,10 +272,10 @@ def _packed_attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tens
     return torch.cat(parts).index_select(0, inverse)[None]
 
 
-def _rectangles(seq_lens: Sequence[int], device: torch.device) -> Packing:
+def _rectangles(seq_lens: Sequence[int]) -> list[Tensor]:
     """Arrange packed sequences in one rectangle per length class, so that attention pads little.
 
-    Returns the packed row of every slot, (n_members, longest) per rectangle, and each packed
+    Returns the packed row of every slot, (n_members, longest) per rectangle, and last each packed
     row's slot, counted through all rectangles, (n_tokens,).
     """
     classes: dict[int, list[Tensor]] = {}
@@ -289,4 +286,11 @@ def _rectangles(seq_lens: Sequence[int], device: torch.device) -> Packing:
     real = (slots >= 0).nonzero()[:, 0]
     inverse = torch.empty_like(real).index_copy_(0, slots[real], real)
     # Padding reads row 0; being last in its sequence, it is seen by no real row.
-    return [rows.clamp(min=0).to(device) for rows in rectangles], inverse.to(device)
+    return [*(rows.clamp(min=0) for rows in rectangles), inverse]
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a CPU tensor to the device; to a GPU through pinned memory, without waiting for it."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

@@ -39,7 +39,6 @@ class Tokenizer:
     merging; `special_tokens`, name to id; `bos_token`; `stop_tokens`, the first of which is EOS
     unless `eos_token` says otherwise; `n_vocab`; optionally `chat`: templates `message` (with
     {role} and {content}) and `generation_prompt`, `bos`, `strip` (trim contents), `default_system`.
-    Raises KeyError or ValueError for a spec that lacks something.
     """
 
     def __init__(self, ranks: dict[bytes, int], spec: dict[str, Any]) -> None:

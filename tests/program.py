@@ -9,8 +9,10 @@ from __future__ import annotations
 import importlib
 import multiprocessing
 import os
+import socket
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -71,11 +73,35 @@ def start(
     return process
 
 
+def fork(target: Callable[..., None], *args: object) -> BaseProcess:
+    """Start `target`, a function of a module, in a process of its own."""
+    process = _context().Process(target=target, args=args)
+    process.start()
+    return process
+
+
 def call(stage: str, *args: object, env: dict[str, str] | None = None) -> Finished:
+    return call_ranks(1, stage, *args, env=env)[0]
+
+
+def call_ranks(
+    n_ranks: int, stage: str, *args: object, env: dict[str, str] | None = None
+) -> list[Finished]:
+    """Run a stage on ranks that find each other as torchrun's do (by its environment)."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    place |= {"WORLD_SIZE": str(n_ranks)}
+    finished, processes = [], []
     with tempfile.TemporaryDirectory() as directory:
-        output = Path(directory) / "output"
-        process = start(stage, *args, output=output, env=env)
-        process.join(120)
-        assert process.exitcode is not None, "the stage hangs"
-        texts = [Path(f"{output}{ending}").read_text() for ending in (".out", ".err")]
-    return Finished(process.exitcode, *texts)
+        for rank in range(n_ranks):
+            own = place | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if n_ranks > 1 else {}
+            output = Path(directory) / f"output{rank}"
+            processes.append(start(stage, *args, output=output, env=own | (env or {})))
+        for rank, process in enumerate(processes):
+            process.join(120)
+            assert process.exitcode is not None, "the stage hangs"
+            output = Path(directory) / f"output{rank}"
+            texts = [Path(f"{output}{ending}").read_text() for ending in (".out", ".err")]
+            finished.append(Finished(process.exitcode, *texts))
+    return finished
