@@ -52,9 +52,8 @@ class LlamaArgs:
         """One tensor-parallel rank's share. Raises CheckpointError if the model does not split."""
         names = ("n_heads", "n_kv_heads", "ffn_dim", "vocab_size")
         for name in names:
-            if getattr(self, name) % n_shards:
-                size = f"{name} {getattr(self, name)}"
-                raise CheckpointError(f"{size} does not split over {n_shards} ranks of one model")
+            if (size := getattr(self, name)) % n_shards:
+                raise CheckpointError(f"{name} {size} does not split over {n_shards} ranks")
         return replace(self, **{name: getattr(self, name) // n_shards for name in names})
 
 

@@ -5,6 +5,7 @@ import json
 import mmap
 from dataclasses import replace
 from pathlib import Path
+from zipfile import is_zipfile
 
 import torch
 from safetensors.torch import load_file
@@ -54,8 +55,7 @@ def load_llama(
     names = {name: ".".join(words.get(word, word) for word in name.split(".")) for name in weights}
     shapes = {names[name]: list(weight.shape) for name, weight in weights.items()}
     _check(model_dir, is_meta, shapes, stored)
-    for own_name, parameter in model.named_parameters():
-        name = names[own_name]
+    for name, parameter in ((names[name], p) for name, p in model.named_parameters()):
         halves = args.head_dim if name.endswith(("q_proj.weight", "k_proj.weight")) else None
         _fill(parameter, model.shard, shapes[name], [part for _, part in stored[name]], halves)
     return model.eval(), tokenizer
@@ -82,6 +82,8 @@ def _map_files(model_dir: Path, is_meta: bool) -> Stored:
 
 def _map_file(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".pth":
+        if path.exists() and not is_zipfile(path):
+            raise ValueError("damaged or cut short: not a whole file of torch.save's")
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
             raise ValueError("expected a dict of tensors")
@@ -89,6 +91,8 @@ def _map_file(path: Path) -> dict[str, Tensor]:
     with path.open("rb") as file:
         data = file.read(2**24)  # headers are far smaller
     start = 8 + int.from_bytes(data[:8], "little")
+    if start > path.stat().st_size:
+        raise ValueError("cut short in its header")
     tensors = {k: v for k, v in json.loads(data[8:start]).items() if k != "__metadata__"}
     for name in sorted(tensors, key=lambda name: tensors[name]["data_offsets"]):
         if start + tensors[name]["data_offsets"][1] > path.stat().st_size:
@@ -106,8 +110,8 @@ def _check(model_dir: Path, is_meta: bool, shapes: dict[str, list[int]], stored:
             where = lacking.pop() if len(lacking) == 1 else model_dir
             raise CheckpointError(f"{where}: tensor {name} is missing")
         # Each part of a tensor is all of it, or an equal slice of one dimension.
-        n, sizes = len(parts), list(enumerate(shape))
-        slices = [[*shape[:d], size // n, *shape[d + 1 :]] for d, size in sizes if size % n == 0]
+        n = len(parts)
+        slices = [[*shape[:d], s // n, *shape[d + 1 :]] for d, s in enumerate(shape) if s % n == 0]
         for path, tensor in parts:
             if list(tensor.shape) not in [shape, *slices] or tensor.shape != parts[0][1].shape:
                 found = f"{list(tensor.shape)}" + f" in one of {n} files" * (n > 1)
@@ -148,8 +152,8 @@ def _fill(
 
 def _release_pages(tensor: Tensor) -> None:
     """Let go of the file pages that reading a mapped tensor brought into this process."""
-    advise = getattr(ctypes.CDLL(None), "madvise", None)
     start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     n_bytes = (tensor.data_ptr() + tensor.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
-    if advise and n_bytes > 0:  # whole pages only: the last one may hold another tensor's start
-        advise(ctypes.c_void_p(start), ctypes.c_size_t(n_bytes), mmap.MADV_DONTNEED)
+    if n_bytes > 0:  # whole pages only: the last one may hold another tensor's start
+        place = (ctypes.c_void_p(start), ctypes.c_size_t(n_bytes))
+        ctypes.CDLL(None).madvise(*place, mmap.MADV_DONTNEED)

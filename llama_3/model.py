@@ -221,9 +221,8 @@ class Llama(nn.Module):
     def _embed(self, tokens: Tensor) -> Tensor:
         if self.n_shards == 1:
             return self.tok_embeddings(tokens)
-        n_own = self.own_args.vocab_size
-        tokens = tokens - self.shard * n_own
-        here = (tokens >= 0) & (tokens < n_own)
+        tokens = tokens - self.shard * self.own_args.vocab_size
+        here = (tokens >= 0) & (tokens < self.own_args.vocab_size)
         return self.reduce(self.tok_embeddings(tokens.where(here, 0)) * here[..., None])
 
     def _head(self) -> tuple[Any, Any]:
@@ -266,8 +265,7 @@ def _packed_attention(q: Tensor, k: Tensor, v: Tensor, packing: list[Tensor]) ->
     """Causal attention within each packed sequence; tensors are (1, n_tokens, heads, head_dim)."""
     parts, (*rectangles, inverse) = [], packing
     for rows in rectangles:
-        flat = rows.flatten()
-        boxed = (x[0].index_select(0, flat).unflatten(0, rows.shape) for x in (q, k, v))
+        boxed = (x[0].index_select(0, rows.flatten()).unflatten(0, rows.shape) for x in (q, k, v))
         parts.append(_attention(*boxed).flatten(0, 1))
     return torch.cat(parts).index_select(0, inverse)[None]
 

@@ -173,7 +173,7 @@ def test_processes_that_do_not_fit_the_model_are_one_line(
         assert line.startswith("error: --model_parallel_size 2") and message in line
     flags = capture_args(root, tmp_path / "acts", model_dir=split_model, model_parallel_size=4)
     finished = call("capture_activations", *flags, env={"WORLD_SIZE": "4"})
-    assert finished.stderr == "error: n_kv_heads 2 does not split over 4 ranks of one model\n"
+    assert finished.stderr == "error: n_kv_heads 2 does not split over 4 ranks\n"
     flags = evaluate_args(root, model_dir=split_model)
     finished = call("sae_evaluation", *flags, env={"WORLD_SIZE": "2"})
     assert "no more processes than --model_parallel_size 1" in finished.last_line
