@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -34,13 +35,17 @@ class Finished:
         return (self.stderr.strip().splitlines() or [""])[-1]
 
 
-def context() -> Any:
-    """Return a fork server's context in which the stages are imported already."""
+def fork(target: Callable[..., None], *args: object) -> BaseProcess:
+    """Run `target`, a function of a module, in a process of its own."""
     # The server's own process inherits sys.path through the environment.
     os.environ["PYTHONPATH"] = os.pathsep.join([str(REPO), str(REPO / "tests")])
     forkserver = multiprocessing.get_context("forkserver")
     forkserver.set_forkserver_preload(["stage_warmup"])
-    return forkserver
+    process = forkserver.Process(target=target, args=args)
+    # Without this every child would import the program that called us: pytest.
+    with mock.patch.dict(sys.modules, {"__main__": ModuleType("__main__")}):
+        process.start()
+    return process
 
 
 def _die_at(event: int) -> None:
@@ -99,12 +104,7 @@ def start(
     die_at: int | None = None,
 ) -> BaseProcess:
     """Start `stage`.py; its output goes to `output`.out and `output`.err."""
-    texts = [str(a) for a in args]
-    process = context().Process(target=_child, args=(stage, texts, env or {}, str(output), die_at))
-    # Without this every child would import the program that called us: pytest.
-    with mock.patch.dict(sys.modules, {"__main__": ModuleType("__main__")}):
-        process.start()
-    return process
+    return fork(_child, stage, [str(a) for a in args], env or {}, str(output), die_at)
 
 
 def call(stage: str, *args: object, env: dict[str, str] | None = None) -> Finished:

@@ -18,6 +18,7 @@ for stage in (
     "interpret_top_sentences_send_batches",
     "interpret_top_sentences_retrieve_batches",
     "interpret_top_sentences_parse_responses",
+    "llama_3_inference_text_completion",
 ):
     importlib.import_module(stage)
 
