@@ -18,11 +18,12 @@ import torch
 
 from llama_3 import CheckpointError
 from saint.clarity import clearest_latents
+from saint.completions import Pair, stream_pairs
 from saint.evidence import Evidence, open_evidence
 from saint.labels import Label, load_labels
 from saint.manifests import Output, State, file_checksum
 from saint.runtime import add_overwrite_flag, log, run_stage, write_json, write_text
-from saint.steering import Pair, Request, Setting, Studio, build_edits, stream_pairs
+from saint.steering import Request, Setting, Studio, build_edits
 from saint.studio import EXAMPLE_PROMPTS, add_studio_flags, load_studio
 from saint.training_page import STYLE, curves
 from saint.training_run import RunFiles
