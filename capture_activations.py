@@ -5,18 +5,17 @@
 
 Sentences are sampled in a seeded order and cut into shards; shard k belongs to rank k mod world
 size, so the bytes do not depend on the number of ranks. Within a shard, sentences of similar length
-are packed into batches without padding, the forward stops at the last captured layer, and the rows
-are put back into the sentences' order.
+are packed into batches without padding, the forward stops at the last captured layer, and a thread
+writes the rows to their places in the sentences' order.
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,36 +32,43 @@ from llama_3 import (
     load_args,
     load_llama,
 )
-from saint.activation_store import (
-    SENTENCES,
-    STAGE,
-    VOCABULARY,
-    layer_dir_name,
-    part_name,
-    read_shard,
-    shard_name,
-)
+from saint.activation_store import SENTENCES, STAGE, VOCABULARY, layer_dir_name, part_name
 from saint.capture import (
     Capture,
+    CapturedBatch,
     ShardJob,
+    Tokenised,
+    capture_shards,
     is_complete,
+    read_record,
     shard_jobs,
     shard_paths,
     shard_sizes,
-    write_job,
 )
-from saint.manifests import Output, State, file_checksum, model_fingerprint, read_manifest
+from saint.manifests import (
+    Output,
+    State,
+    file_checksum,
+    manifest_path,
+    model_fingerprint,
+    read_manifest,
+    recorded_arguments,
+)
+from saint.row_format import STORE_DTYPES, row_bytes
 from saint.runtime import (
     UserError,
     Workers,
     add_device_flags,
     add_overwrite_flag,
     atomic_path,
+    available_bytes,
     log,
     log_arguments,
+    naming_full_disk,
     pick_dtype,
     positive_int,
     progress,
+    require_space,
     run_stage,
     start_workers,
 )
@@ -113,11 +119,18 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--no_bos", action="store_true", help="no BOS token before a sentence (the older behaviour)"
     )
+    what.add_argument(
+        "--store_dtype",
+        choices=STORE_DTYPES,
+        default="bfloat16",
+        help="number format on disk; int8, with one scale per token, takes half [%(default)s]",
+    )
     speed = parser.add_argument_group("speed")
     speed.add_argument(
         "--batch_tokens",
         type=positive_int,
-        help="tokens of one forward pass [32768 on a GPU, 4096 on a CPU]",
+        help="tokens of one forward pass [at most 32768 on a GPU and 4096 on a CPU, less where "
+        "memory is short; kept when a run is resumed]",
     )
     speed.add_argument(
         "--sentences_per_shard", type=positive_int, help="sentences of a shard file [about 1 GB]"
@@ -143,45 +156,15 @@ def parse_hooks(layers: str, hook_points: str, n_layers: int) -> list[HookPoint]
     return [HookPoint(layer, name) for layer in wanted for name in names]
 
 
-def require_space(output_dir: Path, n_bytes: int) -> None:
-    """Raise UserError when the disk cannot hold what is still to be written."""
-    free = shutil.disk_usage(output_dir).free
-    if n_bytes > free:
-        raise UserError(
-            f"{output_dir} needs about {n_bytes / 1e9:.1f} GB more, {free / 1e9:.1f} GB are free: "
-            "make room or lower --num_samples, then run the same command"
-        )
+def automatic_batch_tokens(model_args: LlamaArgs, device: torch.device, weight_bytes: int) -> int:
+    """Return the largest power of two of tokens whose forward pass takes half of the free memory.
 
-
-def capture_shards(
-    capture: Capture, jobs: Iterator[ShardJob], output_dir: Path, num_samples: int, bar: Any
-) -> int:
-    """Capture the given shards; tokenising and writing overlap the forward. Return the tokens."""
-    n_stored = 0
-    with ThreadPoolExecutor(1) as tokenising, ThreadPoolExecutor(1) as writing:
-        written: Future[None] | None = None
-        job = next(jobs, None)
-        prepared = tokenising.submit(capture.tokenise, job) if job else None
-        while job is not None and prepared is not None:
-            following = next(jobs, None)
-            token_lists = prepared.result()
-            if following is not None:
-                prepared = tokenising.submit(capture.tokenise, following)
-            n_tokens = sum(map(len, token_lists))
-            bytes_per_sentence = (
-                2 * capture.model.args.dim * len(capture.hooks) * n_tokens / len(token_lists)
-            )
-            if n_stored == 0:
-                require_space(output_dir, int(bytes_per_sentence * num_samples))
-            rows = capture.run(token_lists, bar)
-            if written is not None:
-                written.result()
-            written = writing.submit(write_job, output_dir, job, token_lists, rows)
-            n_stored += n_tokens
-            job = following
-        if written is not None:
-            written.result()
-    return n_stored
+    At most 32,768 on a GPU (more is no faster) and 4,096 on a CPU (larger leaves its caches).
+    """
+    per_token = 4 * (12 * model_args.dim + 3 * model_args.ffn_dim)
+    most = 32768 if device.type == "cuda" else 4096
+    fitting = (available_bytes(device) - weight_bytes) // 2 // per_token
+    return min(most, 1 << max(8, fitting.bit_length() - 1)) if fitting > 0 else 256
 
 
 def write_vocabulary(output_dir: Path, tokenizer: Tokenizer) -> None:
@@ -194,18 +177,6 @@ def write_vocabulary(output_dir: Path, tokenizer: Tokenizer) -> None:
         pq.write_table(table, temporary, compression="zstd")
 
 
-def count_stored(output_dir: Path, hooks: Sequence[HookPoint], n_shards: int) -> dict[str, Any]:
-    """Count sentences and tokens per shard from the shards themselves."""
-    shards = [read_shard(shard_paths(output_dir, hooks[:1], i)[hooks[0]]) for i in range(n_shards)]
-    return {
-        "n_shards": n_shards,
-        "n_sentences": sum(len(s.sentence_ids) for s in shards),
-        "n_tokens": sum(len(s.token_ids) for s in shards),
-        "shard_sentences": [len(s.sentence_ids) for s in shards],
-        "shard_tokens": [len(s.token_ids) for s in shards],
-    }
-
-
 def plan_output(
     args: argparse.Namespace,
     model_args: LlamaArgs,
@@ -213,8 +184,26 @@ def plan_output(
     dataset: SentenceDataset,
     device: torch.device,
 ) -> Output:
-    """Resolve what shapes the bytes, automatic values included."""
-    per_shard = _SHARD_BYTES // (2 * model_args.dim * _TYPICAL_TOKENS)
+    """Resolve what shapes the bytes, automatic values included: an earlier run's, if there is one.
+
+    Raises UserError when the store cannot be extended any more.
+    """
+    earlier: dict[str, Any] = {}
+    if not args.overwrite:
+        earlier = recorded_arguments(manifest_path(args.output_dir, STAGE, single_file=False))
+    weights = [p for p in args.model_dir.glob("*") if p.suffix in (".pth", ".safetensors")]
+    automatic = {
+        "batch_tokens": lambda: automatic_batch_tokens(
+            model_args, device, sum(p.stat().st_size for p in weights)
+        ),
+        "sentences_per_shard": lambda: max(
+            1, _SHARD_BYTES // (row_bytes(model_args.dim, args.store_dtype) * _TYPICAL_TOKENS)
+        ),
+    }
+    resolved = {
+        name: getattr(args, name) or earlier.get(name) or choose()
+        for name, choose in automatic.items()
+    }
     return Output(
         path=args.output_dir,
         stage=STAGE,
@@ -225,9 +214,9 @@ def plan_output(
             "max_token_length": args.max_token_length,
             "shuffle_seed": args.shuffle_seed,
             "no_bos": args.no_bos,
-            "batch_tokens": args.batch_tokens or (32768 if device.type == "cuda" else 4096),
-            "sentences_per_shard": args.sentences_per_shard or max(1, per_shard),
             "dtype": str(pick_dtype(args.dtype, device)).removeprefix("torch."),
+            "store_dtype": args.store_dtype,
+            **resolved,
         },
         sources={"model": model_fingerprint(args.model_dir), "dataset": dataset.fingerprint},
         single_file=False,
@@ -241,31 +230,54 @@ def plan_output(
     )
 
 
+def begin(output: Output, *, overwrite: bool) -> State:
+    """Begin the run. Raises UserError when the store's rows have moved, so that it cannot grow."""
+    if output.manifest_path.exists() and not overwrite:
+        earlier = read_manifest(output.path, STAGE)
+        grows = output.arguments["num_samples"] > earlier.arguments["num_samples"]
+        if grows and "in_place" in earlier.facts:
+            raise UserError(
+                f"{output.path} was preprocessed in place and cannot be extended: choose another "
+                "--output_dir, or --overwrite to start over"
+            )
+    return output.begin(overwrite=overwrite)
+
+
 def finish(
     output: Output, model_args: LlamaArgs, hooks: list[HookPoint], n_shards: int, sampler: Sampler
 ) -> None:
-    """Write the manifest from what lies on disk."""
+    """Write the manifest from what every shard's writer recorded."""
     arguments = output.arguments
-    counts = count_stored(output.path, hooks, n_shards) | {"skipped": asdict(sampler.skipped)}
-    names = [VOCABULARY] + [f"{SENTENCES}/{part_name(i)}" for i in range(n_shards)]
-    names += [f"{layer_dir_name(*h)}/{shard_name(i)}" for h in hooks for i in range(n_shards)]
+    records = [read_record(output.path, i) for i in range(n_shards)]
+    counts = {
+        "n_shards": n_shards,
+        "n_sentences": sum(r["n_sentences"] for r in records),
+        "n_tokens": sum(r["n_tokens"] for r in records),
+        "n_cut_sentences": sum(r["n_cut"] for r in records),
+        "shard_sentences": [r["n_sentences"] for r in records],
+        "shard_tokens": [r["n_tokens"] for r in records],
+        "skipped": asdict(sampler.skipped),
+    }
     facts = {
         "layers": {layer_dir_name(*h): {"layer": h.layer, "hook_point": h.name} for h in hooks},
         "d_model": model_args.dim,
         "prepend_bos": not arguments["no_bos"],
         "max_token_length": arguments["max_token_length"],
         "dtype": arguments["dtype"],
+        "store_dtype": arguments["store_dtype"],
         "model_fingerprint": output.sources["model"],
         "dataset_fingerprint": output.sources["dataset"],
         "text_column": sampler.dataset.text_column,
         "n_sentences": counts["n_sentences"],
         "n_tokens": counts["n_tokens"],
     }
+    own = [VOCABULARY, *(f"{SENTENCES}/{part_name(i)}" for i in range(n_shards))]
     with ThreadPoolExecutor() as pool:
-        known = dict(
-            zip(names, pool.map(lambda n: file_checksum(output.path / n), names), strict=True)
-        )
-    output.finish(facts=facts, counts=counts, files=names, known=known)
+        checksums = pool.map(lambda name: file_checksum(output.path / name), own)
+        known = dict(zip(own, checksums, strict=True))
+    for record in records:
+        known |= record["files"]
+    output.finish(facts=facts, counts=counts, files=known, known=known)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -281,12 +293,51 @@ def main(argv: Sequence[str] | None = None) -> None:
     if dataset.n_rows == 0:
         raise UserError(f"--dataset_dir {args.dataset_dir} holds no rows")
     output = plan_output(args, model_args, hooks, dataset, workers.device)
-    state = workers.on_main(lambda: output.begin(overwrite=args.overwrite))
+    output.arguments |= workers.broadcast(output.arguments)  # memory differs between machines
+    state = workers.on_main(lambda: begin(output, overwrite=args.overwrite))
     if state is State.DONE:
         counts = read_manifest(output.path, STAGE).counts
         log.info("done already: %s holds %s tokens", output.path, f"{counts['n_tokens']:,}")
         return
     capture_and_finish(args, output, hooks, dataset, workers)
+
+
+@dataclass
+class Progress:
+    """Follows one rank's run: space before the first shard, the bar, and what the summary says.
+
+    n_missing: sentences still to capture, of all ranks; n_own: this rank's share of them.
+    """
+
+    output: Output
+    n_hooks: int
+    bytes_per_token: int
+    n_missing: int
+    n_own: int
+    bar: Any
+    n_tokenised: int = 0
+    n_sentences: int = 0
+    n_stored: int = 0
+    n_computed: int = 0
+
+    def tokenised(self, job: ShardJob, tokenised: Tokenised) -> None:
+        """Estimate the whole from the sentences so far. Raises UserError if space is short."""
+        first = self.n_sentences == 0
+        self.n_tokenised += tokenised.n_tokens
+        self.n_sentences += len(job.sentence_ids)
+        per_sentence = self.n_tokenised / self.n_sentences
+        if first:
+            n_bytes = per_sentence * self.n_missing * self.bytes_per_token * self.n_hooks
+            remedy = "make room or lower --num_samples"
+            require_space(self.output.path, int(n_bytes), remedy)
+        self.bar.total = int(per_sentence * max(self.n_own, self.n_sentences))
+        self.bar.refresh()
+
+    def batch(self, batch: CapturedBatch, n_stored: int) -> None:
+        """Count a batch."""
+        self.n_stored += n_stored
+        self.n_computed += batch.n_computed
+        self.bar.update(n_stored)
 
 
 def capture_and_finish(
@@ -297,20 +348,22 @@ def capture_and_finish(
     workers: Workers,
 ) -> None:
     """Load the model, capture this rank's missing shards, and write the manifest on rank 0."""
-    started = time.monotonic()
     kept = []
     if output.manifest_path.exists():
         kept = read_manifest(output.path, STAGE).counts["shard_sentences"]
-    sizes = shard_sizes(args.num_samples, output.arguments["sentences_per_shard"], kept)
+    n_samples = min(args.num_samples, dataset.n_rows)
+    sizes = shard_sizes(n_samples, output.arguments["sentences_per_shard"], kept)
     sampler = Sampler(dataset, args.shuffle_seed)
     n_jobs = 0
+
+    def is_own(index: int) -> bool:
+        return index % workers.world_size == workers.rank
 
     def own_jobs() -> Iterator[ShardJob]:
         nonlocal n_jobs
         for job in shard_jobs(sampler, sizes):
             n_jobs += 1
-            mine = job.index % workers.world_size == workers.rank
-            if mine and not is_complete(output.path, hooks, job):
+            if is_own(job.index) and not is_complete(output.path, hooks, job):
                 yield job
 
     model, tokenizer = load_llama(
@@ -326,35 +379,59 @@ def capture_and_finish(
         not args.no_bos,
         args.max_token_length,
         output.arguments["batch_tokens"],
+        args.store_dtype,
     )
     if workers.is_main:
         write_vocabulary(output.path, tokenizer)
-    with progress(None, unit="tok", description="capture", unit_scale=True) as bar:
-        n_stored = capture_shards(capture, own_jobs(), output.path, args.num_samples, bar)
+    started = time.monotonic()
+    missing = {
+        i: size
+        for i, size in enumerate(sizes)
+        if not all(path.exists() for path in shard_paths(output.path, hooks, i).values())
+    }
+    with (
+        naming_full_disk(output.path),
+        progress(None, unit="tok", description="capture", unit_scale=True) as bar,
+    ):
+        done = Progress(
+            output,
+            len(hooks),
+            row_bytes(model.args.dim, args.store_dtype),
+            sum(missing.values()),
+            sum(size for i, size in missing.items() if is_own(i)),
+            bar,
+        )
+        capture_shards(
+            capture, own_jobs(), output.path, on_tokenised=done.tokenised, on_batch=done.batch
+        )
     workers.barrier()
     if n_jobs == 0:
         raise UserError(f"--dataset_dir {args.dataset_dir} holds no usable sentence")
-    everyone = workers.gather(n_stored)
+    everyone = workers.gather((done.n_stored, done.n_computed))
     if workers.is_main:
-        finish(output, load_args(args.model_dir), hooks, n_jobs, sampler)
-        summarise(output, sum(everyone), time.monotonic() - started)
+        finish(output, model.args, hooks, n_jobs, sampler)
+        n_stored, n_computed = (sum(column) for column in zip(*everyone, strict=True))
+        summarise(output, n_stored, n_computed, time.monotonic() - started)
 
 
-def summarise(output: Output, n_stored: int, seconds: float) -> None:
-    """Log the figures a person wants; n_stored: tokens that this run added."""
+def summarise(output: Output, n_stored: int, n_computed: int, seconds: float) -> None:
+    """Log the figures a person wants; n_stored, n_computed: tokens that this run added and ran."""
     manifest = read_manifest(output.path, STAGE)
+    counts = manifest.counts
     size = sum(file["bytes"] for file in manifest.files.values())
-    if manifest.counts["n_sentences"] < output.arguments["num_samples"]:
-        log.info("the dataset has only %d usable sentences", manifest.counts["n_sentences"])
+    if counts["n_sentences"] < output.arguments["num_samples"]:
+        log.info("the dataset has only %d usable sentences", counts["n_sentences"])
     log.info(
-        "captured %s tokens of %s sentences into %s: %.2f GB, %.0f tokens/s, no padding, "
-        "%d rows skipped, %.0f s",
-        f"{manifest.counts['n_tokens']:,}",
-        f"{manifest.counts['n_sentences']:,}",
+        "captured %s tokens of %s sentences into %s: %.2f GB, %.0f tokens/s, padding 0 %%, BOS "
+        "%.1f %% of what was computed, %d rows skipped, %d sentences cut, %.0f s",
+        f"{counts['n_tokens']:,}",
+        f"{counts['n_sentences']:,}",
         output.path,
         size / 1e9,
         n_stored / max(seconds, 1e-9),
-        sum(manifest.counts["skipped"].values()),
+        100 * (1 - n_stored / max(n_computed, 1)),
+        sum(counts["skipped"].values()),
+        counts["n_cut_sentences"],
         seconds,
     )
 

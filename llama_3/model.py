@@ -228,7 +228,7 @@ class Llama(nn.Module):
                 raise ValueError("packed tokens need seq_lens, positive, adding up to their number")
             starts = lengths.cumsum(0) - lengths
             positions = torch.arange(len(tokens)) - starts.repeat_interleave(lengths)
-            positions = positions.to(self.device)[None]
+            positions = to_device(positions, self.device)[None]
             return Layout(positions, self.rotation(positions), *_rectangles(lengths, self.device))
         row = torch.arange(tokens.shape[1], device=self.device)[None]
         positions = row.expand(tokens.shape)
@@ -360,5 +360,12 @@ def _rectangles(lengths: Tensor, device: torch.device) -> tuple[list[Tensor], Te
         rows = starts[member][:, None] + offset * real
         inverse[rows[real]] = n_slots + real.flatten().nonzero()[:, 0]
         n_slots += real.numel()
-        rectangles.append(rows.to(device))
-    return rectangles, inverse.to(device)
+        rectangles.append(to_device(rows, device))
+    return rectangles, to_device(inverse, device)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a CPU tensor to the device; to a GPU through pinned memory, without waiting for it."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
