@@ -24,6 +24,7 @@ from saint.runtime import UserError, atomic_path
 
 STORE_DTYPES = ("bfloat16", "float16", "int8")
 ROW_TENSORS = ("scales", "activations")
+_PIECE_BYTES = 1 << 20  # several times faster than hundreds of MB in one call
 Stored = Mapping[str, Tensor]
 """Rows in their number format, by tensor name."""
 
@@ -108,12 +109,8 @@ class TensorFile:
 
     def _write(self, data: bytes | memoryview, offset: int) -> None:
         while len(data):
-            n = os.pwrite(self._descriptor, data, offset)
+            n = os.pwrite(self._descriptor, data[:_PIECE_BYTES], offset)
             data, offset = data[n:], offset + n
-
-    def sync(self) -> None:
-        """Wait until everything written to the file, by whoever, is on the disk."""
-        os.fsync(self._descriptor)
 
     def close(self) -> None:
         """Close the file."""

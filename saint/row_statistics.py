@@ -16,7 +16,7 @@ from saint.runtime import atomic_path
 
 MASSIVE_NORM_FACTOR = 20
 _EPS = 1e-6  # as in sae.standardise
-_ROWS_AT_ONCE = 2048
+_SCRATCH_BYTES = 4 << 20
 _N_FINE_BINS = 8192
 _N_BINS = 40
 _N_NAMED = 10
@@ -43,30 +43,36 @@ class RowStatistics:
         """Whether every row was."""
         return all(np.isfinite(part).all() for part in self.norm_parts)
 
-    def add(self, rows: Stored, is_train: np.ndarray) -> None:
-        """Count n stored rows in. is_train: (n,) bool.
+    @classmethod
+    def of(cls, rows: Stored, is_train: np.ndarray, scratch: Tensor) -> RowStatistics:
+        """Count n stored rows. is_train: (n,) bool. scratch: from `make_scratch`.
 
         z is never made: from a row's sum and norm follow its mean and deviation, and sums of z
-        are products with the raw rows. Within 2,048 rows these are float32, float64 beyond.
+        are products with the raw rows; float32 over as many rows as scratch holds, float64 beyond.
         """
         n_rows, d_model = rows["activations"].shape
-        if self.total is None:
-            self.total = np.zeros(d_model)
-        ones, scratch = torch.ones(d_model), torch.empty(_ROWS_AT_ONCE, d_model)
-        for start in range(0, n_rows, _ROWS_AT_ONCE):
-            block = slice(start, start + _ROWS_AT_ONCE)
+        total, squares, norm_parts = np.zeros(d_model), 0.0, []
+        ones = torch.ones(d_model)
+        for start in range(0, n_rows, len(scratch)):
+            block = slice(start, start + len(scratch))
             part = decode_rows({name: tensor[block] for name, tensor in rows.items()})
             raw = scratch[: len(part)].copy_(part)
             norms = torch.linalg.vector_norm(raw, dim=1)
             mean = torch.mv(raw, ones).double() / d_model
             centred = (norms.double().square() - d_model * mean.square()).clamp_min(0)
             scale = (centred / (d_model - 1)).sqrt() + _EPS
-            train = torch.from_numpy(is_train[block])
-            weight = torch.where(train, 1 / scale, 0.0)
-            self.total += torch.mv(raw.T, weight.float()).double().numpy()
-            self.total -= float((weight * mean).sum())
-            self.squares += float((weight.square() * centred).sum())
-            self.norm_parts.append(norms.numpy())
+            weight = torch.where(torch.from_numpy(is_train[block]), 1 / scale, 0.0)
+            total += torch.mv(raw.T, weight.float()).double().numpy()
+            total -= float((weight * mean).sum())
+            squares += float((weight.square() * centred).sum())
+            norm_parts.append(norms.numpy())
+        return cls(total, squares, norm_parts)
+
+    def append(self, following: RowStatistics) -> None:
+        """Count the rows that follow."""
+        self.total = following.total if self.total is None else self.total + following.total
+        self.squares += following.squares
+        self.norm_parts += following.norm_parts
 
     def save(self, path: Path) -> None:
         """Write atomically."""
@@ -79,6 +85,11 @@ class RowStatistics:
         """Read what `save` wrote."""
         with np.load(path, allow_pickle=False) as arrays:
             return cls(arrays["total"], float(arrays["squares"]), [arrays["norms"]])
+
+
+def make_scratch(d_model: int) -> Tensor:
+    """Return memory (n, d_model) float32 that fits into a processor's cache."""
+    return torch.empty(max(1, _SCRATCH_BYTES // (4 * d_model)), d_model)
 
 
 def combine_sums(parts: Iterable[RowStatistics], n_rows: int) -> tuple[Tensor, float]:

@@ -268,8 +268,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
+        sync_file(temporary)
         temporary.chmod(0o666 & ~_umask())  # some writers make files that only their owner reads
         os.replace(temporary, path)
         _fsync_directory(path.parent)
@@ -305,6 +304,12 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def sync_file(path: Path) -> None:
+    """Wait until what was written to a file, by whoever, is on the disk."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
 
 
 def _fsync_directory(directory: Path) -> None:

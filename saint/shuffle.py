@@ -12,11 +12,13 @@ Python's lock, they start at once, share memory, and die together when the progr
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -32,17 +34,17 @@ from saint.row_format import (
     read_tensors,
     write_tensors,
 )
-from saint.row_statistics import RowStatistics
-from saint.runtime import UserError, progress
+from saint.row_statistics import RowStatistics, make_scratch
+from saint.runtime import UserError, progress, sync_file
 from saint.sentences import held_out_mask
 
-_CHUNK_BYTES = 32 << 20
+_BLOCK_BYTES = 16 << 20
+_BLOCK_COPIES = 4  # a block as it was read, as it is sorted, what tracks it, and some as float32
 _TRACKING_BYTES = 32  # per row: where it goes, and its place in a permutation
-_DEALING_COPIES = 4  # a chunk as it was read, as it is sorted, and as float32
 
 Rows = Mapping[str, Tensor]
-Put = Callable[[Rows, np.ndarray, np.ndarray], None]
-"""put(rows, file, place): takes rows, each dealt to a file (a number) as its place-th row."""
+Put = Callable[[Rows, "Block", "Workspace"], None]
+"""put(rows, block, workspace): takes a block's rows and puts them where they are dealt to."""
 
 
 @dataclass(frozen=True)
@@ -70,13 +72,20 @@ class OutputFile:
 
 @dataclass(frozen=True)
 class Block:
-    """Consecutive rows of a shard, whole sentences. file: (n_rows,) each one's output file,
-    numbered over both splits, training first.
+    """Consecutive rows of a shard, whole sentences, and where they go.
+
+    file: (n_rows,) each row's output file, numbered over both splits, training first. place:
+    (n_rows,) as which of the file's rows it was dealt.
     """
 
     first_row: int
-    n_rows: int
     file: np.ndarray
+    place: np.ndarray
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of the block."""
+        return len(self.file)
 
 
 @dataclass(frozen=True)
@@ -106,21 +115,26 @@ class Shuffle:
         """Map a shard's tokens, offsets and sentence ids, wherever its rows are."""
         return read_tensors(self.store.shard_path(shard), INDEX_TENSORS)
 
-    def blocks(self, shard: int, n_rows: int) -> Iterator[Block]:
-        """Yield where a shard's rows go, in blocks of about n_rows; the same for any n_rows."""
+    def blocks(self, shard: int, places: np.ndarray) -> Iterator[Block]:
+        """Deal a shard's rows, in blocks of about `block_rows`.
+
+        places: (n_files,) int64, rows that each file has got before; moved on with each block.
+        """
         index = self.index_of(shard)
         offsets, token_ids = index["offsets"].numpy(), index["token_ids"].numpy()
         generator = np.random.default_rng([self.seed, 0, shard])
         n_train, n_val = self.n_files["train"], self.n_files["val"]
         first = 0
         while first < len(offsets) - 1:
-            end = int(np.searchsorted(offsets, offsets[first] + n_rows, side="right")) - 1
+            limit = offsets[first] + self.block_rows
+            end = int(np.searchsorted(offsets, limit, side="right")) - 1
             part = offsets[first : max(first + 1, end) + 1]
             held_out = held_out_mask(token_ids, part, fraction=self.held_out_fraction)
             held_out = np.repeat(held_out, np.diff(part))
             draw = generator.random(len(held_out))
             file = (draw * np.where(held_out, n_val, n_train)).astype(np.int64)
-            yield Block(int(part[0]), len(file), file + held_out * n_train)
+            file += held_out * n_train
+            yield Block(int(part[0]), file, next_places(file, places))
             first += len(part) - 1
 
     def is_replaced(self, shard: int) -> bool:
@@ -153,15 +167,14 @@ class Shuffle:
         return sum(t.nbytes for t in self.memory(1).values()) + _TRACKING_BYTES
 
     @property
-    def chunk_rows(self) -> int:
-        """Rows that a worker deals at once: in half of its share of the memory, at most 32 MB."""
-        share = self.memory_bytes // (2 * _DEALING_COPIES * self.n_workers)
-        return max(256, min(_CHUNK_BYTES, share) // self.bytes_per_row)
+    def block_rows(self) -> int:
+        """Rows that a worker moves at once; the same whatever the memory and the workers."""
+        return max(1, _BLOCK_BYTES // self.bytes_per_row)
 
     @property
-    def dealing_bytes(self) -> int:
-        """Memory of all workers while they deal."""
-        return _DEALING_COPIES * self.n_workers * self.chunk_rows * self.bytes_per_row
+    def n_moving(self) -> int:
+        """Workers that move blocks at once, in at most half of the memory."""
+        return max(1, min(self.n_workers, self.memory_bytes // (2 * _BLOCK_COPIES * _BLOCK_BYTES)))
 
 
 @dataclass(frozen=True)
@@ -187,13 +200,14 @@ class Plan:
     def fits_in_memory(self) -> bool:
         """Whether all rows may be in memory at once, so that none need go to disk in between."""
         s = self.shuffle
-        return self.n_rows * s.bytes_per_row + s.dealing_bytes <= s.memory_bytes
+        moving = s.n_moving * _BLOCK_COPIES * _BLOCK_BYTES
+        return self.n_rows * s.bytes_per_row + moving <= s.memory_bytes
 
     @property
     def n_permuting(self) -> int:
         """Files that are permuted at once. Raises UserError if the memory holds not even one."""
         s = self.shuffle
-        each = (max(file.n_rows for file in self.files) + s.chunk_rows) * s.bytes_per_row
+        each = (max(file.n_rows for file in self.files) + s.block_rows) * s.bytes_per_row
         if each > s.memory_bytes:
             raise UserError(
                 f"one file of rows takes {each / 1e9:.2f} GB of memory: raise --memory_gb or lower "
@@ -212,8 +226,8 @@ def make_plan(shuffle: Shuffle) -> Plan:
     for shard in shuffle.shards:
         if not shuffle.is_replaced(shard):
             verify_size(*shuffle.recorded(shard))
-        for block in shuffle.blocks(shard, shuffle.chunk_rows):
-            counts[shard] += np.bincount(block.file, minlength=n_files)
+        for _ in shuffle.blocks(shard, counts[shard]):
+            pass
     names: list[tuple[Split, int]] = [
         (split, i) for split in SPLITS for i in range(shuffle.n_files[split])
     ]
@@ -222,25 +236,66 @@ def make_plan(shuffle: Shuffle) -> Plan:
     return Plan(shuffle, files, np.cumsum(counts, axis=0) - counts)
 
 
-def deal_shard(plan: Plan, shard: int, put: Put) -> RowStatistics:
-    """Verify a shard, hand its rows to `put` a chunk at a time, and return its statistics.
+@dataclass
+class Workspace:
+    """Memory that workers use again and again; fresh pages cost more than what is done in them."""
 
-    Raises UserError when the shard is damaged or holds a value that is not finite.
-    """
-    shuffle = plan.shuffle
-    path, expected = shuffle.recorded(shard)
-    verify_file(path, expected)
-    stored, memory = StoredRows(path), shuffle.memory(shuffle.chunk_rows)
-    places, statistics = plan.first_places[shard].copy(), RowStatistics()
-    for block in shuffle.blocks(shard, shuffle.chunk_rows):
-        if block.n_rows > shuffle.chunk_rows:  # one sentence that is longer than a chunk
-            memory = shuffle.memory(block.n_rows)
-        rows = stored.read_into(memory, block.first_row, block.n_rows)
-        statistics.add(rows, block.file < shuffle.n_files["train"])
-        put(rows, block.file, next_places(block.file, places))
-    if not statistics.is_finite:
-        raise UserError(f"{path} holds activations that are not finite")
-    return statistics
+    rows: dict[str, Tensor]
+    sorted_rows: dict[str, Tensor]
+    numbers: Tensor
+
+    @classmethod
+    def make(cls, shuffle: Shuffle, n_rows: int) -> Workspace:
+        """Allocate memory for blocks of n_rows."""
+        rows = shuffle.memory(n_rows)
+        return cls(rows, shuffle.memory(n_rows), make_scratch(rows["activations"].shape[1]))
+
+
+class Mover:
+    """Moves the rows of shards, block by block, on all workers of a pool."""
+
+    def __init__(self, plan: Plan, pool: ThreadPoolExecutor, put: Put, bar: Any) -> None:
+        self.plan, self.pool, self.put, self.bar = plan, pool, put, bar
+        self.spaces: SimpleQueue[Workspace] = SimpleQueue()
+        self.n_spaces = plan.shuffle.n_moving
+        for _ in range(self.n_spaces):
+            self.spaces.put(Workspace.make(plan.shuffle, plan.shuffle.block_rows))
+
+    def move(self, shard: int) -> RowStatistics:
+        """Verify a shard and hand its rows to `put`; return its statistics.
+
+        Raises UserError when the shard is damaged or holds a value that is not finite.
+        """
+        shuffle = self.plan.shuffle
+        path, expected = shuffle.recorded(shard)
+        verified = self.pool.submit(verify_file, path, expected)
+        stored, statistics = StoredRows(path), RowStatistics()
+        moving: deque[Future[RowStatistics]] = deque()
+        for block in shuffle.blocks(shard, self.plan.first_places[shard].copy()):
+            if len(moving) > self.n_spaces:
+                statistics.append(moving.popleft().result())
+            moving.append(self.pool.submit(self._move_block, stored, block))
+        for future in moving:
+            statistics.append(future.result())
+        verified.result()
+        if not statistics.is_finite:
+            raise UserError(f"{path} holds activations that are not finite")
+        return statistics
+
+    def _move_block(self, stored: StoredRows, block: Block) -> RowStatistics:
+        shuffle, space = self.plan.shuffle, self.spaces.get()
+        try:
+            used = space
+            if block.n_rows > shuffle.block_rows:  # a single sentence that is longer
+                used = Workspace.make(shuffle, block.n_rows)
+            rows = stored.read_into(used.rows, block.first_row, block.n_rows)
+            is_train = block.file < shuffle.n_files["train"]
+            statistics = RowStatistics.of(rows, is_train, used.numbers)
+            self.put(rows, block, used)
+        finally:
+            self.spaces.put(space)
+        self.bar.update(block.n_rows)
+        return statistics
 
 
 def next_places(file: np.ndarray, places: np.ndarray) -> np.ndarray:
@@ -267,48 +322,48 @@ def shuffle_in_memory(plan: Plan, pool: ThreadPoolExecutor, bar: Any) -> Result:
     in_file = pool.map(OutputFile.positions, plan.files)
     target = np.concatenate([a + p for a, p in zip(starts, in_file, strict=True)])
 
-    def put(rows: Rows, file: np.ndarray, place: np.ndarray) -> None:
-        where = target[starts[file] + place]
+    def put(rows: Rows, block: Block, _: Workspace) -> None:
+        where = target[starts[block.file] + block.place]
         for name, tensor in rows.items():
             slots[name][where] = opaque(tensor)
-        bar.update(len(where))
 
     def write(file: OutputFile, start: int) -> dict[str, Any]:
         part = {name: t[start : start + file.n_rows] for name, t in memory.items()}
         return write_tensors(shuffle.output_dir / file.name, part)
 
-    statistics = list(pool.map(lambda i: deal_shard(plan, i, put), shuffle.shards))
+    statistics = [Mover(plan, pool, put, bar).move(i) for i in shuffle.shards]
     checksums = list(pool.map(write, plan.files, starts.tolist()))
     names = [file.name for file in plan.files]
     return Result(plan, dict(zip(names, checksums, strict=True)), lambda i: statistics[i])
 
 
-def deal_to_disk(plan: Plan, shard: int, bar: Any) -> None:
-    """Pass 1: add a shard's rows to the buckets on disk; in place, they then leave the shard."""
-    shuffle = plan.shuffle
-    kinds = bucket_kinds(plan)
-    sorted_rows = {}
+def deal_to_disk(plan: Plan, pool: ThreadPoolExecutor, bar: Any) -> None:
+    """Pass 1: add every shard's rows to the buckets; in place, they then leave the shard."""
+    shuffle, kinds = plan.shuffle, bucket_kinds(plan)
 
-    def put(rows: Rows, file: np.ndarray, place: np.ndarray) -> None:
-        order = np.argsort(file, kind="stable")
+    def put(rows: Rows, block: Block, space: Workspace) -> None:
+        order = np.argsort(block.file, kind="stable")
         for name, tensor in rows.items():
-            sorted_rows[name] = tensor[torch.from_numpy(order)]
-        present, first = np.unique(file[order], return_index=True)
+            out = space.sorted_rows[name][: block.n_rows]
+            torch.index_select(tensor, 0, torch.from_numpy(order), out=out)
+        present, first = np.unique(block.file[order], return_index=True)
         ends = [*first[1:].tolist(), len(order)]
         for number, start, end in zip(present.tolist(), first.tolist(), ends, strict=True):
             with TensorFile(shuffle.bucket_path(plan.files[number]), kinds[number]) as bucket:
-                for name, tensor in sorted_rows.items():
-                    bucket.write(name, int(place[order[start]]), tensor[start:end])
-        bar.update(len(file))
+                for name in rows:
+                    part = space.sorted_rows[name][start:end]
+                    bucket.write(name, int(block.place[order[start]]), part)
 
-    if not shuffle.statistics_path(shard).exists():
-        statistics = deal_shard(plan, shard, put)
-        for file, kind in zip(plan.files, kinds, strict=True):
-            with TensorFile(shuffle.bucket_path(file), kind) as bucket:
-                bucket.sync()
-        statistics.save(shuffle.statistics_path(shard))
-    if shuffle.in_place and not shuffle.is_replaced(shard):
-        replace_shard(plan, shard)
+    mover = Mover(plan, pool, put, bar)
+    for shard in shuffle.shards:
+        if shuffle.is_replaced(shard):
+            continue
+        if not shuffle.statistics_path(shard).exists():
+            statistics = mover.move(shard)
+            list(pool.map(sync_file, map(shuffle.bucket_path, plan.files)))
+            statistics.save(shuffle.statistics_path(shard))
+        if shuffle.in_place:
+            replace_shard(plan, shard)
 
 
 def bucket_kinds(plan: Plan) -> list[dict[str, tuple[torch.dtype, tuple[int, ...]]]]:
@@ -322,14 +377,13 @@ def bucket_kinds(plan: Plan) -> list[dict[str, tuple[torch.dtype, tuple[int, ...
 
 def replace_shard(plan: Plan, shard: int) -> None:
     """Put a small file in a shard's place, which says where its rows have gone (`MovedRows`)."""
-    shuffle, places = plan.shuffle, plan.first_places[shard].copy()
-    blocks = [
-        (block.file, next_places(block.file, places))
-        for block in shuffle.blocks(shard, shuffle.chunk_rows)
-    ]
+    shuffle = plan.shuffle
+    blocks = list(shuffle.blocks(shard, plan.first_places[shard].copy()))
     index = {name: tensor.clone() for name, tensor in shuffle.index_of(shard).items()}
-    columns = (np.concatenate(column).astype(np.int32) for column in zip(*blocks, strict=True))
-    moved = dict(zip(("row_file", "row"), map(torch.from_numpy, columns), strict=True))
+    moved = {
+        "row_file": torch.from_numpy(np.concatenate([b.file for b in blocks]).astype(np.int32)),
+        "row": torch.from_numpy(np.concatenate([b.place for b in blocks]).astype(np.int32)),
+    }
     ordered = {name: index[name] for name in ("offsets", "sentence_ids", "token_ids")}
     write_tensors(shuffle.store.shard_path(shard), ordered | moved)
 
@@ -348,10 +402,10 @@ def permute_file(plan: Plan, file: OutputFile) -> dict[str, dict[str, Any]]:
             back = torch.from_numpy(positions.astype(np.int32))
             write_tensors(ways_back, {"positions": back})
         stored = StoredRows(bucket)
-        memory, chunk = stored.empty(file.n_rows), stored.empty(shuffle.chunk_rows)
+        memory, chunk = stored.empty(file.n_rows), stored.empty(shuffle.block_rows)
         slots = {name: opaque(tensor) for name, tensor in memory.items()}
-        for start in range(0, file.n_rows, shuffle.chunk_rows):
-            n_rows = min(shuffle.chunk_rows, file.n_rows - start)
+        for start in range(0, file.n_rows, shuffle.block_rows):
+            n_rows = min(shuffle.block_rows, file.n_rows - start)
             for name, tensor in stored.read_into(chunk, start, n_rows).items():
                 slots[name][positions[start : start + n_rows]] = opaque(tensor)
         checksum = write_tensors(final, memory)
@@ -371,11 +425,11 @@ def shuffle_on_disk(plan: Plan, pool: ThreadPoolExecutor, bar: Any) -> Result:
     for file, kind in zip(plan.files, bucket_kinds(plan), strict=True):
         if not (shuffle.output_dir / file.name).exists():
             TensorFile(shuffle.bucket_path(file), kind).close()
-    todo = [i for i in shuffle.shards if not shuffle.is_replaced(i)]
     if shuffle.in_place:  # there is no way back: look before the first step
+        todo = [i for i in shuffle.shards if not shuffle.is_replaced(i)]
         list(pool.map(lambda i: verify_file(*shuffle.recorded(i)), todo))
         shuffle.store.record_move(shuffle.output_dir, None)
-    list(pool.map(lambda i: deal_to_disk(plan, i, bar), todo))
+    deal_to_disk(plan, pool, bar)
     checksums: dict[str, Any] = {}
     with (
         ThreadPoolExecutor(n_permuting, initializer=torch.set_num_threads, initargs=(1,)) as fewer,
