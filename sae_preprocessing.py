@@ -46,7 +46,8 @@ from saint.runtime import (
     save_torch,
 )
 from saint.sentences import HELD_OUT_FRACTION, HELD_OUT_SEED
-from saint.shuffle import Plan, Result, Shuffle, make_plan, run_shuffle
+from saint.shuffle import Plan, Shuffle, make_plan
+from saint.shuffle_passes import Result, clean_up, run_shuffle
 
 _FILE_BYTES = 500_000_000
 
@@ -113,6 +114,7 @@ def preprocess(
         )
     states = [out.begin(overwrite=args.overwrite) for out in (output, mean_output)]
     if states == [State.DONE, State.DONE]:
+        clean_up(store, output.path)
         counts = read_manifest(output.path, STAGE).counts
         log.info("done already: %s holds %s rows", output.path, f"{counts['n_rows']:,}")
         return
@@ -184,7 +186,7 @@ def finish(result: Result, output: Output, mean_output: Output, started: float) 
         moved = {f"{store.layer_dir}/{path.name}": file_checksum(path) for path in paths}
         store.record_move(output.path, moved)
     output.finish(facts=facts, counts=counts, files=checksums, known=checksums)
-    result.clean_up()
+    clean_up(store, output.path)
     seconds = time.monotonic() - started
     report(output, facts, counts, sum(f["bytes"] for f in checksums.values()) / 1e6 / seconds)
 

@@ -64,6 +64,8 @@ class BatchedRows:
     def read(self, split: Split, start: int, stop: int) -> Tensor:
         """Return rows start:stop of a split; positions past the end wrap around to the start."""
         pieces = [decode_rows(piece) for piece in self._pieces(split, start, stop)]
+        if not pieces:
+            return decode_rows({name: t[:0] for name, t in self._map(split, 0).items()})
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def _pieces(self, split: Split, start: int, stop: int) -> Iterator[Stored]:

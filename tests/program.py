@@ -7,10 +7,14 @@ killed, and leaves its output in files.
 from __future__ import annotations
 
 import importlib
+import itertools
 import multiprocessing
 import os
+import resource
 import sys
 import tempfile
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -53,12 +57,40 @@ def _child(stage: str, argv: list[str], env: dict[str, str], output: str) -> Non
 
     torch.set_num_threads(1)
     os.environ.update(env)
+    if "DIE_AT" in env:
+        die_at(int(env["DIE_AT"]))
+    if "FILE_BYTES" in env:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(env["FILE_BYTES"]), int(env["FILE_BYTES"])))
     for number, ending in ((1, ".out"), (2, ".err")):
         descriptor = os.open(output + ending, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(descriptor, number)
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
     module = importlib.import_module(stage)
     run_stage(lambda: module.main(argv), expected=(CheckpointError,))
+
+
+def die_at(n_calls: int) -> None:
+    """Make this process vanish at its n-th write, fsync, rename or removal, half-way through."""
+    lock, calls = threading.Lock(), itertools.count(1)
+
+    def dying(name: str, half: Callable[..., object]) -> Callable[..., Any]:
+        original = getattr(os, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with lock:
+                if next(calls) >= n_calls:
+                    half(original, *args)
+                    os._exit(137)
+            return original(*args, **kwargs)
+
+        return call
+
+    def half_write(write: Any, descriptor: int, data: Any, offset: int) -> None:
+        write(descriptor, data[: len(data) // 2], offset)
+
+    os.pwrite = dying("pwrite", half_write)
+    for name in ("fsync", "replace", "unlink"):
+        setattr(os, name, dying(name, lambda *_: None))
 
 
 def start(
