@@ -147,6 +147,17 @@ def test_three_ranks_write_the_bytes_of_one(root: Path, tmp_path: Path):
     assert tree_bytes(tmp_path / "acts") == tree_bytes(root / "acts")
 
 
+def test_what_a_killed_run_left_of_its_records_is_removed(tmp_path):
+    strangers = tmp_path / ".other.manifest.json.1.tmp"
+    torn = [tmp_path / f".stage.{name}.json.1.tmp" for name in ("manifest", "partial")]
+    for path in (strangers, *torn):
+        path.write_text("{")
+    Output(tmp_path, "stage", arguments={}, sources={}, own_patterns=("data",)).begin(
+        overwrite=False
+    )
+    assert not any(path.exists() for path in torn) and strangers.exists()
+
+
 def kill_and_resume(stage: str, arguments: list[object], directory: Path, seed: int, n_calls: int):
     """Ten kills at random writes, fsyncs, renames and removals, then a run to the end."""
     rng, kills = random.Random(seed), 0
