@@ -64,6 +64,10 @@ class Step(Protocol):
         """Move the weights by the sum over micro-batches and ranks; return the gradient's norm."""
         ...
 
+    def diagnostics(self) -> dict[str, float]:
+        """Return metrics of the kernels themselves since the last call."""
+        ...
+
 
 def make_step(kernels: str, sae: TopKSparseAutoencoder, moments: Moments, workers: Workers) -> Step:
     """Choose the step: "auto" is C++ (else sparse) on a CPU, and dense on a GPU.
@@ -115,6 +119,10 @@ class TorchStep:
         self.sae.zero_grad(set_to_none=True)
         normalise_decoder(self.sae)
         return norm
+
+    def diagnostics(self) -> dict[str, float]:
+        """See `Step`."""
+        return {}
 
     @torch.no_grad()
     def _adam(self, learning_rate: float) -> None:
@@ -191,6 +199,10 @@ class CppStep:
         cpu_kernels.update(gradient, parameters, step, scale, grad_b_pre)
         self.pieces.encode.forget_weights()
         return torch.tensor(norm)
+
+    def diagnostics(self) -> dict[str, float]:
+        """See `Step`."""
+        return self.pieces.encode.diagnostics()
 
     def _sum_of_parts(self) -> SparseGradient:
         """Put the micro-batches' and then the ranks' tokens one after the other."""
