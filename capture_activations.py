@@ -6,7 +6,8 @@
 Sentences are sampled in a seeded order and cut into shards; shard k belongs to rank k mod world
 size, so the bytes do not depend on the number of ranks. Within a shard, sentences of similar length
 are packed into batches without padding, the forward stops at the last captured layer, and the rows
-are put back into the sentences' order.
+are put back into the sentences' order. A model too large for one GPU is split over every N ranks
+(--model_parallel_size N), which then count as one.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from saint.activation_store import (
 from saint.capture import (
     Capture,
     ShardJob,
+    follow_shards,
     is_complete,
     shard_jobs,
     shard_paths,
@@ -56,6 +58,7 @@ from saint.runtime import (
     UserError,
     Workers,
     add_device_flags,
+    add_model_parallel_flag,
     add_overwrite_flag,
     atomic_path,
     log,
@@ -123,6 +126,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--sentences_per_shard", type=positive_int, help="sentences of a shard file [about 1 GB]"
     )
     add_device_flags(parser, dtype=True)
+    add_model_parallel_flag(parser)
     add_overwrite_flag(parser)
     return parser
 
@@ -271,11 +275,12 @@ def finish(
 def main(argv: Sequence[str] | None = None) -> None:
     """Capture activations as the command line says."""
     args = build_parser().parse_args(argv)
-    workers = start_workers(args.device)
+    model_args = load_args(args.model_dir)
+    model_args.shard(args.model_parallel_size)  # raises if it does not split
+    workers = start_workers(args.device, model_parallel_size=args.model_parallel_size)
     log_arguments(args)
     if args.num_samples < 1:
         raise UserError(f"--num_samples {args.num_samples}: at least one sentence is needed")
-    model_args = load_args(args.model_dir)
     hooks = parse_hooks(args.layers, args.hook_points, model_args.n_layers)
     dataset = open_dataset(args.dataset_dir, text_column=args.text_column)
     if dataset.n_rows == 0:
@@ -309,8 +314,7 @@ def capture_and_finish(
         nonlocal n_jobs
         for job in shard_jobs(sampler, sizes):
             n_jobs += 1
-            mine = job.index % workers.world_size == workers.rank
-            if mine and not is_complete(output.path, hooks, job):
+            if workers.owns(job.index) and not is_complete(output.path, hooks, job):
                 yield job
 
     model, tokenizer = load_llama(
@@ -318,6 +322,7 @@ def capture_and_finish(
         device=workers.device,
         dtype=pick_dtype(args.dtype, workers.device),
         n_layers=max(h.layer for h in hooks) + 1,
+        model_parallel_size=args.model_parallel_size,
     )
     capture = Capture(
         model,
@@ -330,7 +335,10 @@ def capture_and_finish(
     if workers.is_main:
         write_vocabulary(output.path, tokenizer)
     with progress(None, unit="tok", description="capture", unit_scale=True) as bar:
-        n_stored = capture_shards(capture, own_jobs(), output.path, args.num_samples, bar)
+        if workers.is_writer:
+            n_stored = capture_shards(capture, own_jobs(), output.path, args.num_samples, bar)
+        else:
+            n_stored = follow_shards(capture, own_jobs(), bar)
     workers.barrier()
     if n_jobs == 0:
         raise UserError(f"--dataset_dir {args.dataset_dir} holds no usable sentence")

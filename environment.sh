@@ -10,9 +10,10 @@ PYTHON=${PYTHON:-python3}
 wanted=$(cat pyproject.toml constraints.txt environment.sh | sha256sum)
 if [ "$(cat .venv/saint_installed 2>/dev/null)" != "$wanted" ]; then
     echo "installing the packages into .venv (about 1 GB, some minutes) ..."
-    # Only what is imported gets compiled, when it is: that saves a minute here.
+    # Only what is imported gets compiled, when it is first: that saves a minute here.
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
         --constraint constraints.txt --editable '.[dev]'
     echo "$wanted" > .venv/saint_installed
 fi
+unset PYTHONDONTWRITEBYTECODE  # or every process would compile its imports anew
 export PATH="$PWD/.venv/bin:$PATH"

@@ -9,22 +9,27 @@ Prints both completions, what the setting did to the latents, and what it cost i
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
-from llama_3 import CheckpointError
-from saint.dose import DEFAULT_STRENGTHS, dose_request, sweep
+from llama_3 import CheckpointError, load_args
+from saint.dose import DEFAULT_STRENGTHS, DoseReport, dose_request, sweep
 from saint.latent_guide import Guide, search_labels, search_text, search_token
 from saint.runtime import (
     UserError,
+    Workers,
+    add_model_parallel_flag,
     atomic_path,
     log,
     log_arguments,
     progress,
     run_stage,
+    start_workers,
     write_json,
     write_text,
 )
@@ -48,6 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_studio_flags(parser)
+    add_model_parallel_flag(parser)
     what = parser.add_argument_group("what to write")
     what.add_argument("--prompt", nargs="+", help="one or more prompts [four examples]")
     what.add_argument(
@@ -86,11 +92,27 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line."""
+    """Run the command line. All ranks of a tensor-parallel model compute, the first one talks."""
     args = build_parser().parse_args(argv)
+    load_args(args.llama_model_dir).shard(args.model_parallel_size)  # raises if it does not split
+    workers = start_workers(
+        args.device, model_parallel_size=args.model_parallel_size, data_parallel=False
+    )
     log_arguments(args)
     request = _request(args)
-    studio, guides = load_studio(args)
+    studio, guides = load_studio(args, workers=workers)
+    with nullcontext() if workers.is_main else redirect_stdout(io.StringIO()):
+        _run(args, workers, studio, guides, request)
+
+
+def _run(
+    args: argparse.Namespace,
+    workers: Workers,
+    studio: Studio,
+    guides: list[Guide],
+    request: Request,
+) -> None:
+    """Find, tune, export or complete, as the command line says."""
     queries = {
         search_labels: args.find_label, search_token: args.find_token, search_text: args.find_text
     }  # fmt: skip
@@ -100,13 +122,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             return
     if args.export_vector is not None:
         data = export_vector(studio, request.settings)
-        with atomic_path(args.export_vector) as temporary:
-            temporary.write_bytes(data)
+        if workers.is_main:
+            with atomic_path(args.export_vector) as temporary:
+                temporary.write_bytes(data)
         return
     if args.dose_report is not None:
-        _report_doses(studio, guides, request, args.dose_report)
+        reports = _sweep_doses(studio, guides, request)
+        if workers.is_main:
+            _write_doses(reports, guides, args.dose_report)
         return
-    pairs = _complete(studio, request, quiet=args.json)
+    pairs = _complete(studio, request, quiet=args.json or not workers.is_main)
     if args.json:
         record = {"request": request.to_json(), "pairs": [pair.to_json() for pair in pairs]}
         print(json.dumps(record, ensure_ascii=False))
@@ -145,7 +170,7 @@ def _complete(studio: Studio, request: Request, *, quiet: bool) -> list[Pair]:
     return pairs
 
 
-def _report_doses(studio: Studio, guides: list[Guide], request: Request, path: Path) -> None:
+def _sweep_doses(studio: Studio, guides: list[Guide], request: Request) -> list[DoseReport]:
     if not request.settings:
         raise UserError("--dose_report needs --steer, to know which latents to sweep")
     studio.check(request)
@@ -163,6 +188,10 @@ def _report_doses(studio: Studio, guides: list[Guide], request: Request, path: P
         dose = "none" if report.proposed is None else f"{report.proposed:g}"
         print(f"{latent_name(setting, guides)}: strongest dose before fluency breaks: {dose}")
     bar.close()
+    return reports
+
+
+def _write_doses(reports: list[DoseReport], guides: list[Guide], path: Path) -> None:
     if path.suffix == ".json":
         write_json(path, [report.to_json() for report in reports])
     else:

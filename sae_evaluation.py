@@ -28,15 +28,16 @@ from saint.packing import Pack, batches_by_length, pack
 from saint.runtime import (
     UserError,
     add_device_flags,
+    add_model_parallel_flag,
     add_overwrite_flag,
     atomic_path,
     log,
     log_arguments,
-    pick_device,
     pick_dtype,
     positive_int,
     progress,
     run_stage,
+    start_workers,
     write_json,
 )
 from saint.sae_flags import add_bare_sae_flags, bare_sae_flags
@@ -68,6 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_bare_sae_flags(parser)
     add_device_flags(parser, dtype=True)
+    add_model_parallel_flag(parser)
     add_overwrite_flag(parser)
     return parser
 
@@ -239,8 +241,12 @@ def hook_of(sae: TopKSparseAutoencoder, args: argparse.Namespace) -> HookPoint:
 def main(argv: Sequence[str] | None = None) -> None:
     """Evaluate as the command line says."""
     args = build_parser().parse_args(argv)
+    load_args(args.model_dir).shard(args.model_parallel_size)  # raises if it does not split
+    workers = start_workers(
+        args.device, model_parallel_size=args.model_parallel_size, data_parallel=False
+    )
     log_arguments(args)
-    device = pick_device(args.device)
+    device = workers.device
     sae = load_sae(args.sae_model_path, device=device, **bare_sae_flags(args))
     hook = hook_of(sae, args)
     dataset = open_dataset(args.dataset_dir, text_column=args.text_column)
@@ -262,16 +268,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         own_patterns=(path.name, path.with_suffix(".png").name),
         settings={"device": str(device), "batch_tokens": args.batch_tokens},
     )
-    if output.begin(overwrite=args.overwrite) is State.DONE:
+    if workers.on_main(lambda: output.begin(overwrite=args.overwrite)) is State.DONE:
         log.info("done already: %s", path)
         return
     packs = held_out_sentences(dataset, sae, args)
-    model, _ = load_llama(args.model_dir, device=device, dtype=dtype)
+    model, _ = load_llama(
+        args.model_dir,
+        device=device,
+        dtype=dtype,
+        model_parallel_size=args.model_parallel_size,
+    )
     metrics, density, mean_activation = reconstruction_metrics(model, sae, hook, packs)
     share, basis = dead_share(sae, density)
     report: dict[str, Any] = metrics | {"dead_share": share, "dead_share_counted_over": basis}
     report |= cross_entropies(model, sae, hook, packs, mean_activation)
     report |= {"n_tokens": count_tokens(packs), "layer": hook.layer, "hook_point": hook.name}
+    if not workers.is_main:
+        return
     write_plots(report, density, path.with_suffix(".png"))
     write_json(path, report)
     names = [path.name, path.with_suffix(".png").name]

@@ -18,7 +18,6 @@ import torch
 
 from llama_3 import CheckpointError
 from saint.clarity import clearest_latents
-from saint.dose import MIN_DISTINCT_SHARE
 from saint.evidence import Evidence, open_evidence
 from saint.labels import Label, load_labels
 from saint.manifests import Output, State, file_checksum
@@ -34,7 +33,9 @@ _TRIED_LATENTS = 4
 _STRENGTHS = (1.5, 3.0)
 # The shown text should say the concept, not only the concept: more than this adds nothing.
 _ENOUGH_CONCEPT = 0.3
-_MAX_SURPRISE = 1.5  # nats per token beyond the plain text, to the plain model
+_MAX_SURPRISE = 1.0  # nats per token beyond the plain text, to the plain model
+_MIN_DISTINCT_SHARE = 0.8
+_NEW_TOKENS = 28
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -67,27 +68,25 @@ def steerable(studio: Studio, evidence: Evidence, latents: Sequence[int]) -> lis
 
 
 def showcase(studio: Studio, latents: Sequence[int]) -> tuple[Pair, Setting]:
-    """Try some latents and strengths on one prompt; return the pair that best shows steering.
+    """Try latents and strengths on the demo's prompts; return the pair that steers best.
 
     Best is the text whose own activation of the latent, read by the plain model, is high while
     the text stays fluent and does not run in circles.
     """
-    prompt = EXAMPLE_PROMPTS[-1]
-    best: tuple[float, Pair, Setting] | None = None
+    tried: list[tuple[float, Pair, Setting]] = []
     for latent in latents:
         for strength in _STRENGTHS:
             setting = Setting(latent, "add", strength)
-            request = Request((prompt,), (setting,), max_new_tokens=28)
+            request = Request(EXAMPLE_PROMPTS, (setting,), max_new_tokens=_NEW_TOKENS)
             *_, last = stream_pairs(studio, request)
             assert last.pairs is not None
-            pair = last.pairs[0]
-            score = min(concept_gain(pair), _ENOUGH_CONCEPT)
-            score -= max(0.0, surprise_gain(pair) - _MAX_SURPRISE)
-            score -= max(0.0, MIN_DISTINCT_SHARE - distinct_words(pair.steered.text))
-            if best is None or score > best[0]:
-                best = (score, pair, setting)
-    assert best is not None, "there are latents to try"
-    return best[1], best[2]
+            for pair in last.pairs:
+                score = min(concept_gain(pair), _ENOUGH_CONCEPT)
+                score -= max(0.0, surprise_gain(pair) - _MAX_SURPRISE)
+                score -= max(0.0, _MIN_DISTINCT_SHARE - distinct_words(pair.steered.text))
+                tried.append((score, pair, setting))
+    _, pair, setting = max(tried, key=lambda row: row[0])
+    return pair, setting
 
 
 def concept_gain(pair: Pair) -> float:

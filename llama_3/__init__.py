@@ -12,19 +12,17 @@
     for ids in generate(model, [prompt_ids], max_new_tokens=20, edits=edits):
         ...                                             # one id per prompt; None once it stopped
 
-Hook points of block L: `resid_pre`, the residual stream entering it; `attn_norm`, the normalised
-input of its attention; `attn_out` and `mlp_out`, what attention and MLP add to the residual;
-`resid_post`, the residual stream leaving it. Directories may be Meta's (`params.json`,
-`consolidated.*.pth`) or Hugging Face's (`config.json`, `*.safetensors`). Weights need no gradient
-and nothing here turns gradients off: an edit may carry its own. There is no global state.
+Hook points of block L: `resid_pre` and `resid_post`, the residual stream entering and leaving it;
+`attn_norm`, the normalised input of its attention; `attn_out` and `mlp_out`, what attention and MLP
+add to the residual. Directories may be Meta's (`params.json`, `consolidated.*.pth`) or Hugging
+Face's (`config.json`, `*.safetensors`). Weights need no gradient, but an edit may carry its own.
 """
 
-from llama_3.args import CheckpointError, LlamaArgs, RopeScaling, load_args
+from llama_3.args import CheckpointError, LlamaArgs, load_args
 from llama_3.checkpoint import load_llama
 from llama_3.generation import Sampling, generate
 from llama_3.model import HOOK_NAMES, Edit, HookPoint, Llama
 from llama_3.tokenizer import Tokenizer, load_tokenizer
 
-__all__ = ["HOOK_NAMES", "CheckpointError", "Edit", "HookPoint", "Llama", "LlamaArgs"]
-__all__ += ["RopeScaling", "Sampling", "Tokenizer", "generate"]
-__all__ += ["load_args", "load_llama", "load_tokenizer"]
+__all__ = ["HOOK_NAMES", "CheckpointError", "Edit", "HookPoint", "Llama", "LlamaArgs", "Sampling"]
+__all__ += ["Tokenizer", "generate", "load_args", "load_llama", "load_tokenizer"]

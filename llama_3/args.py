@@ -1,7 +1,9 @@
 """Model hyperparameters, read from Meta's `params.json` or Hugging Face's `config.json`."""
 
 import json
-from dataclasses import dataclass, fields
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,10 +23,7 @@ class RopeScaling(NamedTuple):
 
 @dataclass(frozen=True)
 class LlamaArgs:
-    """Shape of a Llama 3 model. `max_seq_len` is in tokens; `tied` shares both embeddings.
-
-    Raises ValueError if the numbers do not fit together.
-    """
+    """Shape of a Llama 3 model. Raises ValueError if the numbers do not fit together."""
 
     dim: int
     n_layers: int
@@ -36,8 +35,8 @@ class LlamaArgs:
     norm_eps: float = 1e-5
     rope_theta: float = 500000.0
     rope_scaling: RopeScaling | None = None
-    max_seq_len: int = 8192
-    tied: bool = False
+    max_seq_len: int = 8192  # in tokens
+    tied: bool = False  # the unembedding is the embedding
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -49,6 +48,14 @@ class LlamaArgs:
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary embeddings, not {self.head_dim}")
 
+    def shard(self, n_shards: int) -> "LlamaArgs":
+        """One tensor-parallel rank's share. Raises CheckpointError if the model does not split."""
+        names = ("n_heads", "n_kv_heads", "ffn_dim", "vocab_size")
+        for name in names:
+            if (size := getattr(self, name)) % n_shards:
+                raise CheckpointError(f"{name} {size} does not split over {n_shards} ranks")
+        return replace(self, **{name: getattr(self, name) // n_shards for name in names})
+
 
 def load_args(model_dir: Path) -> LlamaArgs:
     """Read `params.json` (Meta) or, without one, `config.json` (Hugging Face) in `model_dir`.
@@ -59,13 +66,20 @@ def load_args(model_dir: Path) -> LlamaArgs:
     for name, parse in (("params.json", _parse_meta), ("config.json", _parse_hugging_face)):
         path = Path(model_dir) / name
         if path.is_file():
-            try:
+            with naming(path):
                 return parse(read_json(path))
-            except KeyError as error:
-                raise CheckpointError(f"{path}: missing key {error}") from None
-            except (OSError, TypeError, ValueError) as error:
-                raise CheckpointError(f"{path}: {error}") from None
     raise CheckpointError(f"{model_dir}: no model here (neither params.json nor config.json)")
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Make whatever goes wrong while reading a file a CheckpointError, one line that names it."""
+    try:
+        yield
+    except Exception as error:  # torch.load raises OSError, RuntimeError, UnpicklingError, ...
+        reason = f"missing key {error}" if isinstance(error, KeyError) else str(error)
+        reason = (reason.splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{path}: {reason}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,8 +1,4 @@
-"""The Llama 3 forward pass, with hook points to read and edit.
-
-One generator, `Llama._steps`, walks the blocks and offers the value at every hook point to
-whoever drives it: capture reads it and stops early, an edit sends another value back.
-"""
+"""The Llama 3 forward pass, with hook points to read and edit."""
 
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
+from torch.nn.utils.rnn import pad_sequence
 
 from llama_3.args import LlamaArgs
 
@@ -26,12 +24,13 @@ class HookPoint(NamedTuple):
 
 
 Edit = Callable[[Tensor, Tensor], Tensor]
-"""edit(x, positions) -> x of the same shape and dtype.
+"""edit(x, positions) -> x of the same shape, (batch, seq, d_model), and dtype.
 
-x: (batch, seq, d_model). positions: (batch, seq), int64, 0-based within the row's own sequence
-(0 is BOS where one was prepended), -1 where the row is padding. Packed input has batch 1.
+positions: (batch, seq), int64, 0-based within the row's own sequence (0 is BOS where one was
+prepended), -1 where the row is padding. Packed input has batch 1.
 """
 Edits = Mapping[HookPoint, Edit] | None
+Make = Callable[..., Any]
 
 
 @dataclass
@@ -39,76 +38,61 @@ class Layout:
     """What every attention layer of one pass shares.
 
     positions: (batch, seq), -1 for padding. rotation: complex64 (batch or 1, seq, 1, head_dim/2).
-    rectangles, inverse: for packed input, see `_rectangles`. For generation: cache, keys and values
-    by position, (2, n_layers, batch, length, kv_heads, head_dim); n_cached, how many positions to
-    attend to, 0 while the prompt itself runs; mask, where rows have fewer, (batch, 1, 1, n_cached).
+    packing: for packed input, see `_rectangles`. For generation: cache, keys and values of all
+    positions to attend to, (2, n_layers, batch, n_positions, kv_heads, head_dim); mask, where some
+    rows have fewer, (batch, 1, 1, n_positions).
     """
 
     positions: Tensor
     rotation: Tensor
-    rectangles: list[Tensor] | None = None
-    inverse: Tensor | None = None
+    packing: list[Tensor] | None = None
     cache: Tensor | None = None
-    n_cached: int = 0
     mask: Tensor | None = None
 
 
-class Attention(nn.Module):
-    """Grouped-query attention with rotary embeddings over interleaved pairs."""
+class Block(nn.Module):
+    """One transformer block, in parts that `Llama._steps` runs, so that each can be hooked.
 
-    def __init__(self, args: LlamaArgs, make: "_LayerFactory") -> None:
+    Both take normalised x, (batch, seq, d_model), and return what is added to the residual.
+    """
+
+    def __init__(self, args: LlamaArgs, norm: Make, linear: Make) -> None:
         super().__init__()
-        self.head_dim = args.head_dim
-        self.wq = make("column", args.dim, args.n_heads * args.head_dim)
-        self.wk = make("column", args.dim, args.n_kv_heads * args.head_dim)
-        self.wv = make("column", args.dim, args.n_kv_heads * args.head_dim)
-        self.wo = make("row", args.n_heads * args.head_dim, args.dim)
+        self.head_dim, dim, ffn_dim = args.head_dim, args.dim, args.ffn_dim
+        width, kv_width = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
+        self.attention_norm, self.ffn_norm = norm(), norm()
+        self.attention = nn.ModuleDict({"wq": linear(dim, width), "wk": linear(dim, kv_width)})
+        self.attention.update({"wv": linear(dim, kv_width), "wo": linear(width, dim)})
+        self.feed_forward = nn.ModuleDict({"w1": linear(dim, ffn_dim), "w2": linear(ffn_dim, dim)})
+        self.feed_forward.update({"w3": linear(dim, ffn_dim)})
 
-    def forward(self, x: Tensor, layout: Layout, layer: int) -> Tensor:
-        """x: (batch, seq, d_model), normalised. Returns what is added to the residual."""
-        q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
+    def attend(self, x: Tensor, layout: Layout, layer: int) -> Tensor:
+        """Grouped-query attention, with rotary embeddings over interleaved pairs."""
+        w = self.attention
+        q, k, v = (w[n](x).unflatten(-1, (-1, self.head_dim)) for n in ("wq", "wk", "wv"))
         q, k = _rotate(q, layout.rotation), _rotate(k, layout.rotation)
         if layout.cache is not None:
-            k, v = _cached(layout.cache[:, layer], k, v, layout)
-        if layout.rectangles is not None:
-            out = _attend_packed(q, k, v, layout)
-        else:
-            out = _attend(q, k, v, mask=layout.mask, causal=layout.n_cached == 0)
-        return self.wo(out.flatten(2))
+            rows = torch.arange(len(x), device=x.device)[:, None]
+            # Padding, at -1, goes to the last position: there its row attends once it is rewritten.
+            layout.cache[:, layer, rows, layout.positions] = torch.stack((k, v))
+            k, v = layout.cache[:, layer]
+        if layout.packing is None:
+            return w["wo"](_attention(q, k, v, layout.mask).flatten(2))
+        return w["wo"](_packed_attention(q, k, v, layout.packing).flatten(2))
 
-
-class FeedForward(nn.Module):
-    """SwiGLU: w2(silu(w1 x) * w3 x)."""
-
-    def __init__(self, args: LlamaArgs, make: "_LayerFactory") -> None:
-        super().__init__()
-        self.w1 = make("column", args.dim, args.ffn_dim)
-        self.w2 = make("row", args.ffn_dim, args.dim)
-        self.w3 = make("column", args.dim, args.ffn_dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (batch, seq, d_model), normalised. Returns what is added to the residual."""
+    def transform(self, x: Tensor) -> Tensor:
+        """SwiGLU: w2(silu(w1 x) * w3 x)."""
+        w = self.feed_forward
         # In place: on the CPU fresh buffers of this size cost more than the arithmetic.
-        return self.w2(F.silu(self.w1(x), inplace=True).mul_(self.w3(x)))
-
-
-class Block(nn.Module):
-    """One transformer block; `Llama._steps` runs its parts, so that each can be hooked."""
-
-    def __init__(self, args: LlamaArgs, make: "_LayerFactory") -> None:
-        super().__init__()
-        self.attention_norm = make("norm", args.dim, args.norm_eps)
-        self.attention = Attention(args, make)
-        self.ffn_norm = make("norm", args.dim, args.norm_eps)
-        self.feed_forward = FeedForward(args, make)
+        return w["w2"](F.silu(w["w1"](x), inplace=True).mul_(w["w3"](x)))
 
 
 class Llama(nn.Module):
     """A Llama 3 with uninitialised weights (use `load_llama`), named as in Meta's checkpoints.
 
     n_layers: build only the first n blocks; fewer than all leave out the unembedding. n_shards:
-    size of fairscale's tensor-parallel group; 1 needs no group. `Module.to` is not supported.
-    Raises ValueError if the model has fewer layers or does not split.
+    size of fairscale's tensor-parallel group, over which heads, MLP and vocabulary are split.
+    `Module.to` is not supported. Raises ValueError if there are fewer layers or it does not split.
     """
 
     def __init__(
@@ -124,40 +108,42 @@ class Llama(nn.Module):
         n_layers = args.n_layers if n_layers is None else n_layers
         if not 0 < n_layers <= args.n_layers:
             raise ValueError(f"n_layers must be in 1..{args.n_layers}, not {n_layers}")
-        for name in ("n_heads", "n_kv_heads", "ffn_dim", "vocab_size"):
-            if getattr(args, name) % n_shards:
-                raise ValueError(f"{name} {getattr(args, name)} does not split over {n_shards}")
-        self.args, self.device, self.dtype = args, device, dtype
-        self.n_shards, self.shard = n_shards, 0
+        self.args, self.own_args = args, args.shard(n_shards)
+        self.device, self.dtype, self.n_shards, self.shard = device, dtype, n_shards, 0
+        self.copy = self.reduce = self.gather = lambda x: x
         if n_shards > 1:
-            from fairscale.nn.model_parallel.initialize import get_model_parallel_rank
+            from fairscale.nn.model_parallel import initialize, mappings
 
-            self.shard = get_model_parallel_rank()
-        make = _LayerFactory(device, dtype, n_shards)
-        self.tok_embeddings = make("embedding", args.vocab_size, args.dim)
-        self.layers = nn.ModuleList(Block(args, make) for _ in range(n_layers))
+            self.shard = initialize.get_model_parallel_rank()
+            self.copy = mappings.copy_to_model_parallel_region  # where a gradient is summed
+            self.reduce = mappings.reduce_from_model_parallel_region
+            self.gather = mappings.gather_from_model_parallel_region
+        norm = partial(skip_init, nn.RMSNorm, args.dim, args.norm_eps, device=device, dtype=dtype)
+        linear = partial(skip_init, nn.Linear, bias=False, device=device, dtype=dtype)
+        rows = torch.empty(self.own_args.vocab_size, args.dim, device=device, dtype=dtype)
+        self.tok_embeddings = nn.Embedding.from_pretrained(rows)
+        self.layers = nn.ModuleList(Block(self.own_args, norm, linear) for _ in range(n_layers))
         self.norm = self.output = None
         if n_layers == args.n_layers:
-            self.norm = make("norm", args.dim, args.norm_eps)
-            self.output = make("column", args.dim, args.vocab_size)
+            self.norm, self.output = norm(), linear(args.dim, self.own_args.vocab_size)
             if args.tied:
                 self.output.weight = self.tok_embeddings.weight
+        self.requires_grad_(False)
         self.frequencies = rope_frequencies(args).to(device)
 
     @property
     def unembedding(self) -> Tensor:
         """The (vocab, d_model) weight, whose rows map the normalised residual to logits."""
-        return self._gathered(self._head()[1].weight.t()).t()
+        weight = self._head()[1].weight
+        return weight if self.n_shards == 1 else self.gather(weight.t().contiguous()).t()
 
     def forward(
         self, tokens: Tensor, *, edits: Edits = None, seq_lens: Sequence[int] | None = None
     ) -> Tensor:
         """Logits at every position, float32 (batch, seq, vocab), or (n_tokens, vocab) if packed.
 
-        tokens, seq_lens: as in `capture`. Right padding is harmless: attention is causal.
-        Raises ValueError if only the first blocks were loaded.
+        tokens, seq_lens: as in `capture`. Raises ValueError if only the first blocks were loaded.
         """
-        self._head()
         last = HookPoint(len(self.layers) - 1, "resid_post")
         return self.unembed(self.capture(tokens, [last], seq_lens=seq_lens, edits=edits)[last])
 
@@ -168,123 +154,81 @@ class Llama(nn.Module):
         *,
         seq_lens: Sequence[int] | None = None,
         edits: Edits = None,
+        layout: Layout | None = None,
     ) -> dict[HookPoint, Tensor]:
         """Activations at `hooks`, (batch, seq, d_model) each, or (n_tokens, d_model) if packed.
 
         tokens: int64, right-padded (batch, seq), or packed (n_tokens,), one sequence after another.
         seq_lens: tokens per sequence; needed for packed tokens, and with padded ones it tells edits
-        which positions are padding. Computation stops after the last hook. Where a hook is
-        edited too, the edited value is captured. Raises ValueError for a hook that is not there.
+        which positions are padding. layout: made by the caller, instead of seq_lens. Computation
+        stops after the last hook. Where a hook is edited too, the edited value is captured.
+        Raises ValueError for a hook that is not there.
         """
-        layout = self._layout(tokens, seq_lens)
-        if tokens.ndim == 2:
-            return self.run(tokens, layout, hooks, edits)
-        return {hook: x[0] for hook, x in self.run(tokens[None], layout, hooks, edits).items()}
+        for layer, name in (*hooks, *(edits or ())):
+            if name not in HOOK_NAMES:
+                raise ValueError(f"unknown hook point {name!r}, expected one of {HOOK_NAMES}")
+            if not 0 <= layer < len(self.layers):
+                raise ValueError(f"no layer {layer}: {len(self.layers)} layers are loaded")
+        layout = layout or self.layout(tokens, seq_lens)
+        captured: dict[HookPoint, Tensor] = {}
+        steps = self._steps(tokens.view(layout.positions.shape), layout)
+        hook, x = next(steps)
+        while True:
+            if edits and hook in edits:
+                x = edits[hook](x, layout.positions)
+            if hook in hooks:
+                captured[hook] = x.view(*tokens.shape, -1)
+            if len(captured) == len(set(hooks)):
+                return captured
+            hook, x = steps.send(x)
 
     def unembed(self, x: Tensor) -> Tensor:
         """Final norm and unembedding: residual (..., d_model) to float32 logits (..., vocab)."""
         norm, output = self._head()
-        return self._gathered(output(norm(x))).float()
+        return self.gather(output(self.copy(norm(x)))).float()
 
     def rotation(self, positions: Tensor) -> Tensor:
         """Rotary factors for (batch, seq) positions: complex64 (batch, seq, 1, head_dim/2)."""
         angles = positions.clamp(min=0)[..., None, None].float() * self.frequencies
         return torch.polar(torch.ones_like(angles), angles)
 
-    def run(
-        self, tokens: Tensor, layout: Layout, hooks: Collection[HookPoint], edits: Edits = None
-    ) -> dict[HookPoint, Tensor]:
-        """Activations at `hooks` of (batch, seq) tokens, laid out by the caller; see `capture`."""
-        wanted = {self._checked(hook) for hook in hooks}
-        edits = {self._checked(hook): edit for hook, edit in (edits or {}).items()}
-        captured: dict[HookPoint, Tensor] = {}
-        steps = self._steps(tokens, layout)
-        hook, x = next(steps)
-        while True:
-            if hook in edits:
-                x = edits[hook](x, layout.positions)
-            if hook in wanted:
-                captured[hook] = x
-            if len(captured) == len(wanted):
-                return captured
-            hook, x = steps.send(x)
+    def layout(self, tokens: Tensor, seq_lens: Sequence[int] | None = None) -> Layout:
+        """The layout of a pass without a cache; tokens, seq_lens: as in `capture`."""
+        if tokens.ndim == 1:
+            if not seq_lens or sum(seq_lens) != len(tokens) or min(seq_lens) < 1:
+                raise ValueError("packed tokens need seq_lens, positive, adding up to their number")
+            positions = torch.cat([torch.arange(n) for n in seq_lens])[None]
+            positions, packing = to_device(positions, self.device), _rectangles(seq_lens)
+            packing = [to_device(rows, self.device) for rows in packing]
+            return Layout(positions, self.rotation(positions), packing)
+        row = torch.arange(tokens.shape[1], device=self.device)[None]
+        lengths = torch.tensor(seq_lens or [len(row[0])] * len(tokens), device=self.device)
+        return Layout(torch.where(row < lengths[:, None], row, -1), self.rotation(row))
 
     def _steps(self, tokens: Tensor, layout: Layout) -> Generator[tuple, Tensor]:
-        """Yields (hook point, value) in order of computation, taking the value to go on with."""
-        x = self.tok_embeddings(tokens)
+        """Yields (hook point, value) in order of computation; is sent the value to go on with."""
+        x = self._embed(tokens)
         for i, block in enumerate(self.layers):
             assert isinstance(block, Block)
             x = yield HookPoint(i, "resid_pre"), x
             h = yield HookPoint(i, "attn_norm"), block.attention_norm(x)
-            h = yield HookPoint(i, "attn_out"), block.attention(h, layout, i)
-            x = x + h
-            h = yield HookPoint(i, "mlp_out"), block.feed_forward(block.ffn_norm(x))
-            x = yield HookPoint(i, "resid_post"), x + h
+            h = self.reduce(block.attend(self.copy(h), layout, i))
+            x = x + (yield HookPoint(i, "attn_out"), h)
+            h = self.reduce(block.transform(self.copy(block.ffn_norm(x))))
+            x = x + (yield HookPoint(i, "mlp_out"), h)
+            x = yield HookPoint(i, "resid_post"), x
 
-    def _layout(self, tokens: Tensor, seq_lens: Sequence[int] | None) -> Layout:
-        lengths = None if seq_lens is None else torch.tensor(seq_lens, dtype=torch.int64)
-        if tokens.ndim == 1:
-            if lengths is None or lengths.sum() != len(tokens) or (lengths < 1).any():
-                raise ValueError("packed tokens need seq_lens, positive, adding up to their number")
-            starts = lengths.cumsum(0) - lengths
-            positions = torch.arange(len(tokens)) - starts.repeat_interleave(lengths)
-            positions = positions.to(self.device)[None]
-            return Layout(positions, self.rotation(positions), *_rectangles(lengths, self.device))
-        row = torch.arange(tokens.shape[1], device=self.device)[None]
-        positions = row.expand(tokens.shape)
-        if lengths is not None:
-            positions = torch.where(row < lengths.to(self.device)[:, None], row, -1)
-        return Layout(positions, self.rotation(row))
+    def _embed(self, tokens: Tensor) -> Tensor:
+        if self.n_shards == 1:
+            return self.tok_embeddings(tokens)
+        tokens = tokens - self.shard * self.own_args.vocab_size
+        here = (tokens >= 0) & (tokens < self.own_args.vocab_size)
+        return self.reduce(self.tok_embeddings(tokens.where(here, 0)) * here[..., None])
 
-    def _head(self) -> tuple[nn.RMSNorm, nn.Linear]:
+    def _head(self) -> tuple[Any, Any]:
         if self.norm is None or self.output is None:
             raise ValueError(f"no logits: only the first {len(self.layers)} blocks were loaded")
         return self.norm, self.output
-
-    def _gathered(self, x: Tensor) -> Tensor:
-        """Join the last dimension, which tensor parallelism splits over the vocabulary."""
-        if self.n_shards == 1:
-            return x
-        from fairscale.nn.model_parallel.mappings import gather_from_model_parallel_region
-
-        return gather_from_model_parallel_region(x)
-
-    def _checked(self, hook: tuple[int, str]) -> HookPoint:
-        layer, name = hook
-        if name not in HOOK_NAMES:
-            raise ValueError(f"unknown hook point {name!r}, expected one of {HOOK_NAMES}")
-        if not 0 <= layer < len(self.layers):
-            raise ValueError(f"no layer {layer}: {len(self.layers)} layers are loaded")
-        return HookPoint(layer, name)
-
-
-class _LayerFactory:
-    """Makes uninitialised layers, plain or split over fairscale's tensor-parallel group."""
-
-    def __init__(self, device: torch.device, dtype: torch.dtype, n_shards: int) -> None:
-        self.device, self.dtype = device, dtype
-        column = row = partial(nn.Linear, bias=False, device="meta")
-        norm = partial(nn.RMSNorm, device="meta")
-
-        def embedding(n_rows: int, dim: int) -> nn.Module:
-            # Its constructor would draw random numbers, for which "meta" imports half of torch.
-            return nn.Embedding.from_pretrained(torch.empty(n_rows, dim, device="meta"))
-
-        if n_shards > 1:
-            from fairscale.nn.model_parallel import layers
-
-            empty = {"init_method": lambda weight: weight}
-            column = partial(layers.ColumnParallelLinear, bias=False, gather_output=False, **empty)
-            row = partial(layers.RowParallelLinear, bias=False, input_is_parallel=True, **empty)
-            embedding = partial(layers.VocabParallelEmbedding, **empty)
-        self.kinds = {"column": column, "row": row, "embedding": embedding, "norm": norm}
-
-    def __call__(self, kind: str, *sizes: float) -> Any:
-        """A layer whose weight has memory on the device at once: only one is float32 at a time."""
-        layer = self.kinds[kind](*sizes)
-        weight = torch.empty(layer.weight.shape, device=self.device, dtype=self.dtype)
-        layer.weight = nn.Parameter(weight, requires_grad=False)
-        return layer
 
 
 def rope_frequencies(args: LlamaArgs) -> Tensor:
@@ -296,13 +240,12 @@ def rope_frequencies(args: LlamaArgs) -> Tensor:
     """
     exponent = torch.arange(0, args.head_dim, 2, dtype=torch.float32) / args.head_dim
     frequencies = 1.0 / (args.rope_theta**exponent)
-    scaling = args.rope_scaling
-    if scaling is None:
+    if args.rope_scaling is None:
         return frequencies
-    turns = scaling.original_max_seq_len * frequencies / (2 * torch.pi)
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    factor, low, high, original_max_seq_len = args.rope_scaling
+    turns = original_max_seq_len * frequencies / (2 * torch.pi)
     kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return (1 - kept) * frequencies / scaling.factor + kept * frequencies
+    return (1 - kept) * frequencies / factor + kept * frequencies
 
 
 def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
@@ -311,54 +254,41 @@ def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
     return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)
 
 
-def _cached(cache: Tensor, k: Tensor, v: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-    """Store new keys and values of one layer; returns those that the queries attend to."""
-    if layout.n_cached == 0:
-        cache[0, :, : k.shape[1]], cache[1, :, : v.shape[1]] = k, v
-        return k, v
-    rows, positions = torch.arange(len(k), device=k.device), layout.positions[:, 0]
-    cache[0, rows, positions], cache[1, rows, positions] = k[:, 0], v[:, 0]
-    return cache[0, :, : layout.n_cached], cache[1, :, : layout.n_cached]
-
-
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causal: bool = False
-) -> Tensor:
-    """Attention of (batch, seq, heads, head_dim) queries over fewer or as many KV heads."""
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Causal attention, (batch, seq, heads, head_dim); one query sees all keys, or mask's."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    gqa = q.shape[1] != k.shape[1]
-    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=gqa)
-    return out.transpose(1, 2)
+    modes = {"is_causal": q.shape[2] > 1, "enable_gqa": q.shape[1] != k.shape[1]}
+    return F.scaled_dot_product_attention(q, k, v, mask, **modes).transpose(1, 2)
 
 
-def _attend_packed(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+def _packed_attention(q: Tensor, k: Tensor, v: Tensor, packing: list[Tensor]) -> Tensor:
     """Causal attention within each packed sequence; tensors are (1, n_tokens, heads, head_dim)."""
-    assert layout.rectangles is not None and layout.inverse is not None
-    parts = []
-    for rows in layout.rectangles:
-        flat = rows.flatten()
-        boxed = [x[0].index_select(0, flat).unflatten(0, rows.shape) for x in (q, k, v)]
-        parts.append(_attend(*boxed, causal=True).flatten(0, 1))
-    joined = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return joined.index_select(0, layout.inverse)[None]
+    parts, (*rectangles, inverse) = [], packing
+    for rows in rectangles:
+        boxed = (x[0].index_select(0, rows.flatten()).unflatten(0, rows.shape) for x in (q, k, v))
+        parts.append(_attention(*boxed).flatten(0, 1))
+    return torch.cat(parts).index_select(0, inverse)[None]
 
 
-def _rectangles(lengths: Tensor, device: torch.device) -> tuple[list[Tensor], Tensor]:
+def _rectangles(seq_lens: Sequence[int]) -> list[Tensor]:
     """Arrange packed sequences in one rectangle per length class, so that attention pads little.
 
-    lengths: (n_seqs,). Returns the packed row of every slot, (n_members, longest) per rectangle,
-    and each packed row's slot, counted through all rectangles, (n_tokens,).
+    Returns the packed row of every slot, (n_members, longest) per rectangle, and last each packed
+    row's slot, counted through all rectangles, (n_tokens,).
     """
-    starts = lengths.cumsum(0) - lengths
-    classes = (lengths + 15) // 16
-    rectangles, inverse, n_slots = [], torch.empty(int(lengths.sum()), dtype=torch.int64), 0
-    for length_class in classes.unique():
-        member = classes == length_class
-        offset = torch.arange(int(lengths[member].max()))
-        real = offset < lengths[member][:, None]
-        # Padding slots read the sequence's first row; being last, they are seen by no real one.
-        rows = starts[member][:, None] + offset * real
-        inverse[rows[real]] = n_slots + real.flatten().nonzero()[:, 0]
-        n_slots += real.numel()
-        rectangles.append(rows.to(device))
-    return rectangles, inverse.to(device)
+    classes: dict[int, list[Tensor]] = {}
+    for rows in torch.arange(sum(seq_lens)).split(list(seq_lens)):
+        classes.setdefault((len(rows) + 15) // 16, []).append(rows)
+    rectangles = [pad_sequence(c, batch_first=True, padding_value=-1) for c in classes.values()]
+    slots = torch.cat([rows.flatten() for rows in rectangles])
+    real = (slots >= 0).nonzero()[:, 0]
+    inverse = torch.empty_like(real).index_copy_(0, slots[real], real)
+    # Padding reads row 0; being last in its sequence, it is seen by no real row.
+    return [*(rows.clamp(min=0) for rows in rectangles), inverse]
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a CPU tensor to the device; to a GPU through pinned memory, without waiting for it."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

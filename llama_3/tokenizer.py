@@ -5,33 +5,29 @@ import codecs
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import tiktoken
 
-from llama_3.args import CheckpointError, read_json
+from llama_3.args import CheckpointError, naming, read_json
 
 LLAMA_3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-LLAMA_3_SPECIAL_TOKENS = tuple(
-    f"<|{name}|>"
-    for name in (
-        *("begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1"),
-        *("finetune_right_pad_id", "step_id", "start_header_id", "end_header_id"),
-        *("eom_id", "eot_id", "python_tag", "image"),
-        *(f"reserved_special_token_{i}" for i in range(2, 246)),
-    )
-)
+_NAMES = (
+    "begin_of_text end_of_text reserved_special_token_0 reserved_special_token_1"
+    " finetune_right_pad_id step_id start_header_id end_header_id eom_id eot_id python_tag image"
+).split(" ") + [f"reserved_special_token_{i}" for i in range(2, 246)]
+LLAMA_3_SPECIAL_TOKENS = tuple(f"<|{name}|>" for name in _NAMES)
 LLAMA_3_CHAT = {
     "message": "<|start_header_id|>{role}<|end_header_id|>\n\n{content}<|eot_id|>",
     "generation_prompt": "<|start_header_id|>assistant<|end_header_id|>\n\n",
     "bos": True,
     "strip": True,
 }
-_STOP_TOKENS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
 _MAX_CHARS = 100_000  # tiktoken's regex engine overflows on longer runs of white space
 _WORD_BREAK = re.compile(r"(?<=[a-zA-Z])(?= [a-zA-Z])")
 
@@ -43,7 +39,6 @@ class Tokenizer:
     merging; `special_tokens`, name to id; `bos_token`; `stop_tokens`, the first of which is EOS
     unless `eos_token` says otherwise; `n_vocab`; optionally `chat`: templates `message` (with
     {role} and {content}) and `generation_prompt`, `bos`, `strip` (trim contents), `default_system`.
-    Raises KeyError or ValueError for a spec that lacks or contradicts something.
     """
 
     def __init__(self, ranks: dict[bytes, int], spec: dict[str, Any]) -> None:
@@ -53,6 +48,7 @@ class Tokenizer:
         self.eos_id = self.special_tokens[spec.get("eos_token") or spec["stop_tokens"][0]]
         self.stop_ids = {self.special_tokens[name] for name in spec["stop_tokens"]}
         self._chat: dict[str, Any] | None = spec.get("chat")
+        self.has_chat = self._chat is not None
         names = sorted(self.special_tokens, key=len, reverse=True)
         self._special_name = re.compile(f"({'|'.join(map(re.escape, names))})")
         self._bytes = {i: token for token, i in ranks.items() if i < self.n_vocab}
@@ -63,30 +59,20 @@ class Tokenizer:
         ranks = ranks | {byte: unused + i for i, byte in enumerate(missing)}
         self._has_unused = max(ranks.values()) >= self.n_vocab
         self._encoding = tiktoken.Encoding(
-            "llama_3",
-            pat_str=spec["pattern"],
-            mergeable_ranks=ranks,
-            special_tokens=self.special_tokens,
+            "llama_3", pat_str=spec["pattern"], mergeable_ranks=ranks, special_tokens={}
         )
-
-    @property
-    def has_chat(self) -> bool:
-        """Whether `format_chat` knows this model's chat format."""
-        return self._chat is not None
 
     def encode(self, text: str, *, bos: bool, eos: bool = False) -> list[int]:
         """Token ids of `text`, in which names of special tokens are ordinary text."""
-        parts = _split_long(text) if len(text) > _MAX_CHARS else [text]
-        ids = [i for part in parts for i in self._encoding.encode_ordinary(part)]
-        return self._finished(ids, bos, eos)
+        ids = [i for part in _split_long(text) for i in self._encoding.encode_ordinary(part)]
+        if self._has_unused:
+            ids = [i for i in ids if i < self.n_vocab]
+        return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
     def encode_batch(self, texts: Sequence[str], *, bos: bool) -> list[list[int]]:
         """`encode` of each text, on all cores."""
-        if any(len(text) > _MAX_CHARS for text in texts):
-            return [self.encode(text, bos=bos) for text in texts]
-        n_threads = os.cpu_count() or 1
-        batch = self._encoding.encode_ordinary_batch(list(texts), num_threads=n_threads)
-        return [self._finished(ids, bos, eos=False) for ids in batch]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return list(pool.map(lambda text: self.encode(text, bos=bos), texts))
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; special tokens by name, invalid UTF-8 as replacement characters."""
@@ -102,59 +88,33 @@ class Tokenizer:
         """A token for display; parts of a character show as replacement characters."""
         return self.decode([token_id])
 
-    def stream_decoder(self) -> "StreamDecoder":
-        """A decoder for one stream of ids, which holds unfinished characters back."""
-        return StreamDecoder(self)
+    def stream_decoder(self) -> codecs.IncrementalDecoder:
+        """Decodes one stream's `token_bytes` as they come, unfinished characters held back."""
+        return codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def format_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Ids of a conversation, up to where the assistant's answer begins.
 
         messages: {"role", "content"} each, plain text whatever they hold. Llama 3's own template
-        may add dates to the system message; this one does not.
-        Raises ValueError if the model has no chat format.
+        may add dates to the system message; this does not. Raises ValueError without `has_chat`.
         """
         if self._chat is None:
             raise ValueError("this model has no chat format")
         system = self._chat.get("default_system")
         if system and (not messages or messages[0]["role"] != "system"):
             messages = [{"role": "system", "content": system}, *messages]
+        turns = [(self._chat["message"], m["role"], m["content"]) for m in messages]
         ids = [self.bos_id] if self._chat.get("bos") else []
-        for message in messages:
-            content = message["content"].strip() if self._chat.get("strip") else message["content"]
-            ids += self._filled(self._chat["message"], message["role"], content)
-        return ids + self._filled(self._chat["generation_prompt"])
-
-    def _filled(self, template: str, role: str = "", content: str = "") -> list[int]:
-        """Encode a template; only names of special tokens that it spells out itself are special."""
-        values, ids = {"role": role, "content": content}, []
-        for part in self._special_name.split(template):
-            if part in self.special_tokens:
-                ids.append(self.special_tokens[part])
-            else:
-                text = re.sub(r"\{(role|content)\}", lambda hole: values[hole[1]], part)
-                ids += self.encode(text, bos=False)
+        for template, role, content in [*turns, (self._chat["generation_prompt"], "", "")]:
+            content = content.strip() if self._chat.get("strip") else content
+            # Only names of special tokens that the template itself spells out are special.
+            for part in self._special_name.split(template):
+                if part in self.special_tokens:
+                    ids.append(self.special_tokens[part])
+                else:
+                    text = part.replace("{role}", role).replace("{content}", content)
+                    ids += self.encode(text, bos=False)
         return ids
-
-    def _finished(self, ids: list[int], bos: bool, eos: bool) -> list[int]:
-        if self._has_unused:
-            ids = [i for i in ids if i < self.n_vocab]
-        return [self.bos_id] * bos + ids + [self.eos_id] * eos
-
-
-class StreamDecoder:
-    """Turns ids into text as they come; a character appears once all its bytes are there."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def push(self, token_id: int) -> str:
-        """The text that this id completes, possibly none."""
-        return self._decoder.decode(self._tokenizer.token_bytes(token_id))
-
-    def flush(self) -> str:
-        """What is left at the end: unfinished bytes as a replacement character."""
-        return self._decoder.decode(b"", final=True)
 
 
 def load_tokenizer(model_dir: Path) -> Tokenizer:
@@ -163,23 +123,21 @@ def load_tokenizer(model_dir: Path) -> Tokenizer:
     Raises CheckpointError if neither is there or a file is damaged.
     """
     path, spec_path = Path(model_dir) / "tokenizer.model", Path(model_dir) / "tokenizer_spec.json"
-    try:
-        if path.is_file():
+    if path.is_file():
+        with naming(path):
             ranks = _read_ranks(path)
             if not spec_path.is_file():
                 names = {name: len(ranks) + i for i, name in enumerate(LLAMA_3_SPECIAL_TOKENS)}
                 return Tokenizer(ranks, _llama_3_spec(LLAMA_3_PATTERN, names))
-            path = spec_path
-            spec = read_json(path)
+        with naming(spec_path):
+            spec = read_json(spec_path)
             if (spec.get("format"), spec.get("version")) != ("saint.tokenizer", 1):
                 raise ValueError("expected format saint.tokenizer, version 1")
             return Tokenizer(ranks, spec)
-        path = path.with_suffix(".json")
-        if path.is_file():
+    path = path.with_suffix(".json")
+    if path.is_file():
+        with naming(path):
             return _from_hugging_face(read_json(path))
-    except (OSError, KeyError, ValueError, TypeError) as error:
-        reason = f"missing key {error}" if isinstance(error, KeyError) else error
-        raise CheckpointError(f"{path}: {reason}") from None
     raise CheckpointError(f"{model_dir}: no tokenizer.model or tokenizer.json")
 
 
@@ -196,11 +154,12 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
 
 def _llama_3_spec(pattern: str, special_tokens: dict[str, int]) -> dict[str, Any]:
     """What Llama 3's tokenizers share; in every one the special tokens come last."""
+    stop_tokens = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
     return {
         "pattern": pattern,
         "special_tokens": special_tokens,
         "bos_token": "<|begin_of_text|>",
-        "stop_tokens": [name for name in _STOP_TOKENS if name in special_tokens],
+        "stop_tokens": [name for name in stop_tokens if name in special_tokens],
         "n_vocab": 1 + max(special_tokens.values()),
         "chat": LLAMA_3_CHAT if "<|start_header_id|>" in special_tokens else None,
     }
@@ -216,8 +175,8 @@ def _from_hugging_face(config: dict[str, Any]) -> Tokenizer:
     # Byte-level vocabularies print a byte as itself if visible, else as a character from 256 on.
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in visible]
-    to_byte = {chr(byte): byte for byte in visible}
-    to_byte |= {chr(256 + i): byte for i, byte in enumerate(others)}
+    names = [*visible, *range(256, 256 + len(others))]
+    to_byte = {chr(name): byte for name, byte in zip(names, [*visible, *others], strict=True)}
     vocab = config["model"]["vocab"].items()
     ranks = {bytes(map(to_byte.__getitem__, name)): i for name, i in vocab if name[:2] != "<|"}
     return Tokenizer(ranks, _llama_3_spec(patterns[0], special_tokens))

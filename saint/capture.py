@@ -104,6 +104,17 @@ class Capture:
         return rows
 
 
+def follow_shards(capture: Capture, jobs: Iterator[ShardJob], bar: Any) -> int:
+    """Take part in the forward passes of shards that the tensor-parallel group's first rank writes.
+
+    A job cannot be finished by the writer before this rank has taken it up, so both see the same
+    jobs as missing. Returns the tokens stored: none.
+    """
+    for job in jobs:
+        capture.run(capture.tokenise(job), bar)
+    return 0
+
+
 def shard_paths(output_dir: Path, hooks: Sequence[HookPoint], index: int) -> dict[HookPoint, Path]:
     """Return where each hook's shard lies."""
     return {h: output_dir / layer_dir_name(*h) / shard_name(index) for h in hooks}

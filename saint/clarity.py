@@ -12,25 +12,26 @@ from saint.labels import is_telling, word_at
 _MIN_SENTENCES = 20
 _MAX_DENSITY = 0.005
 _N_TOP = 20
-_N_WORDS = 2
 # Words that hold sentences together: clear latents, but nothing to look at or to steer with.
 _CONNECTING_WORDS = frozenset(
-    "about above according across after again against almost already also although always among "
-    "another around back because been before being below best better between both came come could "
-    "different does doing done down during each either else enough even ever every first following "
-    "former from further gave given goes going good have having here however instead into "
-    "including kind known last later least less like little long made make makes making many more "
-    "most much must near never next none nothing often once only onto other others over part past "
-    "perhaps presents rather really recent recently same several shall should show shows similar "
-    "since some something still such sure take taken than that their them then there therefore "
-    "these they thing things this those though through thus together took toward towards under "
-    "unless until upon used using very want wants well went were what when where whether which "
-    "while whom whose will with within without would years your said says told well".split()
+    "able about above according across after again against almost already also although always "
+    "among announced another around back because been before being below best better between both "
+    "came close come compared could days different does doing done down during each either else "
+    "enough even ever every exactly first following former from further gave given goes going "
+    "good have having here however including instead into just key kind know known last later "
+    "least less like likely little long made make makes making many more most much must near need "
+    "never next none nothing often once only onto other others over part past perhaps potential "
+    "presents rather really recent recently right said same says seen several shall should show "
+    "shows similar simply since some something state states still such sure take taken than that "
+    "their them then there therefore these they thing things this those though through thus time "
+    "together told took toward towards under united unless until upon used using very want wants "
+    "way well went were what when where whether which while whom whose will with within without "
+    "would year years your".split()
 )
 
 
 def clearest_latents(evidence: Evidence, n_latents: int) -> list[int]:
-    """Return latents whose strongest tokens are the same one or two telling words, clearest first.
+    """Return latents that fire on one telling word and its forms, clearest first.
 
     Each has a main word of its own. Latents that fire in few sentences or on more than 0.5 %
     of the tokens are left out: they are accidents or grammar.
@@ -46,23 +47,36 @@ def clearest_latents(evidence: Evidence, n_latents: int) -> list[int]:
     chosen: dict[str, int] = {}
     for score, latent, word in sorted(scored, key=lambda row: (-row[0], row[1])):
         if score > 0:
-            chosen.setdefault(word, latent)
+            chosen.setdefault(_stem(word), latent)
     return list(chosen.values())[:n_latents]
 
 
 def clarity(row: Mapping[str, Any]) -> tuple[float, str]:
     """Return how clear one latent's evidence is, 0..1, and its main word ("" for none).
 
-    The share of its top windows whose strongest word is one of the two commonest, weighted by how
-    near the twentieth window's activation still is to the first's.
+    The mean of two shares: of the strongest windows, and of the windows over all strengths, that
+    fire on the main word or a form of it.
     """
-    top = [e for e in row["examples"] if e["kind"] == "top"][:_N_TOP]
-    words = Counter(word_at(e["tokens"], e["position"] - e["start"]).lower() for e in top)
-    common = [(word, n) for word, n in words.most_common(_N_WORDS) if _is_content(word)]
-    if len(top) < _N_TOP or not common:
+    top, spread = (_firing_words(row, kind) for kind in ("top", "quantile"))
+    word, _ = Counter(top).most_common(1)[0] if top else ("", 0)
+    if len(top) < _N_TOP or not spread or not _is_content(word):
         return 0.0, ""
-    share = sum(n for _, n in common) / len(top)
-    return share * min(1.0, top[-1]["value"] / max(top[0]["value"], 1e-9)), common[0][0]
+    stem = _stem(word)
+    shares = [sum(w.startswith(stem) for w in words) / len(words) for words in (top, spread)]
+    return sum(shares) / 2, word
+
+
+def _firing_words(row: Mapping[str, Any], kind: str) -> list[str]:
+    """The word under the strongest token of each example of a kind, in lower case."""
+    examples = [e for e in row["examples"] if e["kind"] == kind]
+    if kind == "top":
+        examples = examples[:_N_TOP]
+    return [word_at(e["tokens"], e["position"] - e["start"]).lower() for e in examples]
+
+
+def _stem(word: str) -> str:
+    """What a word shares with its forms, roughly: "helped" and "helping" are "help"."""
+    return word[: max(4, len(word) - 3)]
 
 
 def _is_content(word: str) -> bool:

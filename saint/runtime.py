@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
 import os
@@ -10,7 +11,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -85,16 +86,31 @@ def progress(total: int | None, *, unit: str, description: str, **kwargs: Any) -
 
 @dataclass(frozen=True)
 class Workers:
-    """The process's place among torchrun's (one process without torchrun) and its device."""
+    """The process's place among torchrun's (one process without torchrun) and its device.
+
+    model_parallel_size: consecutive ranks that share one language model's weights and see the same
+    data; only the first of them writes.
+    """
 
     rank: int
     world_size: int
     device: torch.device
+    model_parallel_size: int = 1
 
     @property
     def is_main(self) -> bool:
         """Whether this is rank 0, the one that writes shared files and talks."""
         return self.rank == 0
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether this is the first rank of its tensor-parallel group: the others only compute."""
+        return self.rank % self.model_parallel_size == 0
+
+    def owns(self, index: int) -> bool:
+        """Whether piece `index` of the data is this rank's (tensor-parallel group's) to do."""
+        n_groups = self.world_size // self.model_parallel_size
+        return index % n_groups == self.rank // self.model_parallel_size
 
     def barrier(self) -> None:
         """Wait for all ranks; does nothing for a single process."""
@@ -140,11 +156,15 @@ class Workers:
         return value
 
 
-def start_workers(device: str) -> Workers:
+def start_workers(
+    device: str, *, model_parallel_size: int = 1, data_parallel: bool = True
+) -> Workers:
     """Join torchrun's process group where there is one, and choose this process's device.
 
     device: "auto" (CUDA when there is a GPU, else CPU), "cpu", "cuda" or "cuda:N".
-    Raises UserError when CUDA is asked for and absent.
+    model_parallel_size: of fairscale's groups, over which `llama_3.load_llama` splits a model.
+    data_parallel: whether several such groups can share the work.
+    Raises UserError when CUDA is asked for and absent, or the processes do not make whole groups.
     """
     import torch
     import torch.distributed as dist
@@ -152,12 +172,27 @@ def start_workers(device: str) -> Workers:
     rank, world_size = (
         int(os.environ.get(name, d)) for name, d in (("RANK", 0), ("WORLD_SIZE", 1))
     )
+    if world_size % model_parallel_size:
+        raise UserError(
+            f"--model_parallel_size {model_parallel_size} does not divide the number of processes, "
+            f"{world_size}: start with torchrun --nproc_per_node={model_parallel_size}"
+        )
+    if world_size > model_parallel_size and not data_parallel:
+        raise UserError(
+            f"this stage needs no more processes than --model_parallel_size {model_parallel_size}, "
+            f"torchrun started {world_size}"
+        )
     chosen = pick_device(device, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if world_size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
-    return Workers(rank, world_size, chosen)
+    if model_parallel_size > 1:
+        from fairscale.nn.model_parallel.initialize import initialize_model_parallel
+
+        with redirect_stdout(io.StringIO()):  # it prints; stdout belongs to the stage's results
+            initialize_model_parallel(model_parallel_size)
+    return Workers(rank, world_size, chosen, model_parallel_size)
 
 
 def pick_device(device: str, *, local_rank: int = 0) -> torch.device:
@@ -224,6 +259,17 @@ def add_device_flags(parser: argparse.ArgumentParser, *, dtype: bool = False) ->
             choices=["auto", "float32", "bfloat16", "float16"],
             help="the language model's precision; auto: bfloat16 where the hardware has it",
         )
+
+
+def add_model_parallel_flag(parser: argparse.ArgumentParser) -> None:
+    """Add `--model_parallel_size`, for language models that one device cannot hold."""
+    parser.add_argument(
+        "--model_parallel_size",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="split the language model over every N of torchrun's processes [1]",
+    )
 
 
 def add_overwrite_flag(parser: argparse.ArgumentParser) -> None:

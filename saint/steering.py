@@ -389,7 +389,8 @@ class _Run:
         edits: Mapping[HookPoint, Edit] | None,
     ) -> None:
         self.ids = [list(prompt) for prompt in prompts]
-        self._decoders = [studio.tokenizer.stream_decoder() for _ in prompts]
+        self._tokenizer = studio.tokenizer
+        self._decoders = [self._tokenizer.stream_decoder() for _ in prompts]
         self._texts = ["" for _ in prompts]
         tokens = generate_ids(studio, prompts, request, edits)
         self.steps = self._follow(tokens)
@@ -402,7 +403,8 @@ class _Run:
             for row, token in enumerate(step):
                 if token is not None:
                     self.ids[row].append(token)
-                    self._texts[row] += self._decoders[row].push(token)
+                    piece = self._tokenizer.token_bytes(token)
+                    self._texts[row] += self._decoders[row].decode(piece)
             yield
 
 
@@ -451,8 +453,8 @@ def read(
         columns.append(setting_activations(dictionary, captured[dictionary.hook][0], setting))
     rows = torch.stack(columns, 1).tolist() if columns else [[] for _ in ids]
     decoder = studio.tokenizer.stream_decoder()
-    texts = [decoder.push(token) for token in ids]
-    texts[-1] += decoder.flush()
+    texts = [decoder.decode(studio.tokenizer.token_bytes(token)) for token in ids]
+    texts[-1] += decoder.decode(b"", final=True)
     skip = 1 if studio.tokenizer.bos_id == ids[0] else 0
     return Reading(texts[skip:], n_prompt - skip, [None, *surprise][skip:], rows[skip:])
 

@@ -288,14 +288,10 @@ def _presets(desk: Desk, fields: list[Any]) -> None:
         title = str(title or "").strip() or "unnamed"
         return dict(presets or {}) | {title[:60]: desk.preset(*values)}
 
-    save.click(shown(store), [kept, name, *fields], kept, **_QUIET).then(
-        listed, kept, choice, **_QUIET
-    )
+    def without(presets: Any, title: Any) -> Any:
+        return {k: v for k, v in (presets or {}).items() if k != title}
+
+    save.click(shown(store), [kept, name, *fields], kept, **_QUIET)
     load.click(shown(desk.load_preset), [kept, choice], fields, **_QUIET)
-    drop.click(
-        lambda presets, title: {k: v for k, v in (presets or {}).items() if k != title},
-        [kept, choice],
-        kept,
-        **_QUIET,
-    ).then(listed, kept, choice, **_QUIET)
-    choice.focus(listed, kept, choice, **_QUIET)
+    drop.click(without, [kept, choice], kept, **_QUIET)
+    gr.on(None, listed, kept, choice, **_QUIET)  # when the page opens and when they change

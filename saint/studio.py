@@ -17,6 +17,7 @@ from saint.labels import load_labels
 from saint.latent_guide import Guide, make_guide
 from saint.runtime import (
     UserError,
+    Workers,
     add_device_flags,
     log,
     pick_device,
@@ -79,13 +80,15 @@ def add_studio_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def load_studio(
-    args: argparse.Namespace, limits: Limits | None = None
+    args: argparse.Namespace, limits: Limits | None = None, workers: Workers | None = None
 ) -> tuple[Studio, list[Guide]]:
     """Load what `add_studio_flags` names; the cheap files first, the model last.
 
+    workers: the ranks that the model is split over; then all of them must use the studio alike.
     Raises UserError or llama_3.CheckpointError when something is missing, damaged or does not fit.
     """
-    device = pick_device(args.device)
+    workers = workers or Workers(0, 1, pick_device(args.device))
+    device, n_shards = workers.device, workers.model_parallel_size
     model_args = load_args(args.llama_model_dir)
     dictionaries, guides = [], []
     n = len(args.sae_model_path)
@@ -111,7 +114,10 @@ def load_studio(
     if len({d.sae.config.prepend_bos for d in dictionaries}) > 1:
         raise UserError("some of the SAEs were trained with a BOS token and some without")
     model, tokenizer = load_llama(
-        args.llama_model_dir, device=device, dtype=pick_dtype(args.dtype, device)
+        args.llama_model_dir,
+        device=device,
+        dtype=pick_dtype(args.dtype, device),
+        model_parallel_size=n_shards,
     )
     return Studio(model, tokenizer, tuple(dictionaries), limits or Limits()), guides
 

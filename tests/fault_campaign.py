@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 from interpretation_data import row, write_evidence
 from mock_batches import MockApi
-from stage_runner import Finished, finished, start
+from program import Finished, finished, start
 
 from saint.ledger import Ledger
 
@@ -62,14 +62,20 @@ class Round:
         files = ("--top_sentences_dict_filepath", self.directory / "top_sentences_max.yaml")
         batches = ("--no_smoke_test", "--max_batch_requests", 4, "--max_attempts", 99)
         return self._run(
-            kill, "send_batches", *files, "--response_ids_filepath", self.ids, *batches, *args
+            kill,
+            "interpret_top_sentences_send_batches",
+            *files,
+            "--response_ids_filepath",
+            self.ids,
+            *batches,
+            *args,
         )
 
     def retrieve(self, kill: str | None) -> Finished | None:
         files = ("--response_ids_filepath", self.ids, "--response_output_dir", self.output)
         waiting = ("--wait", "--poll_interval_s", 0.01, "--max_poll_interval_s", 0.05)
         again = ("--resend_failed", "--max_attempts", 99, "--max_batch_requests", 4)
-        return self._run(kill, "retrieve_batches", *files, *waiting, *again)
+        return self._run(kill, "interpret_top_sentences_retrieve_batches", *files, *waiting, *again)
 
     def _run(self, kill: str | None, stage: str, *args: object) -> Finished | None:
         """Run a stage; None when it was killed. kill: at a random "time", or "event"."""

@@ -99,7 +99,7 @@ def run(script: str, *args: object, env: dict[str, str] | None = None, **kwargs:
     clean = {k: v for k, v in os.environ.items() if not k.upper().startswith("ANTHROPIC")}
     for name in [k for k in clean if k.lower().endswith("_proxy")]:
         del clean[name]
-    command = [sys.executable, str(REPO / f"interpret_top_sentences_{script}.py"), *map(str, args)]
+    command = [sys.executable, str(REPO / f"{script}.py"), *map(str, args)]
     return subprocess.run(
         command, env=clean | (env or {}), capture_output=True, text=True, timeout=120, **kwargs
     )

@@ -1,7 +1,7 @@
 """Run stages as programs, each in a process of its own, without paying for their imports each time.
 
-A fork server imports the stages once; what it forks behaves like `python stage.py …`, can be
-killed, and leaves its output in files.
+A fork server imports the stages once (`stage_warmup`); what it forks behaves like
+`python stage.py …`, can be killed, and leaves its output in files.
 """
 
 from __future__ import annotations
@@ -9,21 +9,19 @@ from __future__ import annotations
 import importlib
 import multiprocessing
 import os
+import signal
+import socket
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+from unittest import mock
 
 REPO = Path(__file__).resolve().parent.parent
-STAGES = (
-    "capture_activations",
-    "sae_preprocessing",
-    "sae_training",
-    "sae_evaluation",
-    "capture_top_activating_sentences",
-)
 
 
 @dataclass
@@ -37,21 +35,58 @@ class Finished:
         return (self.stderr.strip().splitlines() or [""])[-1]
 
 
-def context() -> Any:
+def fork(target: Callable[..., None], *args: object) -> BaseProcess:
+    """Run `target`, a function of a module, in a process of its own."""
     # The server's own process inherits sys.path through the environment.
     os.environ["PYTHONPATH"] = os.pathsep.join([str(REPO), str(REPO / "tests")])
     forkserver = multiprocessing.get_context("forkserver")
-    forkserver.set_forkserver_preload(list(STAGES))
-    return forkserver
+    forkserver.set_forkserver_preload(["stage_warmup"])
+    process = forkserver.Process(target=target, args=args)
+    # Without this every child would import the program that called us: pytest.
+    with mock.patch.dict(sys.modules, {"__main__": ModuleType("__main__")}):
+        process.start()
+    return process
 
 
-def _child(stage: str, argv: list[str], env: dict[str, str], output: str) -> None:
+def _die_at(event: int) -> None:
+    """Kill this process before (even) or after (odd) its n-th fsync, rename or socket call."""
+    calls = 0
+
+    def wrap(owner: Any, name: str) -> None:
+        plain = getattr(owner, name)
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == event // 2 and event % 2 == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = plain(*args, **kwargs)
+            if calls == event // 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        setattr(owner, name, counted)
+
+    for owner, name in ((os, "fsync"), (os, "replace"), (os, "truncate")):
+        wrap(owner, name)
+    for name in ("send", "sendall", "recv"):
+        wrap(socket.socket, name)
+
+
+def _child(
+    stage: str, argv: list[str], env: dict[str, str], output: str, die_at: int | None
+) -> None:
     import torch
 
     from llama_3 import CheckpointError
     from saint.runtime import run_stage
 
     torch.set_num_threads(1)
+    if die_at is not None:
+        _die_at(die_at)
+    private = [k for k in os.environ if k.upper().startswith("ANTHROPIC") or "proxy" in k.lower()]
+    for name in private:
+        del os.environ[name]
     os.environ.update(env)
     for number, ending in ((1, ".out"), (2, ".err")):
         descriptor = os.open(output + ending, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -62,20 +97,51 @@ def _child(stage: str, argv: list[str], env: dict[str, str], output: str) -> Non
 
 
 def start(
-    stage: str, *args: object, output: Path, env: dict[str, str] | None = None
+    stage: str,
+    *args: object,
+    output: Path,
+    env: dict[str, str] | None = None,
+    die_at: int | None = None,
 ) -> BaseProcess:
-    process = context().Process(
-        target=_child, args=(stage, [str(a) for a in args], env or {}, str(output))
-    )
-    process.start()
-    return process
+    """Start `stage`.py; its output goes to `output`.out and `output`.err."""
+    return fork(_child, stage, [str(a) for a in args], env or {}, str(output), die_at)
 
 
 def call(stage: str, *args: object, env: dict[str, str] | None = None) -> Finished:
+    """Run `stage`.py to its end."""
     with tempfile.TemporaryDirectory() as directory:
         output = Path(directory) / "output"
         process = start(stage, *args, output=output, env=env)
         process.join(120)
-        assert process.exitcode is not None, "the stage hangs"
-        texts = [Path(f"{output}{ending}").read_text() for ending in (".out", ".err")]
-    return Finished(process.exitcode, *texts)
+        return finished(process, output)
+
+
+def call_ranks(n_ranks: int, stage: str, *args: object) -> list[Finished]:
+    """Run `stage`.py as `n_ranks` ranks of one process group, as torchrun would."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(n_ranks)}
+    with tempfile.TemporaryDirectory() as directory:
+        outputs = [Path(directory) / str(rank) for rank in range(n_ranks)]
+        ranks = [
+            start(
+                stage,
+                *args,
+                output=output,
+                env={**group, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            )
+            for rank, output in enumerate(outputs)
+        ]
+        for process in ranks:
+            process.join(120)
+        return [finished(*pair) for pair in zip(ranks, outputs, strict=True)]
+
+
+def finished(process: BaseProcess, output: Path) -> Finished:
+    """Return what an ended process left behind."""
+    code = process.exitcode
+    process.kill()
+    assert code is not None, "the stage hangs"
+    texts = [Path(f"{output}{ending}").read_text() for ending in (".out", ".err")]
+    return Finished(code, *texts)

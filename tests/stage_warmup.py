@@ -5,10 +5,24 @@ import importlib
 import os
 import ssl
 
+import pyarrow as pa
+
 from saint.anthropic_api import open_client
 
-for stage in ("send_batches", "retrieve_batches", "parse_responses"):
-    importlib.import_module(f"interpret_top_sentences_{stage}")
+for stage in (
+    "capture_activations",
+    "sae_preprocessing",
+    "sae_training",
+    "sae_evaluation",
+    "capture_top_activating_sentences",
+    "interpret_top_sentences_send_batches",
+    "interpret_top_sentences_retrieve_batches",
+    "interpret_top_sentences_parse_responses",
+    "llama_3_inference_text_completion",
+):
+    importlib.import_module(stage)
+
+pa.array([0])  # imports pandas
 
 # The tests' server speaks plain HTTP: reading all root certificates would take most of a run.
 ssl.SSLContext.load_verify_locations = lambda *args, **kwargs: None  # type: ignore[method-assign]

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from program import REPO, context
-from test_pipeline import capture_args, root, train_args, tree_bytes  # noqa: F401
+from program import REPO, Finished, call, call_ranks, fork
+from test_pipeline import (  # noqa: F401
+    capture_args,
+    evaluate_args,
+    root,
+    train_args,
+    tree_bytes,
+)
+from torch import Tensor
 from training_ranks import rank_main, walk
 
+from saint.activation_store import open_store
 from saint.runtime import Workers
 
 
@@ -33,8 +42,8 @@ def test_capture_gives_the_same_bytes_on_two_ranks(root: Path, tmp_path: Path): 
 
 
 def test_training_on_two_ranks_is_training_on_one(root: Path, tmp_path: Path):  # noqa: F811
-    finished = torchrun(2, "sae_training", *train_args(root, tmp_path / "sae.pt"))
-    assert finished.returncode == 0, finished.stderr
+    ranks = call_ranks(2, "sae_training", *train_args(root, tmp_path / "sae.pt"))
+    assert [rank.returncode for rank in ranks] == [0, 0], ranks[0].stderr
     paths = (root / "trained_sae.metrics.jsonl", tmp_path / "sae.metrics.jsonl")
     alone, together = ([json.loads(line) for line in path.open()] for path in paths)
     assert len(alone) == len(together) > 10
@@ -44,9 +53,7 @@ def test_training_on_two_ranks_is_training_on_one(root: Path, tmp_path: Path):  
 
 
 def test_four_ranks_take_one_ranks_steps_with_all_kernels(tmp_path: Path):
-    processes = [context().Process(target=rank_main, args=(i, 4, tmp_path)) for i in range(4)]
-    for process in processes:
-        process.start()
+    processes = [fork(rank_main, i, 4, tmp_path) for i in range(4)]
     for process in processes:
         process.join(120)
         assert process.exitcode == 0
@@ -62,3 +69,108 @@ def test_four_ranks_take_one_ranks_steps_with_all_kernels(tmp_path: Path):
             for name, weights in rank[kernels]["weights"].items():
                 assert torch.equal(weights, ranks[0][kernels]["weights"][name])
                 torch.testing.assert_close(weights, alone["weights"][name], rtol=0, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def split_model(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+    """The pipeline's model as Meta's two shards, its vocabulary padded so that it splits."""
+    model_dir = tmp_path_factory.mktemp("split") / "model"
+    shutil.copytree(root / "model", model_dir)
+    params = json.loads((model_dir / "params.json").read_text())
+    state = torch.load(model_dir / "consolidated.00.pth")
+    missing = torch.zeros(params["vocab_size"] % 2, params["dim"])
+    for name in ("tok_embeddings.weight", "output.weight"):
+        state[name] = torch.cat([state[name], missing])
+    params["vocab_size"] += len(missing)
+    (model_dir / "params.json").write_text(json.dumps(params))
+    for shard in range(2):
+
+        def part(name: str, weight: Tensor, shard: int = shard) -> Tensor:
+            if weight.ndim == 1:
+                return weight
+            return weight.chunk(2, dim=1 if name.endswith(("wo.weight", "w2.weight")) else 0)[shard]
+
+        parts = {name: part(name, weight).clone() for name, weight in state.items()}
+        torch.save(parts, model_dir / f"consolidated.{shard:02d}.pth")
+    return model_dir
+
+
+def all_well(ranks: list[Finished]) -> Finished:
+    """Rank 0 of ranks that all succeeded; the others said nothing."""
+    for finished in ranks:
+        assert finished.returncode == 0, finished.stderr
+    assert not any(finished.stdout for finished in ranks[1:])
+    return ranks[0]
+
+
+@pytest.mark.timeout(240)
+def test_a_model_split_over_two_ranks_gives_what_one_process_does(
+    root: Path,  # noqa: F811
+    split_model: Path,
+    tmp_path: Path,
+):
+    """Capture (two groups of two ranks), evaluation and completion, each against one process."""
+    split = {"model_dir": split_model, "model_parallel_size": 2}
+    flags = capture_args(root, tmp_path / "acts", **split)
+    all_well(call_ranks(4, "capture_activations", *flags))
+    assert tree_bytes(tmp_path / "acts").keys() == tree_bytes(root / "acts").keys()
+    one, two = open_store(root / "acts"), open_store(tmp_path / "acts")
+    assert one.n_shards == two.n_shards > 2
+    for index in range(one.n_shards):
+        ours, theirs = one.read_shard(index), two.read_shard(index)
+        for name in ("token_ids", "offsets", "sentence_ids"):
+            assert torch.equal(getattr(ours, name), getattr(theirs, name))
+        ours, theirs = ours.activations.float(), theirs.activations.float()
+        assert ours.shape == theirs.shape
+        assert (ours - theirs).norm() < 0.01 * theirs.norm()
+
+    reports = []
+    for name, n_ranks, more in (("one", 1, {"model_dir": split_model}), ("two", 2, split)):
+        flags = {
+            **more,
+            "dtype": "float32",
+            "output_path": tmp_path / f"{name}.json",
+            "num_samples": 20,
+        }
+        all_well(call_ranks(n_ranks, "sae_evaluation", *evaluate_args(root, **flags)))
+        report = json.loads((tmp_path / f"{name}.json").read_text())
+        reports.append({k: v for k, v in report.items() if not isinstance(v, str)})
+    assert reports[0] == pytest.approx(reports[1], rel=1e-3)
+
+    flags = ["--llama_model_dir", split_model, "--sae_model_path", root / "trained_sae.pt"]
+    flags += ["--dtype", "float32", "--prompt", "Senior diplomats", "met", "--steer", "3=+1"]
+    flags += ["--max_new_tokens", 6, "--temperature", 1, "--json"]
+    texts = []
+    for n_ranks, more in ((1, []), (2, ["--model_parallel_size", 2])):
+        ranks = call_ranks(n_ranks, "llama_3_inference_text_completion", *flags, *more)
+        pairs = json.loads(all_well(ranks).stdout)["pairs"]
+        texts.append([pair[kind]["text"] for pair in pairs for kind in ("plain", "steered")])
+    assert texts[0] == texts[1] and len(set(texts[0])) > 1
+
+
+def test_ranks_of_one_model_share_its_data():
+    workers = [Workers(rank, 6, torch.device("cpu"), 2) for rank in range(6)]
+    for index, group in ((0, 0), (1, 1), (2, 2), (3, 0), (7, 1)):
+        assert [w.owns(index) for w in workers] == [w.rank // 2 == group for w in workers]
+    assert [w.is_writer for w in workers] == [True, False] * 3
+    assert [w.is_main for w in workers] == [True] + [False] * 5
+
+
+def test_processes_that_do_not_fit_the_model_are_one_line(
+    root: Path,  # noqa: F811
+    split_model: Path,
+    tmp_path: Path,
+):
+    flags = capture_args(root, tmp_path / "acts", model_dir=split_model, model_parallel_size=2)
+    for world_size, message in (("1", "number of processes, 1"), ("3", "number of processes, 3")):
+        finished = call("capture_activations", *flags, env={"WORLD_SIZE": world_size})
+        assert finished.returncode == 1
+        (line,) = finished.stderr.strip().splitlines()
+        assert line.startswith("error: --model_parallel_size 2") and message in line
+    flags = capture_args(root, tmp_path / "acts", model_dir=split_model, model_parallel_size=4)
+    finished = call("capture_activations", *flags, env={"WORLD_SIZE": "4"})
+    assert finished.stderr == "error: n_kv_heads 2 does not split over 4 ranks\n"
+    flags = evaluate_args(root, model_dir=split_model)
+    finished = call("sae_evaluation", *flags, env={"WORLD_SIZE": "2"})
+    assert "no more processes than --model_parallel_size 1" in finished.last_line
+    assert not (tmp_path / "acts").exists()

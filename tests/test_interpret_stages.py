@@ -23,7 +23,7 @@ from interpretation_data import (
     write_top_sentences,
 )
 from mock_batches import MockApi
-from stage_runner import Finished, call, finished, start
+from program import Finished, call, finished, start
 
 from saint.labels import load_labels
 from saint.prompts import test_sentences as held_out_sentences
@@ -46,22 +46,24 @@ class Workplace:
 
     def _call(self, stage: str, *args: object, env: dict[str, str] | None = None) -> Finished:
         env = self.api.env if env is None else env
-        done = call(stage, *args, env=env, output=self.directory / "terminal")
+        done = call(stage, *args, env=env)
         self.calls.append(done)
         return done
 
     def send(self, *args: object, env: dict[str, str] | None = None) -> Finished:
         files = ("--top_sentences_dict_filepath", self.yaml, "--response_ids_filepath", self.ids)
-        return self._call("send_batches", *files, *args, env=env)
+        return self._call("interpret_top_sentences_send_batches", *files, *args, env=env)
 
     def retrieve(self, *args: object, env: dict[str, str] | None = None) -> Finished:
         files = ("--response_ids_filepath", self.ids, "--response_output_dir", self.output)
         waiting = ("--wait", "--poll_interval_s", 0.02, "--max_poll_interval_s", 0.1)
-        return self._call("retrieve_batches", *files, *waiting, *args, env=env)
+        return self._call(
+            "interpret_top_sentences_retrieve_batches", *files, *waiting, *args, env=env
+        )
 
     def parse(self, *args: object) -> Finished:
         return self._call(
-            "parse_responses",
+            "interpret_top_sentences_parse_responses",
             "--response_ids_filepath",
             self.ids,
             "--retrieved_responses_dir",
@@ -115,7 +117,7 @@ def test_as_a_user_runs_it(tmp_path: Path):
     dataset = write_dataset(tmp_path / "data", 40)
     ids, output = tmp_path / "response_ids.yaml", tmp_path / "output"
     sent = run(
-        "send_batches",
+        "interpret_top_sentences_send_batches",
         *("--top_sentences_dict_filepath", tops, "--response_ids_filepath", ids),
         *("--dataset_dir", dataset, "--no_smoke_test"),
         env=api.env,
@@ -126,13 +128,20 @@ def test_as_a_user_runs_it(tmp_path: Path):
     assert "1. sentence 23 about" in text and "12. sentence 12 about" in text
 
     files = ("--response_ids_filepath", ids, "--response_output_dir", output)
-    got = run("retrieve_batches", *files, "--wait", "--poll_interval_s", 0.1, env=api.env)
+    got = run(
+        "interpret_top_sentences_retrieve_batches",
+        *files,
+        "--wait",
+        "--poll_interval_s",
+        0.1,
+        env=api.env,
+    )
     assert got.returncode == 0, got.stderr
     lines = (output / "msgbatch_0000.jsonl").read_text().splitlines()
     assert len(lines) == 3 and all("custom_id" in json.loads(line) for line in lines)
 
     parsed = run(
-        "parse_responses",
+        "interpret_top_sentences_parse_responses",
         *("--response_ids_filepath", ids, "--retrieved_responses_dir", output),
         *("--parsed_responses_output_filepath", output / "parsed_responses.yaml", "--report"),
     )
@@ -362,7 +371,12 @@ def test_ctrl_c_says_what_is_out(work: Workplace):
     work.api.accept_delay_s = 0.5
     output = work.directory / "terminal"
     process = start(
-        *("send_batches", "--top_sentences_dict_filepath", work.yaml, "--no_smoke_test"),
+        *(
+            "interpret_top_sentences_send_batches",
+            "--top_sentences_dict_filepath",
+            work.yaml,
+            "--no_smoke_test",
+        ),
         *("--response_ids_filepath", work.ids, "--max_batch_requests", 1),
         env=work.api.env,
         output=output,
@@ -465,7 +479,7 @@ def test_redirects_are_not_followed(work: Workplace, where: str):
 
 def test_top_tokens_serve_without_a_key(work: Workplace):
     done = work._call(
-        "parse_responses",
+        "interpret_top_sentences_parse_responses",
         "--from_top_tokens",
         *("--evidence_path", work.tops / "evidence.parquet"),
         *("--parsed_responses_output_filepath", work.labels),
@@ -483,6 +497,10 @@ def test_top_tokens_serve_without_a_key(work: Workplace):
 
 
 def test_help_needs_no_key(work: Workplace):
-    for stage in ("send_batches", "retrieve_batches", "parse_responses"):
+    for stage in (
+        "interpret_top_sentences_send_batches",
+        "interpret_top_sentences_retrieve_batches",
+        "interpret_top_sentences_parse_responses",
+    ):
         done = work._call(stage, "--help", env={})
         assert done.returncode == 0 and "--response_ids_filepath" in done.stdout

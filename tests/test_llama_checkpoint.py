@@ -1,8 +1,6 @@
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,11 +12,12 @@ from llama_reference import (
     save_shared,
     write_hugging_face,
     write_meta,
-    write_tokenizer,
 )
+from llama_worker import measure_load
+from program import fork
 from safetensors.torch import load_file
 
-from llama_3 import CheckpointError, LlamaArgs, load_args, load_llama
+from llama_3 import CheckpointError, load_args, load_llama
 from llama_3.model import rope_frequencies
 
 CPU = torch.device("cpu")
@@ -173,44 +172,19 @@ def test_rope_frequencies_equal_transformers(factor, tmp_path):
 def test_peak_memory_is_the_model_and_its_largest_tensor(tmp_path):
     """Counted by the kernel, mapped file pages included, in a process of its own."""
     warm_up = write_meta(reference("llama-3"), tmp_path / "small")
-    args = LlamaArgs(512, 6, 8, 2, 64, 1536, 16384)
-    params = {"dim": 512, "n_layers": 6, "n_heads": 8, "n_kv_heads": 2, "vocab_size": 16384}
-    write_tokenizer(tmp_path)
-    (tmp_path / "params.json").write_text(json.dumps(params))
-    shapes = {
-        **{f"attention.{w}": (512, 512) for w in ("wq", "wo")},
-        **{f"attention.{w}": (128, 512) for w in ("wk", "wv")},
-        **{f"feed_forward.{w}": (1536, 512) for w in ("w1", "w3")},
-        **{"feed_forward.w2": (512, 1536), "attention_norm": (512,), "ffn_norm": (512,)},
-    }
-    names = {f"layers.{i}.{n}.weight": s for i in range(args.n_layers) for n, s in shapes.items()}
-    names |= {"tok_embeddings.weight": (16384, 512), "norm.weight": (512,)}
-    state = {name: torch.ones(shape) for name, shape in names.items()}
-    state["output.weight"] = torch.ones(16384, 512)
-    torch.save(state, tmp_path / "consolidated.00.pth")
-    code = """
-import re, sys, torch
-from pathlib import Path
-from llama_3 import load_llama
-
-def high_water():
-    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
-
-options = {"device": torch.device("cpu"), "dtype": torch.float32}
-load_llama(Path(sys.argv[2]), **options)  # what the interpreter itself needs is not counted
-before = high_water()
-model, _ = load_llama(Path(sys.argv[1]), **options)
-print(high_water() - before, sum(p.nbytes for p in model.parameters()))
-"""
-    result = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path), str(warm_up)],
-        capture_output=True, text=True, check=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
-    )  # fmt: skip
-    grown, size = map(int, result.stdout.split())
+    shape = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64}
+    sizes = {"hidden_size": 512, "intermediate_size": 1536, "vocab_size": 16384}
+    with torch.device("meta"):
+        theirs = reference("llama-3", num_hidden_layers=6, **shape, **sizes)
+    theirs = theirs.to_empty(device="cpu")
+    dirs = [write_meta(theirs, tmp_path / "meta"), write_hugging_face(theirs, tmp_path / "hf")]
+    process = fork(measure_load, tmp_path / "result.json", warm_up, dirs)
+    process.join(60)
+    assert process.exitcode == 0
     largest = 16384 * 512 * 4
-    assert size > 3 * largest
-    assert grown < size + 1.2 * largest, (grown / 2**20, size / 2**20)
+    for grown, size in json.loads((tmp_path / "result.json").read_text()):
+        assert size > 3 * largest
+        assert grown < size + 1.2 * largest, (grown / 2**20, size / 2**20)
 
 
 def test_missing_and_empty_directories(tmp_path):
@@ -296,17 +270,18 @@ def test_files_cut_short(tmp_path):
     meta = write_meta(reference("llama-3"), tmp_path / "meta")
     path = meta / "consolidated.00.pth"
     os.truncate(path, path.stat().st_size * 2 // 3)
-    assert path.name in error_line(meta)
-    os.truncate(path, 0)
-    assert path.name in error_line(meta)
+    for size in (path.stat().st_size, 0):
+        os.truncate(path, size)
+        assert "consolidated.00.pth: damaged or cut short" in error_line(meta)
 
     hf = write_hugging_face(reference("llama-3"), tmp_path / "hf")
     path = hf / "model.safetensors"
     os.truncate(path, path.stat().st_size - 10)
     line = error_line(hf)
     assert path.name in line and "cut short in tensor model.norm.weight" in line
-    os.truncate(path, 100)
-    assert path.name in error_line(hf)
+    for size in (100, 4):
+        os.truncate(path, size)
+        assert "model.safetensors: cut short in its header" in error_line(hf)
 
 
 def test_a_shard_that_the_index_names_is_gone(tmp_path):

@@ -1,32 +1,10 @@
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from llama_reference import reference, write_hugging_face, write_meta
+from llama_worker import edit_gradient, run_rank
+from program import fork
 
 from llama_3 import HOOK_NAMES, HookPoint, Sampling, generate, load_llama
-
-ROOT = Path(__file__).parents[1]
-
-
-def run_ranks(size: int, init_file: Path, model_dirs: list[Path]) -> None:
-    """Run the worker on `size` processes over gloo; fail with a rank's own message."""
-    worker = ROOT / "tests" / "llama_parallel_worker.py"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, worker, str(rank), str(size), init_file, *model_dirs],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(size)
-    ]
-    messages = [rank.communicate(timeout=200)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0] * size, "\n".join(messages)
 
 
 @pytest.mark.timeout(240)
@@ -39,7 +17,11 @@ def test_two_ranks_equal_one_process(tmp_path):
         write_meta(reference("llama-3"), tmp_path / "four-files", n_files=4),
         write_hugging_face(tied, tmp_path / "hugging-face-tied"),
     ]
-    run_ranks(2, tmp_path / "rendezvous", model_dirs)
+    init_file = str(tmp_path / "rendezvous")
+    ranks = [fork(run_rank, rank, 2, init_file, model_dirs) for rank in range(2)]
+    for rank in ranks:
+        rank.join(200)
+        assert rank.exitcode == 0
     tokens = torch.arange(2 * 30).view(2, 30) % 250
     hooks = [HookPoint(i, name) for i in range(3) for name in HOOK_NAMES]
     edits = {HookPoint(1, "resid_pre"): lambda x, positions: x * 1.25}
@@ -58,6 +40,8 @@ def test_two_ranks_equal_one_process(tmp_path):
                     found["captured"][hook], captured[hook], rtol=1e-4, atol=1e-4
                 )
             assert torch.equal(found["unembedding"], model.unembedding)
+            gradient = edit_gradient(model, tokens)
+            torch.testing.assert_close(found["gradient"], gradient, rtol=1e-4, atol=1e-4)
             assert found["greedy"] == list(generate(model, prompts, max_new_tokens=8))
             sampled = list(generate(model, prompts, max_new_tokens=8, sampling=sampling))
             assert found["sampled"] == sampled

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from playwright import sync_api
 from tiny_steering import LABELS, make_sae, make_studio, one_thread, write_setup
 
 import saint.steering
@@ -250,7 +251,6 @@ def _free_port():
 def browser():
     if CHROMIUM is None:
         pytest.skip("no Chromium is installed (apt-get install chromium)")
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     with sync_api.sync_playwright() as playwright:
         running = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield running
@@ -407,11 +407,11 @@ def test_json_and_presets_bring_settings_back(site, tab):
     tab.get_by_role("tab", name="Keep and share").click()
     tab.wait_for_function("document.querySelector('#json').innerText.includes('steered')")
     field(tab, "preset_name").fill("mine")
+    kept = tab.evaluate("localStorage.saint_presets")
     tab.click("#preset_save")
-    tab.wait_for_timeout(1500)
-    tab.click("#mix .remove")
-    tab.reload()
-    tab.wait_for_selector("#mix .dials > *")
+    tab.wait_for_function("kept => localStorage.saint_presets !== kept", arg=kept)
+    open_page(tab, site.url)
+    assert "Nothing chosen" in tab.inner_text("#mix")
     tab.get_by_role("tab", name="Keep and share").click()
     field(tab, "preset_choice").click()
     tab.get_by_role("option", name="mine").click()
@@ -419,7 +419,7 @@ def test_json_and_presets_bring_settings_back(site, tab):
     tab.wait_for_selector("#mix .dial")
     assert "nuclear weapons" in tab.inner_text("#mix .dial")
     tab.click("#settings button")
-    assert field(tab, "seed").input_value() == "17"
+    sync_api.expect(field(tab, "seed")).to_have_value("17")
 
 
 @pytest.mark.parametrize("width", [360, 1200])

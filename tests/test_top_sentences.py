@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import socket
 import time
 from pathlib import Path
 
@@ -207,22 +206,8 @@ def test_coactive_and_neighbours_equal_dense(store: TinyStore, output: Path) -> 
 
 
 def test_two_ranks_write_the_same_bytes(store: TinyStore, output: Path, tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    ranks = [
-        program.start(
-            stage.STAGE,
-            *arguments(store, tmp_path / "two"),
-            output=tmp_path / f"rank_{rank}",
-            env={**group, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]
-    for process in ranks:
-        process.join(120)
-    assert [process.exitcode for process in ranks] == [0, 0], (tmp_path / "rank_0.err").read_text()
+    ranks = program.call_ranks(2, stage.STAGE, *arguments(store, tmp_path / "two"))
+    assert [rank.returncode for rank in ranks] == [0, 0], ranks[0].stderr
     assert digests(tmp_path / "two") == digests(output)
     assert not (tmp_path / "two" / stage.WORK_DIR).exists()
 
