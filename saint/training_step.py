@@ -54,7 +54,10 @@ class Moments:
 class Step(Protocol):
     """What the training loop needs of a step."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """Which of KERNELS it is, "auto" resolved."""
+        ...
 
     def accumulate(self, x: Tensor, k: int, aux: AuxK | None, weight: float) -> Losses:
         """Take in a micro-batch: standardised x (n_tokens, d_model), its gradient times weight."""
@@ -215,7 +218,7 @@ class CppStep:
             if aux is not None:
                 for tensor in (aux.dec, aux.enc, aux.b):
                     dist.all_reduce(tensor)
-        return SparseGradient(*whole, aux)
+        return SparseGradient(**dict(zip(names, whole, strict=True)), aux=aux)
 
     def _weights_and_moments(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         first, second = self.moments.first, self.moments.second

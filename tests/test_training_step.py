@@ -230,7 +230,7 @@ def test_cpp_selection_is_exact_and_prefers_the_first_of_equals():
             indices.sort(dim=1).values, wanted.indices[:, :k].sort(dim=1).values.int()
         )
         assert torch.equal(values.sort(descending=True).values, wanted.values[:, :k].relu())
-        assert torch.equal(also, pre[:, [0, 0]])
+        assert also is not None and torch.equal(also, pre[:, [0, 0]])
 
 
 def activations(encoded, n_latents: int) -> torch.Tensor:
