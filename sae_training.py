@@ -62,7 +62,7 @@ class Run:
     files: RunFiles
     workers: Workers
     wandb: WandbLog | None
-    stopping: bool = False
+    stopping: int = 0  # the signal that asked for it
     page_written: float = 0.0
     fvu: float | None = None
 
@@ -140,7 +140,7 @@ class Run:
                 meter.add(losses, norm, step)
                 bar.update()
                 ended = trainer.step == self.n_steps
-                stopping = self._anybody_stopping()
+                stopping = self._signal_to_any_rank()
                 due = time.monotonic() - last_saved > 60 * self.args.checkpoint_minutes
                 validating = ended or trainer.step % self.n_batches == 0
                 if not (ended or stopping or due or validating or trainer.step % log_interval == 0):
@@ -153,15 +153,15 @@ class Run:
                     last_saved = time.monotonic()
                 if stopping and not ended:
                     log.warning("stopped at step %d; the same command resumes", trainer.step)
-                    raise SystemExit(143)
+                    raise SystemExit(128 + stopping)
         return None
 
-    def _anybody_stopping(self) -> bool:
+    def _signal_to_any_rank(self) -> int:
         if self.workers.world_size == 1:
             return self.stopping
-        flag = torch.tensor(float(self.stopping), device=self.workers.device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag)
+        number = torch.tensor(self.stopping, device=self.workers.device)
+        dist.all_reduce(number, op=dist.ReduceOp.MAX)
+        return int(number)
 
     def _log(self, trainer: Trainer, meter: LossMeter, bar: Any, validating: bool) -> None:
         if not self.workers.is_main:
@@ -193,10 +193,10 @@ class Run:
 
     def request_stop(self, signum: int, frame: FrameType | None) -> None:
         """Signal handler: finish this step, checkpoint, exit. A second one exits at once."""
-        del signum, frame
+        del frame
         if self.stopping:
             raise KeyboardInterrupt
-        self.stopping = True
+        self.stopping = signum
 
 
 _INHERITED_FACTS = (

@@ -206,6 +206,23 @@ void tile(const uint8_t* a, const int8_t* w, int64_t stride, int32_t* sums, int6
 }
 #endif
 
+// A Walsh-Hadamard transform over 64 places each `n / 64` apart: orthogonal, so products stay what
+// they are, while a few large entries are spread over many and rounding errs like noise.
+void rotate(float* x, int64_t n) {
+  for (int64_t half = n / 2; half >= n / kStep; half /= 2)
+    for (int64_t start = 0; start < n; start += 2 * half) {
+      float *low = x + start, *high = low + half;
+#pragma omp simd
+      for (int64_t i = 0; i < half; i++) {
+        const float sum = low[i] + high[i];
+        high[i] = low[i] - high[i];
+        low[i] = sum;
+      }
+    }
+#pragma omp simd
+  for (int64_t i = 0; i < n; i++) x[i] *= 0.125f;
+}
+
 }  // namespace
 
 extern "C" {
@@ -223,34 +240,41 @@ struct Rounded {
 // Whether this CPU has instructions that make the rounded product worth while.
 int64_t saint_has_rounded_product(int64_t /* threads */) { return SAINT_ROUNDED_PRODUCT; }
 
-// Round rows x (n, d), of the encoder's input or of its weights.
+int64_t saint_input_offset(int64_t /* threads */) { return kInputOffset; }
+
+// Round rows x (n, d), of the encoder's input or of its weights, after one rotation of both.
 void saint_round(int64_t n, int64_t d, int64_t is_input, const float* x, const Rounded* to,
                  int64_t threads) {
   const int levels = is_input ? kInputLevels : kWeightLevels, add = is_input ? kInputOffset : 0;
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 64)
-  for (int64_t r = 0; r < n; r++) {
-    const float* row = x + r * d;
-    uint8_t* q = to->q + r * to->stride;
-    float largest = 0;
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<float> buffer(to->stride);
+    float* row = buffer.data();
+#pragma omp for schedule(dynamic, 64)
+    for (int64_t r = 0; r < n; r++) {
+      std::fill(std::copy_n(x + r * d, d, row), row + to->stride, 0.0f);
+      rotate(row, to->stride);
+      float largest = 0;
 #pragma omp simd reduction(max : largest)
-    for (int64_t i = 0; i < d; i++) largest = std::max(largest, std::fabs(row[i]));
-    const float scale = largest / levels, inverse = largest > 0 ? levels / largest : 0;
-    float square = 0, error = 0;
-    int32_t sum = 0;
+      for (int64_t i = 0; i < to->stride; i++) largest = std::max(largest, std::fabs(row[i]));
+      const float scale = largest / levels, inverse = largest > 0 ? levels / largest : 0;
+      float square = 0, error = 0;
+      int32_t sum = 0;
+      uint8_t* q = to->q + r * to->stride;
 #pragma omp simd reduction(+ : square, error, sum)
-    for (int64_t i = 0; i < d; i++) {
-      const float rounded = std::nearbyint(row[i] * inverse), off = row[i] - scale * rounded;
-      const int32_t whole = (int32_t)rounded;
-      square += row[i] * row[i];
-      error += off * off;
-      sum += whole;
-      q[i] = (uint8_t)(whole + add);
+      for (int64_t i = 0; i < to->stride; i++) {
+        const float rounded = std::nearbyint(row[i] * inverse), off = row[i] - scale * rounded;
+        const int32_t whole = (int32_t)rounded;
+        square += row[i] * row[i];
+        error += off * off;
+        sum += whole;
+        q[i] = (uint8_t)(whole + add);
+      }
+      to->scale[r] = scale;
+      to->square[r] = square;
+      to->error[r] = error;
+      to->sum[r] = sum;
     }
-    std::memset(q + d, 0, to->stride - d);
-    to->scale[r] = scale;
-    to->square[r] = square;
-    to->error[r] = error;
-    to->sum[r] = sum;
   }
 }
 
@@ -325,7 +349,8 @@ int64_t saint_rescore(int64_t n_tokens, int64_t n_latents, int64_t d, int64_t k,
         if (value + kSigmas * sigma(l) >= cut) candidates.emplace_back(value, (int32_t)l);
       });
       n_candidates += candidates.size();
-      bool sure = (int64_t)candidates.size() <= 16 * k + 256;
+      // With very many candidates the float32 product is cheaper.
+      bool sure = (int64_t)candidates.size() <= std::max(16 * k + 256, n_latents / 8);
       if (sure)
         for (size_t i = 0; i < candidates.size(); i++) {
           auto& [value, l] = candidates[i];

@@ -96,11 +96,6 @@ def _pointer(tensor: Tensor) -> int:
     return tensor.data_ptr()
 
 
-def has_rounded_product() -> bool:
-    """Whether this CPU multiplies small whole numbers much faster than float32."""
-    return bool(_call("saint_has_rounded_product"))
-
-
 class _Rounded(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_int64 if name == "stride" else ctypes.c_void_p)
@@ -124,6 +119,31 @@ def _round(rows: Tensor, *, is_input: bool) -> _Rounded:
     return rounded
 
 
+def rounded_product(a: _Rounded, w: _Rounded, pre: Tensor) -> None:
+    """Multiply rounded inputs by rounded weights into pre (n_tokens, n_latents)."""
+    _call("saint_rounded_product", *pre.shape, a, w, pre)
+
+
+@cache
+def has_rounded_product() -> bool:
+    """Whether this CPU multiplies small whole numbers fast, and gets them right.
+
+    The instructions differ between CPUs, and not all could be tried when this was written: a small
+    product is compared with the same in float64.
+    """
+    if not _call("saint_has_rounded_product"):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    a, w = (torch.randn(n, 200, generator=generator) for n in (9, 21))
+    rounded_a, rounded_w = _round(a, is_input=True), _round(w, is_input=False)
+    pre = torch.empty(9, 21)
+    rounded_product(rounded_a, rounded_w, pre)
+    whole_a = rounded_a.tensors[0].double() - _call("saint_input_offset")
+    whole_w = rounded_w.tensors[0].view(torch.int8).double()
+    wanted = whole_a @ whole_w.T * rounded_a.tensors[1][:, None] * rounded_w.tensors[1]
+    return torch.allclose(pre.double(), wanted, rtol=1e-5, atol=1e-6)
+
+
 class Encoder:
     """The dense product and exact selection.
 
@@ -141,6 +161,17 @@ class Encoder:
     def forget_weights(self) -> None:
         """Say that W_enc has changed since the last call."""
         self._weights = None
+
+    def diagnostics(self) -> dict[str, float]:
+        """Return what the rounded product left to do since the last call."""
+        n_tokens, n_candidates, n_unsure = self.n_tokens, self.n_candidates, self.n_unsure
+        self.n_tokens = self.n_candidates = self.n_unsure = 0
+        if not n_tokens:
+            return {}
+        return {
+            "debug/candidates_per_token": n_candidates / n_tokens,
+            "debug/float32_tokens_ratio": n_unsure / n_tokens,
+        }
 
     def __call__(
         self, a: Tensor, w_enc: Tensor, b_enc: Tensor, k: int, also: Tensor | None = None
@@ -178,7 +209,7 @@ class Encoder:
         if self._weights is None:
             self._weights = _round(w_enc.detach(), is_input=False)
         rounded = _round(a, is_input=True)
-        _call("saint_rounded_product", *pre.shape, rounded, self._weights, pre)
+        rounded_product(rounded, self._weights, pre)
         unsure = torch.empty(len(a), dtype=torch.bool)
         sizes = (*pre.shape, a.shape[1], values.shape[1])
         inputs = (a, w_enc.detach(), b_enc.detach(), rounded, self._weights, pre)

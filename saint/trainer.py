@@ -250,4 +250,5 @@ def describe_step(trainer: Trainer, meter: LossMeter) -> dict[str, Any]:
         "debug/max_dead_latent_count": int((since == longest).sum()),
         "learning_rate": recipe.learning_rate_at(trainer.step - 1, trainer.n_steps),
         "tokens_per_s": recipe.batch_size / seconds,
+        **trainer.kernels.diagnostics(),
     }

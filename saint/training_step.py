@@ -54,7 +54,10 @@ class Moments:
 class Step(Protocol):
     """What the training loop needs of a step."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """Which of KERNELS it is, "auto" resolved."""
+        ...
 
     def accumulate(self, x: Tensor, k: int, aux: AuxK | None, weight: float) -> Losses:
         """Take in a micro-batch: standardised x (n_tokens, d_model), its gradient times weight."""
@@ -62,6 +65,10 @@ class Step(Protocol):
 
     def apply(self, learning_rate: float, grad_clip: float) -> Tensor:
         """Move the weights by the sum over micro-batches and ranks; return the gradient's norm."""
+        ...
+
+    def diagnostics(self) -> dict[str, float]:
+        """Return metrics of the kernels themselves since the last call."""
         ...
 
 
@@ -115,6 +122,10 @@ class TorchStep:
         self.sae.zero_grad(set_to_none=True)
         normalise_decoder(self.sae)
         return norm
+
+    def diagnostics(self) -> dict[str, float]:
+        """See `Step`."""
+        return {}
 
     @torch.no_grad()
     def _adam(self, learning_rate: float) -> None:
@@ -192,6 +203,10 @@ class CppStep:
         self.pieces.encode.forget_weights()
         return torch.tensor(norm)
 
+    def diagnostics(self) -> dict[str, float]:
+        """See `Step`."""
+        return self.pieces.encode.diagnostics()
+
     def _sum_of_parts(self) -> SparseGradient:
         """Put the micro-batches' and then the ranks' tokens one after the other."""
         parts, self._parts = self._parts, []
@@ -203,7 +218,7 @@ class CppStep:
             if aux is not None:
                 for tensor in (aux.dec, aux.enc, aux.b):
                     dist.all_reduce(tensor)
-        return SparseGradient(*whole, aux)
+        return SparseGradient(**dict(zip(names, whole, strict=True)), aux=aux)
 
     def _weights_and_moments(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         first, second = self.moments.first, self.moments.second

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_sae import make_sae
 
@@ -17,8 +17,19 @@ from saint.sae_gradients import AuxK, CpuKernels, Losses, TorchKernels, sparse_g
 from saint.training_step import Moments, make_step
 
 ALONE = Workers(0, 1, torch.device("cpu"))
-KERNELS = ("cpp", "sparse", "dense")
+try:
+    CPP, ROUNDED = ("cpp", "cpp_float32"), cpu_kernels.has_rounded_product()
+except UserError:  # no compiler on this machine
+    CPP, ROUNDED = (), False
+KERNELS = (*CPP, "sparse", "dense")
+needs_cpp = pytest.mark.skipif(not CPP, reason="no C++ compiler")
+needs_rounding = pytest.mark.skipif(not ROUNDED, reason="this CPU has no fast products of bytes")
 WEIGHTS = ("W_enc", "b_enc", "W_dec", "b_pre")
+
+
+@pytest.fixture(autouse=True)
+def rounded_product_at_any_size(monkeypatch):
+    monkeypatch.setattr(training_step, "_LEAST_ROUNDED_D_MODEL", 1)
 
 
 @dataclass
@@ -113,7 +124,10 @@ def test_every_gradient_equals_float64_autograd(kernels, aux):
         assert relative(gradients[name], wanted.gradients[name]) < 1e-5, name
 
 
-@settings(max_examples=40, deadline=None)
+@needs_cpp
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     n=st.integers(1, 40),
     d=st.integers(2, 40),
@@ -172,7 +186,7 @@ def test_all_kernels_walk_the_same_way_and_keep_unit_norms():
             norms = sae.W_dec.detach().norm(dim=1)
             torch.testing.assert_close(norms, torch.ones(200), rtol=0, atol=1e-6)
         ends[kernels] = [p.detach() for p in sae.parameters()]
-    for kernels in ("cpp", "sparse"):
+    for kernels in KERNELS[:-1]:
         for mine, dense in zip(ends[kernels], ends["dense"], strict=True):
             torch.testing.assert_close(mine, dense, rtol=0, atol=3e-5)
 
@@ -200,6 +214,7 @@ def test_an_empty_batch_and_a_zero_token_change_nothing(kernels):
             assert all(not g.any() for g in gradients.values())
 
 
+@needs_cpp
 def test_cpp_selection_is_exact_and_prefers_the_first_of_equals():
     torch.manual_seed(0)
     for n_latents, k in ((1, 1), (17, 17), (40, 3), (5000, 7), (70_000, 64)):
@@ -215,9 +230,67 @@ def test_cpp_selection_is_exact_and_prefers_the_first_of_equals():
             indices.sort(dim=1).values, wanted.indices[:, :k].sort(dim=1).values.int()
         )
         assert torch.equal(values.sort(descending=True).values, wanted.values[:, :k].relu())
-        assert torch.equal(also, pre[:, [0, 0]])
+        assert also is not None and torch.equal(also, pre[:, [0, 0]])
 
 
+def activations(encoded, n_latents: int) -> torch.Tensor:
+    values, indices = encoded[:2]
+    return torch.zeros(len(values), n_latents).scatter(1, indices.long(), values)
+
+
+@needs_rounding
+@pytest.mark.parametrize("outliers", [False, True])
+@pytest.mark.parametrize(("d", "n_latents", "k"), [(24, 3, 2), (100, 700, 9), (576, 2000, 32)])
+def test_the_rounded_product_selects_what_float64_selects(d, n_latents, k, outliers):
+    torch.manual_seed(d)
+    a, w, bias = torch.randn(37, d), torch.randn(n_latents, d), 0.1 * torch.randn(n_latents)
+    w *= torch.rand(n_latents, 1) + 0.2
+    if outliers:  # as residual streams have them
+        a[:, 3] *= 40
+        w[:, 7] *= 20
+    pre = a.double() @ w.double().T + bias
+    wanted = pre.topk(k, dim=1)
+    encoder = cpu_kernels.Encoder(rounded=True)
+    mine = activations(encoder(a, w, bias, k), n_latents).double()
+    exact = activations((wanted.values.relu().float(), wanted.indices), n_latents).double()
+    assert (mine - exact).abs().max() < 1e-5 * pre.abs().max()
+    found = encoder.diagnostics()
+    assert found["debug/candidates_per_token"] < n_latents / 3 or n_latents < 50
+    assert found["debug/float32_tokens_ratio"] <= 0.1
+
+
+@needs_rounding
+def test_tokens_that_rounding_cannot_decide_are_decided_in_float32(monkeypatch):
+    torch.manual_seed(0)
+    a, w = torch.randn(20, 64), torch.randn(1, 64) + 1e-4 * torch.randn(3000, 64)
+    bias = torch.zeros(3000)
+    encoder = cpu_kernels.Encoder(rounded=True)
+    mine = activations(encoder(a, w, bias, 4), 3000).double()
+    wanted = (a.double() @ w.double().T).topk(4, dim=1)
+    assert encoder.diagnostics()["debug/float32_tokens_ratio"] > 0.5
+    chosen = mine.sort(dim=1, descending=True).values[:, :4]
+    torch.testing.assert_close(chosen, wanted.values.relu(), rtol=1e-5, atol=1e-5)
+
+
+@needs_rounding
+def test_the_rounded_product_is_exact_in_whole_numbers():
+    torch.manual_seed(0)
+    for n, n_latents, d in ((1, 1, 5), (7, 13, 64), (9, 1030, 576), (6, 11, 1000)):
+        a, w = torch.randn(n, d), torch.randn(n_latents, d)
+        a[0], w[0] = 1.0, -1.0  # the largest sums
+        rounded_a = cpu_kernels._round(a, is_input=True)
+        rounded_w = cpu_kernels._round(w, is_input=False)
+        pre = torch.empty(n, n_latents)
+        cpu_kernels.rounded_product(rounded_a, rounded_w, pre)
+        qa, scale_a = rounded_a.tensors[0].long(), rounded_a.tensors[1].double()
+        qw, scale_w = rounded_w.tensors[0].view(torch.int8).long(), rounded_w.tensors[1].double()
+        offset = 128 if int(qa.max()) > 127 else 64
+        wanted = ((qa - offset) @ qw.T) * scale_a[:, None] * scale_w
+        torch.testing.assert_close(pre.double(), wanted, rtol=1e-6, atol=1e-9)
+        assert (pre - a @ w.T).abs().max() < 0.15 * (a.norm(dim=1).max() * w.norm(dim=1).max())
+
+
+@needs_cpp
 def test_numbers_that_are_not_finite_show_in_the_loss():
     sae = make_sae()
     x = standardise(torch.randn(4, 24))[0]
@@ -227,6 +300,7 @@ def test_numbers_that_are_not_finite_show_in_the_loss():
         assert not torch.isfinite(losses.loss)
 
 
+@needs_cpp
 def test_cpp_steps_have_the_same_bits_with_any_number_of_threads(monkeypatch):
     ends = []
     for n_threads in (1, 3):

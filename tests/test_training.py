@@ -1,0 +1,167 @@
+"""A training run that is left alone: bad batches, signals, schedules, its page."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from dataclasses import asdict, replace
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from training_ranks import RECIPE
+
+import sae_training
+from sae import load_sae
+from saint.manifests import Output
+from saint.runtime import UserError
+from saint.trainer import Trainer
+from saint.training_page import curves, training_page
+
+N_STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows as preprocessing leaves them."""
+    root = tmp_path_factory.mktemp("rows")
+    output = Output(root / "rows", "sae_preprocessing", {}, {}, single_file=False)
+    output.begin(overwrite=False)
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(6, 16, generator=generator)
+    for name, n in (("train", 256), ("val", 64)):
+        rows = torch.randn(n, 6, generator=generator).relu() @ mixing
+        save_file({"activations": rows.bfloat16()}, output.path / f"{name}_00000.safetensors")
+    facts = dict.fromkeys(("layer", "max_token_length", "model_fingerprint", "dataset_fingerprint"))
+    facts |= {"d_model": 16, "rows": {"train": [256], "val": [64]}, "batch_size": 32}
+    facts |= {"hook_point": "resid_pre", "prepend_bos": True}
+    facts |= {"held_out_fraction": 0.05, "held_out_seed": 0}
+    names = ["train_00000.safetensors", "val_00000.safetensors"]
+    output.finish(facts=facts, counts={}, files=names)
+    torch.save(torch.zeros(16), root / "mean.pt")
+    return root
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """The stage sets handlers: put back those of the tests."""
+    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def train(data: Path, save: Path, *flags: object) -> None:
+    files = ("--data_dir", data / "rows", "--b_pre_path", data / "mean.pt")
+    size = ("--n_latents", 32, "--k", 3, "--num_epochs", 3, "--logs_per_epoch", 4)
+    arguments = (*files, "--model_save_path", save, *size, "--device", "cpu", *flags)
+    sae_training.main([str(argument) for argument in arguments])
+
+
+def on_step(monkeypatch: pytest.MonkeyPatch, steps: set[int], act) -> None:
+    """Before these steps call act(rows)."""
+    plain = Trainer.train_step
+
+    def train_step(self, rows, micro_batch_size):
+        if self.step in steps:
+            act(rows)
+        return plain(self, rows, micro_batch_size)
+
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+
+
+def metrics_of(save: Path) -> list[dict]:
+    return [json.loads(line) for line in save.with_suffix(".metrics.jsonl").open()]
+
+
+def newest_checkpoint(save: Path) -> dict:
+    path = sorted((save.parent / "sae_checkpoints").glob(f"{save.stem}.step_*.pt"))[-1]
+    return torch.load(path, weights_only=True)
+
+
+@pytest.mark.parametrize("kernels", ["auto", "dense"])
+def test_a_bad_batch_is_stepped_over_once_from_a_checkpoint(
+    data, tmp_path, monkeypatch, caplog, kernels
+):
+    caplog.set_level("INFO", logger="saint")
+    on_step(monkeypatch, {13}, lambda rows: rows.fill_(torch.nan))
+    save = tmp_path / "sae.pt"
+    train(data, save, "--checkpoint_minutes", 0.000001, "--kernels", kernels)
+    assert "the loss was not finite at step 13: going on from step 1" in caplog.text
+    state = newest_checkpoint(save)
+    assert (state["step"], state["moments"]["n_steps"]) == (N_STEPS, N_STEPS - 1)
+    assert state["skipped_steps"] == [13]
+    assert all(torch.isfinite(p).all() for p in load_sae(save, device="cpu").parameters())
+    steps = [entry["step"] for entry in metrics_of(save)]
+    assert steps == sorted(set(steps))
+
+
+def test_a_second_bad_batch_ends_the_run(data, tmp_path, monkeypatch):
+    on_step(monkeypatch, {5, 15}, lambda rows: rows.fill_(torch.nan))
+    with pytest.raises(UserError, match="not finite at step 15, and was not at step 5"):
+        train(data, tmp_path / "sae.pt")
+    assert not (tmp_path / "sae.pt").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_checkpoints_and_the_same_command_ends_with_the_same_bits(
+    data, tmp_path, monkeypatch, number
+):
+    train(data, tmp_path / "whole.pt", "--k_anneal_steps", 10)
+    save = tmp_path / "sae.pt"
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit_:
+        on_step(patch, {8}, lambda rows: os.kill(os.getpid(), number))
+        train(data, save, "--k_anneal_steps", 10)
+    assert exit_.value.code == 128 + number
+    assert newest_checkpoint(save)["step"] == 9 and not save.exists()
+    train(data, save, "--k_anneal_steps", 10)
+    mine, theirs = (load_sae(p, device="cpu") for p in (save, tmp_path / "whole.pt"))
+    for name, weights in theirs.state_dict().items():
+        assert torch.equal(mine.state_dict()[name], weights), name
+    best = load_sae(tmp_path / "sae_checkpoints" / "sae.best.pt", device="cpu")
+    assert best.config == mine.config
+
+
+def test_the_schedule_goes_by_steps():
+    recipe = replace(
+        RECIPE, learning_rate=2.0, lr_floor=0.25, warmup_fraction=0.04, decay_fraction=0.4,
+        k=4, k_start=16, k_anneal_steps=6,
+    )  # fmt: skip
+    rates = [recipe.learning_rate_at(step, 100) for step in range(100)]
+    assert rates[:5] == pytest.approx([0.5, 1.0, 1.5, 2.0, 2.0])
+    assert rates[60] == 2.0 and rates[80] == pytest.approx(2 * (0.25 + 0.75 / 2))
+    assert rates[99] == pytest.approx(2 * (0.25 + 0.75 / 40)) and min(rates[60:]) == rates[99]
+    assert [recipe.k_at(step) for step in range(8)] == [16, 14, 12, 10, 8, 6, 4, 4]
+    assert {replace(recipe, k_anneal_steps=0).k_at(step) for step in (0, 5)} == {4}
+
+
+def test_flags_that_contradict_each_other_are_named_together(data, tmp_path):
+    with pytest.raises(UserError) as error:
+        train(data, tmp_path / "a.pt", "--lr_floor", 2, "--k_anneal_steps", 5, "--k_start", 2)
+    assert "--lr_floor 2.0 is not a share" in str(error.value)
+    assert "--k_start 2 is smaller than --k 3" in str(error.value)
+
+
+def test_the_page_shows_every_curve_and_renews_itself_until_the_end(data, tmp_path):
+    save = tmp_path / "sae.pt"
+    train(data, save, "--k_anneal_steps", 10)
+    entries = metrics_of(save)
+    assert entries[0]["train/l0"] > 4 and entries[-1]["train/l0"] <= 3
+    page = save.with_suffix(".training.html").read_text()
+    assert "finished" in page and "http-equiv" not in page and "k_anneal_steps" in page
+    assert "src=" not in page and "href=" not in page
+    tree = ElementTree.fromstring(curves(entries))
+    figures = tree.findall("figure")
+    assert len(figures) == 8
+    losses = figures[0].findall(".//polyline")
+    points = [pair.split(",") for pair in losses[0].attrib["points"].split()]
+    assert len(points) == len(entries)
+    heights = [-float(y) for _, y in points]
+    order = sorted(range(len(entries)), key=lambda i: entries[i]["train/loss"])
+    assert heights[order[0]] < heights[order[-1]]
+    running = training_page(entries[:2], title="<b>", settings=asdict(RECIPE), done=False)
+    assert 'http-equiv="refresh"' in running and "<b></title>" not in running
+    training_page([], title="nothing yet", settings={}, done=False)
