@@ -407,6 +407,7 @@ def test_json_and_presets_bring_settings_back(site, tab):
     compare(tab)
     tab.get_by_role("tab", name="Keep and share").click()
     tab.wait_for_function("document.querySelector('#json').innerText.includes('steered')")
+    assert '"seed": 17' in tab.inner_text("#json")
     field(tab, "preset_name").fill("mine")
     kept = tab.evaluate("localStorage.saint_presets")
     tab.click("#preset_save")
@@ -416,10 +417,11 @@ def test_json_and_presets_bring_settings_back(site, tab):
     tab.get_by_role("tab", name="Keep and share").click()
     field(tab, "preset_choice").click()
     tab.get_by_role("option", name="mine").click()
+    tab.click("#settings button")
+    sync_api.expect(field(tab, "seed")).to_have_value("0")
     tab.click("#preset_load")
     tab.wait_for_selector("#mix .dial")
     assert "nuclear weapons" in tab.inner_text("#mix .dial")
-    tab.click("#settings button")
     sync_api.expect(field(tab, "seed")).to_have_value("17")
 
 
