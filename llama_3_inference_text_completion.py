@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from llama_3 import CheckpointError, load_args
+from saint.completions import Pair, stream_pairs
 from saint.dose import DEFAULT_STRENGTHS, DoseReport, dose_request, sweep
 from saint.latent_guide import Guide, search_labels, search_text, search_token
 from saint.runtime import (
@@ -33,15 +34,7 @@ from saint.runtime import (
     write_json,
     write_text,
 )
-from saint.steering import (
-    WHERE,
-    Pair,
-    Request,
-    Studio,
-    parse_setting,
-    request_from_json,
-    stream_pairs,
-)
+from saint.steering import WHERE, Request, Studio, parse_setting, request_from_json
 from saint.steering_html import dose_html, latent_name, report_page
 from saint.steering_vector import export_vector
 from saint.studio import EXAMPLE_PROMPTS, add_studio_flags, load_studio

@@ -7,7 +7,7 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 
-run=runs/quickstart sentences=6000 latents=4096 epochs=6 evaluated=150
+run=runs/quickstart sentences=7000 latents=4096 epochs=7 evaluated=150
 case "${1:-}" in
     "") ;;
     --short) run=runs/quickstart/short sentences=1500 latents=2048 epochs=4 evaluated=60 ;;
@@ -28,7 +28,7 @@ wait $!
 
 step "1 capture_activations.py: run the model, keep one layer's activations"
 python capture_activations.py --model_dir $model --dataset_dir $dataset \
-    --output_dir $run/activation_outputs --num_samples $sentences --layers 9
+    --output_dir $run/activation_outputs --num_samples $sentences --layers 13
 
 step "2 sae_preprocessing.py: shuffle them into training rows"
 python sae_preprocessing.py --input_dir $run/activation_outputs --num_processes 2 --batch_size 1024

@@ -2,35 +2,52 @@
 
     python sae_preprocessing.py --input_dir activation_outputs/ --num_processes 4
 
-The bytes do not depend on the number of processes. Sentences of the held-out split go to files of
-their own.
+The bytes depend neither on the number of workers nor on the memory they are given. Sentences of the
+held-out split go to files of their own.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
-from multiprocessing import get_context
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from saint.activation_store import ActivationStore, add_layer_flags, open_stores
 from saint.batched_rows import STAGE
-from saint.manifests import Output, State, read_manifest
+from saint.manifests import (
+    Output,
+    State,
+    file_checksum,
+    manifest_path,
+    read_manifest,
+    recorded_arguments,
+)
+from saint.row_format import row_bytes
+from saint.row_statistics import (
+    MASSIVE_NORM_FACTOR,
+    combine_sums,
+    describe_norms,
+    massive_tokens,
+)
 from saint.runtime import (
     UserError,
     add_overwrite_flag,
     log,
     log_arguments,
+    naming_full_disk,
     positive_int,
+    require_space,
     run_stage,
     save_torch,
 )
 from saint.sentences import HELD_OUT_FRACTION, HELD_OUT_SEED
-from saint.shuffle import MASSIVE_NORM_FACTOR, Shuffle, mean_and_norms, shuffle_rows
+from saint.shuffle import Plan, Shuffle, make_plan
+from saint.shuffle_passes import Result, clean_up, run_shuffle
 
 _FILE_BYTES = 500_000_000
 
@@ -66,7 +83,20 @@ def build_parser() -> argparse.ArgumentParser:
         "--num_processes",
         type=positive_int,
         default=min(4, os.cpu_count() or 1),
-        help="worker processes; the bytes do not depend on it [%(default)s]",
+        help="workers at once (threads); the bytes do not depend on it [%(default)s]",
+    )
+    shuffle.add_argument(
+        "--memory_gb",
+        type=float,
+        default=4.0,
+        help="memory for rows, GB beside the program's own 0.3; where all rows fit, nothing goes "
+        "to disk in between [%(default)s]",
+    )
+    shuffle.add_argument(
+        "--in_place",
+        action="store_true",
+        help="free each captured shard as its rows move on, so that no extra disk is needed; top "
+        "sentences still works, through an index of where each row went",
     )
     add_overwrite_flag(parser)
     return parser
@@ -76,49 +106,92 @@ def preprocess(
     store: ActivationStore, output: Output, mean_output: Output, args: argparse.Namespace
 ) -> None:
     """Shuffle one layer directory and write its mean."""
+    started = time.monotonic()
+    if store.moved_to is not None and (args.overwrite or not args.in_place):
+        raise UserError(
+            f"{store.root / store.layer_dir} was preprocessed in place: {store.moved_to} holds the "
+            "only copy of its rows; run capture_activations.py --overwrite to start over"
+        )
     states = [out.begin(overwrite=args.overwrite) for out in (output, mean_output)]
     if states == [State.DONE, State.DONE]:
+        clean_up(store, output.path)
         counts = read_manifest(output.path, STAGE).counts
         log.info("done already: %s holds %s rows", output.path, f"{counts['n_rows']:,}")
         return
     n_files = max(1, round(store.n_tokens / output.arguments["rows_per_file"]))
-    n_val = max(1, round(n_files * args.held_out_fraction))
     shuffle = Shuffle(
         store,
         output.path,
         args.shuffle_seed,
         args.held_out_fraction,
-        {"train": n_files, "val": n_val},
+        {"train": n_files, "val": max(1, round(n_files * args.held_out_fraction))},
+        memory_bytes=int(args.memory_gb * 1e9),
+        n_workers=args.num_processes,
+        in_place=args.in_place,
     )
-    one = args.num_processes == 1 or store.n_shards == 1 == n_files
-    context = (
-        nullcontext() if one else ProcessPoolExecutor(args.num_processes, get_context("spawn"))
-    )
-    with context as pool:
-        result = shuffle_rows(shuffle, pool.map if pool else map)
-    n_rows = {split: sum(rows) for split, rows in result["rows"].items()}
-    assert sum(n_rows.values()) == store.n_tokens, "a row was lost or doubled"
-    if n_rows["train"] < args.batch_size:
-        output.discard()
-        mean_output.discard()
+    plan = make_plan(shuffle)
+    assert plan.n_rows == store.n_tokens, "a row was lost or doubled"
+    n_train = sum(file.n_rows for file in plan.files if file.split == "train")
+    if n_train < args.batch_size:
+        for out in (output, mean_output):
+            out.discard()
         raise UserError(
-            f"--batch_size {args.batch_size} is larger than the {n_rows['train']} training rows"
+            f"--batch_size {args.batch_size} is larger than the {n_train} training rows"
         )
-    mean, norm_facts = mean_and_norms(shuffle, n_rows["train"])
+    with naming_full_disk(output.path):
+        require_space(output.path, space_needed(plan), "make room")
+        finish(run_shuffle(plan), output, mean_output, started)
+
+
+def space_needed(plan: Plan) -> int:
+    """Return the bytes of disk that the shuffle still takes at most."""
+    shuffle = plan.shuffle
+    per_row = sum(t.nbytes for t in shuffle.memory(1).values())
+    largest = max(file.n_rows for file in plan.files)
+    shard_bytes = max(shuffle.store.shard_path(i).stat().st_size for i in shuffle.shards)
+    if shuffle.in_place:
+        return shuffle.n_workers * max(largest * per_row, shard_bytes)
+    n_bytes = plan.n_rows * per_row
+    if not plan.fits_in_memory:
+        n_bytes += plan.n_permuting * largest * per_row
+    held = (path.stat().st_blocks * 512 for path in shuffle.output_dir.iterdir())
+    return max(0, n_bytes - sum(held))
+
+
+def finish(result: Result, output: Output, mean_output: Output, started: float) -> None:
+    """Write the mean and both manifests, the rows' last."""
+    plan, store, args = result.plan, result.plan.shuffle.store, output.arguments
+    n_rows = {split: sum(rows) for split, rows in result.rows.items()}
+
+    def norms() -> Iterator[np.ndarray]:
+        return (result.statistics(i).norms for i in plan.shuffle.shards)
+
+    mean, variance = combine_sums(map(result.statistics, plan.shuffle.shards), n_rows["train"])
+    norm_facts = describe_norms(norms)
+    norm_facts["massive_tokens"] = massive_tokens(
+        norms(),
+        (plan.shuffle.index_of(i)["token_ids"].numpy() for i in plan.shuffle.shards),
+        norm_facts["norm_median"],
+        store.token_texts(),
+    )
     save_torch(mean_output.path, mean)
-    facts = store.facts | norm_facts
-    facts |= {"rows": result["rows"], "batch_size": args.batch_size, "store": store.fingerprint}
-    facts |= {"held_out_fraction": args.held_out_fraction, "held_out_seed": HELD_OUT_SEED}
-    counts = {"n_rows": sum(n_rows.values()), "n_train": n_rows["train"], "n_val": n_rows["val"]}
+    facts = store.facts | norm_facts | {"variance": variance, "rows": result.rows}
+    facts |= {"batch_size": args["batch_size"], "store": store.fingerprint}
+    facts |= {"held_out_fraction": args["held_out_fraction"], "held_out_seed": HELD_OUT_SEED}
+    counts = {"n_rows": plan.n_rows, "n_train": n_rows["train"], "n_val": n_rows["val"]}
     mean_output.finish(facts=facts, counts=counts, files=[mean_output.path.name])
-    checksums = result["checksums"]
+    checksums = result.checksums
+    if plan.shuffle.in_place:
+        paths = [store.shard_path(i) for i in plan.shuffle.shards]
+        moved = {f"{store.layer_dir}/{path.name}": file_checksum(path) for path in paths}
+        store.record_move(output.path, moved)
     output.finish(facts=facts, counts=counts, files=checksums, known=checksums)
-    for i in range(store.n_shards):
-        shuffle.stats_path(i).unlink()
-    report(output, facts, counts)
+    clean_up(store, output.path)
+    seconds = time.monotonic() - started
+    report(output, facts, counts, sum(f["bytes"] for f in checksums.values()) / 1e6 / seconds)
 
 
-def report(output: Output, facts: dict[str, Any], counts: dict[str, int]) -> None:
+def report(output: Output, facts: dict[str, Any], counts: dict[str, int], mb_per_s: float) -> None:
     """Log the figures a person wants, and warn about massive activations."""
     if facts["massive_tokens"]:
         named = ", ".join(f"{text!r} ({n}×)" for text, n in facts["massive_tokens"].items())
@@ -130,11 +203,12 @@ def report(output: Output, facts: dict[str, Any], counts: dict[str, int]) -> Non
             named,
         )
     log.info(
-        "shuffled %s rows into %s: %s for training, %s held out",
+        "shuffled %s rows into %s: %s for training, %s held out, %.0f MB/s",
         f"{counts['n_rows']:,}",
         output.path,
         f"{counts['n_train']:,}",
         f"{counts['n_val']:,}",
+        mb_per_s,
     )
 
 
@@ -147,16 +221,23 @@ def outputs_of(
     if nested:
         base = base / store.layer_dir
         mean = mean.with_name(f"{mean.stem}.{store.layer_dir}{mean.suffix}")
-    per_file = args.rows_per_file or _FILE_BYTES // (2 * store.facts["d_model"])
+    earlier = {}
+    if not args.overwrite:
+        earlier = recorded_arguments(manifest_path(base, STAGE, single_file=False))
+    file_bytes = min(_FILE_BYTES, int(args.memory_gb * 1e9 / 4))
+    stored = row_bytes(store.facts["d_model"], store.facts.get("store_dtype", "bfloat16"))
+    automatic = earlier.get("rows_per_file") or max(1, file_bytes // stored)
     arguments = {
         "shuffle_seed": args.shuffle_seed,
         "held_out_fraction": args.held_out_fraction,
-        "rows_per_file": per_file,
+        "rows_per_file": args.rows_per_file or automatic,
         "batch_size": args.batch_size,
+        "in_place": args.in_place,
     }
     sources = {"store": store.fingerprint, "layer_dir": store.layer_dir}
     settings = {"num_processes": args.num_processes, "input_dir": str(args.input_dir)}
-    patterns = ("train_*.safetensors", "val_*.safetensors", ".*.rows.tmp", ".*.stats.npz")
+    patterns = tuple(f"{name}_*.safetensors" for name in ("train", "val", "positions"))
+    patterns += (".*.rows.tmp", ".*.stats.npz")
     rows = Output(base, STAGE, arguments, sources, patterns, settings=settings, single_file=False)
     return rows, Output(mean, STAGE, arguments, sources, settings=settings, single_file=True)
 
@@ -167,8 +248,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     log_arguments(args)
     if not 0 < args.held_out_fraction < 1:
         raise UserError(f"--held_out_fraction {args.held_out_fraction}: expected between 0 and 1")
-    everything = open_stores(args.input_dir)
-    chosen = open_stores(args.input_dir, layer=args.layer, hook_point=args.hook_point)
+    if args.memory_gb <= 0:
+        raise UserError(f"--memory_gb {args.memory_gb}: expected a positive number")
+    everything = open_stores(args.input_dir, half_moved=True)
+    chosen = open_stores(
+        args.input_dir, layer=args.layer, hook_point=args.hook_point, half_moved=True
+    )
     if not chosen:
         held = ", ".join(store.layer_dir for store in everything)
         raise UserError(f"{args.input_dir} holds {held}: none matches --layer and --hook_point")

@@ -18,24 +18,25 @@ import torch
 
 from llama_3 import CheckpointError
 from saint.clarity import clearest_latents
+from saint.completions import Pair, complete_pairs
 from saint.evidence import Evidence, open_evidence
 from saint.labels import Label, load_labels
 from saint.manifests import Output, State, file_checksum
 from saint.runtime import add_overwrite_flag, log, run_stage, write_json, write_text
-from saint.steering import Pair, Request, Setting, Studio, build_edits, stream_pairs
+from saint.steering import Request, Setting, Studio, build_edits
 from saint.studio import EXAMPLE_PROMPTS, add_studio_flags, load_studio
 from saint.training_page import STYLE, curves
 from saint.training_run import RunFiles
 
 _N_LATENTS = 20
 _N_WINDOWS = 5
-_TRIED_LATENTS = 4
-_STRENGTHS = (1.5, 3.0)
+_TRIED_LATENTS = 6
+_STRENGTH = 2.0
 # The shown text should say the concept, not only the concept: more than this adds nothing.
 _ENOUGH_CONCEPT = 0.3
 _MAX_SURPRISE = 1.0  # nats per token beyond the plain text, to the plain model
 _MIN_DISTINCT_SHARE = 0.8
-_NEW_TOKENS = 28
+_NEW_TOKENS = 24
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -60,7 +61,7 @@ def steerable(studio: Studio, evidence: Evidence, latents: Sequence[int]) -> lis
     for latent in latents:
         top = [e for e in evidence.latent(latent)["examples"] if e["kind"] == "top"]
         own = sorted({e["token_ids"][e["position"] - e["start"]] for e in top})
-        settings = [Setting(latent, "add", _STRENGTHS[-1])]
+        settings = [Setting(latent, "add", _STRENGTH)]
         edits = build_edits(studio, settings, where="both", prompt_lengths=[len(ids)])
         steered = studio.model(tokens, edits=edits)[0, -1].softmax(dim=-1)
         gains[latent] = float((steered[own] - plain[own]).sum())
@@ -68,23 +69,20 @@ def steerable(studio: Studio, evidence: Evidence, latents: Sequence[int]) -> lis
 
 
 def showcase(studio: Studio, latents: Sequence[int]) -> tuple[Pair, Setting]:
-    """Try latents and strengths on the demo's prompts; return the pair that steers best.
+    """Try latents on the demo's prompts; return the pair that steers best.
 
     Best is the text whose own activation of the latent, read by the plain model, is high while
     the text stays fluent and does not run in circles.
     """
     tried: list[tuple[float, Pair, Setting]] = []
     for latent in latents:
-        for strength in _STRENGTHS:
-            setting = Setting(latent, "add", strength)
-            request = Request(EXAMPLE_PROMPTS, (setting,), max_new_tokens=_NEW_TOKENS)
-            *_, last = stream_pairs(studio, request)
-            assert last.pairs is not None
-            for pair in last.pairs:
-                score = min(concept_gain(pair), _ENOUGH_CONCEPT)
-                score -= max(0.0, surprise_gain(pair) - _MAX_SURPRISE)
-                score -= max(0.0, _MIN_DISTINCT_SHARE - distinct_words(pair.steered.text))
-                tried.append((score, pair, setting))
+        setting = Setting(latent, "add", _STRENGTH)
+        request = Request(EXAMPLE_PROMPTS, (setting,), max_new_tokens=_NEW_TOKENS)
+        for pair in complete_pairs(studio, request):
+            score = min(concept_gain(pair), _ENOUGH_CONCEPT)
+            score -= max(0.0, surprise_gain(pair) - _MAX_SURPRISE)
+            score -= max(0.0, _MIN_DISTINCT_SHARE - distinct_words(pair.steered.text))
+            tried.append((score, pair, setting))
     _, pair, setting = max(tried, key=lambda row: row[0])
     return pair, setting
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -123,9 +123,11 @@ class Llama(nn.Module):
         rows = torch.empty(self.own_args.vocab_size, args.dim, device=device, dtype=dtype)
         self.tok_embeddings = nn.Embedding.from_pretrained(rows)
         self.layers = nn.ModuleList(Block(self.own_args, norm, linear) for _ in range(n_layers))
-        self.norm = self.output = None
+        self.norm: nn.RMSNorm | None = None
+        self.output: nn.Linear | None = None
         if n_layers == args.n_layers:
-            self.norm, self.output = norm(), linear(args.dim, self.own_args.vocab_size)
+            output = linear(args.dim, self.own_args.vocab_size)
+            self.norm, self.output = cast(nn.RMSNorm, norm()), cast(nn.Linear, output)
             if args.tied:
                 self.output.weight = self.tok_embeddings.weight
         self.requires_grad_(False)
@@ -225,7 +227,7 @@ class Llama(nn.Module):
         here = (tokens >= 0) & (tokens < self.own_args.vocab_size)
         return self.reduce(self.tok_embeddings(tokens.where(here, 0)) * here[..., None])
 
-    def _head(self) -> tuple[Any, Any]:
+    def _head(self) -> tuple[nn.RMSNorm, nn.Linear]:
         if self.norm is None or self.output is None:
             raise ValueError(f"no logits: only the first {len(self.layers)} blocks were loaded")
         return self.norm, self.output

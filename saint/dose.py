@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from saint.steering import Request, Setting, Studio, build_edits, generate_ids, read
+from saint.completions import generate_ids, read
+from saint.steering import Request, Setting, Studio, build_edits
 
 DEFAULT_STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
 # Fluency counts as broken half a nat per token above no dose, or when the text runs in circles:

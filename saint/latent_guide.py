@@ -18,10 +18,11 @@ from torch import Tensor
 
 from llama_3 import Tokenizer
 from sae import standardise
+from saint.completions import read
 from saint.evidence import Evidence
 from saint.labels import Label
 from saint.runtime import UserError, log
-from saint.steering import Dictionary, Setting, Studio, read
+from saint.steering import Dictionary, Setting, Studio
 
 _WORD = re.compile(r"\w+")
 _WINDOWS = 3

@@ -71,14 +71,19 @@ def file_checksum(path: Path) -> dict[str, Any]:
     return {"bytes": size, "xxh3": digest.hexdigest()}
 
 
-def verify_file(path: Path, expected: Mapping[str, Any]) -> None:
-    """Raise UserError when a file is missing, shortened or changed since its manifest."""
+def verify_size(path: Path, expected: Mapping[str, Any]) -> None:
+    """Raise UserError when a file is missing or has another size than in its manifest."""
     if not path.exists():
         raise UserError(f"{path} is listed in its manifest but missing")
     if path.stat().st_size != expected["bytes"]:
         raise UserError(
             f"{path} has {path.stat().st_size} bytes, its manifest says {expected['bytes']}"
         )
+
+
+def verify_file(path: Path, expected: Mapping[str, Any]) -> None:
+    """Raise UserError when a file is missing, shortened or changed since its manifest."""
+    verify_size(path, expected)
     if file_checksum(path)["xxh3"] != expected["xxh3"]:
         raise UserError(f"{path} is corrupt: its checksum differs from the manifest's")
 
@@ -120,6 +125,21 @@ def manifest_path(output: Path, stage: str, *, single_file: bool | None = None) 
     return output / f"{stage}.manifest.json"
 
 
+def recorded_arguments(path: Path) -> dict[str, Any]:
+    """Return the arguments in the record of a finished or interrupted run at `manifest_path`.
+
+    An automatic value that was resolved then holds for a later run too. {} where there is none.
+    """
+    for candidate in (path, _partial_path(path)):
+        if candidate.exists():
+            return json.loads(candidate.read_text(encoding="utf-8"))["arguments"]
+    return {}
+
+
+def _partial_path(path: Path) -> Path:
+    return path.with_name(path.name.replace(".manifest.json", ".partial.json"))
+
+
 @dataclass
 class Output:
     """What one stage run makes: a directory or a single file.
@@ -146,9 +166,7 @@ class Output:
     @property
     def partial_path(self) -> Path:
         """Where the record of an unfinished run lies."""
-        return self.manifest_path.with_name(
-            self.manifest_path.name.replace(".manifest.json", ".partial.json")
-        )
+        return _partial_path(self.manifest_path)
 
     def begin(self, *, overwrite: bool) -> State:
         """Compare with what is on disk, and record that a run has begun.
@@ -209,7 +227,7 @@ class Output:
 
     def _remove_torn_files(self) -> None:
         """Remove what a killed run was writing: `atomic_path`'s temporary files."""
-        for own in self._patterns:
+        for own in (*self._patterns, self.manifest_path.name, self.partial_path.name):
             directory, name = Path(own).parent, Path(own).name
             for torn in self._base.glob(str(directory / f".{name}.*.tmp")):
                 torn.unlink()

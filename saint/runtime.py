@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
 import warnings
@@ -228,6 +230,19 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if cpu_multiplies_bf16() else torch.float32
 
 
+def available_bytes(device: torch.device) -> int:
+    """Return what memory is free now: the GPU's, or the system's without swapping."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvail"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
 def cpu_multiplies_bf16() -> bool:
     """Whether this CPU has bf16 matrix instructions (AVX512-BF16 or AMX); others emulate them."""
     import torch
@@ -299,8 +314,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
+        sync_file(temporary)
         temporary.chmod(0o666 & ~_umask())  # some writers make files that only their owner reads
         os.replace(temporary, path)
         _fsync_directory(path.parent)
@@ -308,10 +322,40 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def require_space(directory: Path, n_bytes: int, remedy: str) -> None:
+    """Raise UserError when the disk under an existing directory cannot hold n_bytes more."""
+    free = shutil.disk_usage(directory).free
+    if n_bytes > free:
+        raise UserError(
+            f"{directory} needs about {n_bytes / 1e9:.1f} GB more, {free / 1e9:.1f} GB are free: "
+            f"{remedy}, then run the same command"
+        )
+
+
+@contextmanager
+def naming_full_disk(directory: Path) -> Iterator[None]:
+    """Turn the errors of a full disk, quota or file size limit into one UserError that says so."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise UserError(
+            f"no space left for {directory} ({error.strerror}): make room, then run the same "
+            "command; what is finished is kept"
+        ) from error
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def sync_file(path: Path) -> None:
+    """Wait until what was written to a file, by whoever, is on the disk."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
 
 
 def _fsync_directory(directory: Path) -> None:

@@ -190,3 +190,22 @@ def is_held_out(
     """
     data = np.asarray(token_ids, dtype="<i4").tobytes()
     return xxhash.xxh3_64_intdigest(data, seed=seed) < fraction * 2**64
+
+
+def held_out_mask(
+    token_ids: np.ndarray,
+    offsets: np.ndarray,
+    *,
+    fraction: float = HELD_OUT_FRACTION,
+    seed: int = HELD_OUT_SEED,
+) -> np.ndarray:
+    """`is_held_out` of sentences that lie one after another: (n_sentences,) bool.
+
+    offsets: (n_sentences + 1,), sentence i is token_ids[offsets[i]:offsets[i + 1]].
+    """
+    data = np.ascontiguousarray(token_ids, "<i4").data.cast("B")
+    ends = (4 * offsets).tolist()
+    limit, digest = fraction * 2**64, xxhash.xxh3_64_intdigest
+    return np.array(
+        [digest(data[a:b], seed=seed) < limit for a, b in zip(ends, ends[1:], strict=False)], bool
+    )

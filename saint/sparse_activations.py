@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sae import TopKSparseAutoencoder, standardise
-from saint.activation_store import ActivationStore, Shard, read_tensors
+from saint.activation_store import ActivationStore, Shard
+from saint.row_format import read_tensors
 from saint.runtime import Workers, atomic_path, log, progress
 from saint.top_sentences import (
     Chunk,
@@ -115,7 +116,7 @@ def encode_shard(
     )
     for first, end in batches_of_sentences(shard.offsets.numpy(), batch_tokens):
         rows = slice(int(shard.offsets[first]), int(shard.offsets[end]))
-        x = shard.activations[rows].to(sae.W_enc.device)
+        x = shard.read(rows).to(sae.W_enc.device)
         z = standardise(x, sae.config.norm_eps)[0]
         values, indices = sae.encode(z)
         sparse.values[rows], sparse.indices[rows] = values.cpu(), indices.cpu()

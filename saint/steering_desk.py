@@ -20,17 +20,11 @@ from typing import Any
 import gradio as gr
 
 from saint import latent_guide, steering_html
+from saint.completions import complete_pairs, stream_pairs
 from saint.dose import dose_request, sweep
 from saint.latent_guide import Guide, Hit
 from saint.runtime import UserError, log
-from saint.steering import (
-    Request,
-    Setting,
-    Studio,
-    complete_pairs,
-    request_from_json,
-    stream_pairs,
-)
+from saint.steering import Request, Setting, Studio, request_from_json
 from saint.steering_vector import export_vector
 from saint.studio import EXAMPLE_PROMPTS, fingerprints
 

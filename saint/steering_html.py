@@ -10,9 +10,10 @@ from html import escape
 from math import exp
 from pathlib import Path
 
+from saint.completions import Effect, Pair, Reading
 from saint.dose import MAX_LOSS, MIN_DISTINCT_SHARE, DoseReport, distinct_pairs
 from saint.latent_guide import Card, Guide, Hit
-from saint.steering import Effect, Pair, Reading, Setting
+from saint.steering import Setting
 
 # One hue per chosen latent, in the order of the mix; red is kept for surprise.
 HUES = (

@@ -7,12 +7,15 @@ A fork server imports the stages once (`stage_warmup`); what it forks behaves li
 from __future__ import annotations
 
 import importlib
+import itertools
 import multiprocessing
 import os
+import resource
 import signal
 import socket
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
@@ -49,32 +52,45 @@ def fork(target: Callable[..., None], *args: object) -> BaseProcess:
 
 
 def _die_at(event: int) -> None:
-    """Kill this process before (even) or after (odd) its n-th fsync, rename or socket call."""
-    calls = 0
+    """Kill this process at its (event // 2)-th write, fsync, rename, removal or socket call.
 
-    def wrap(owner: Any, name: str) -> None:
+    Half-way through it for an even event, right after it for an odd one.
+    """
+    lock, calls = threading.Lock(), itertools.count(1)
+
+    def wrap(owner: Any, name: str, half: Callable[..., object] = lambda *_: None) -> None:
         plain = getattr(owner, name)
 
         def counted(*args: Any, **kwargs: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls == event // 2 and event % 2 == 0:
+            with lock:
+                is_last = next(calls) == event // 2
+            if is_last and event % 2 == 0:
+                half(plain, *args)
                 os.kill(os.getpid(), signal.SIGKILL)
             result = plain(*args, **kwargs)
-            if calls == event // 2:
+            if is_last:
                 os.kill(os.getpid(), signal.SIGKILL)
             return result
 
         setattr(owner, name, counted)
 
-    for owner, name in ((os, "fsync"), (os, "replace"), (os, "truncate")):
-        wrap(owner, name)
+    def half_write(write: Any, descriptor: int, data: Any, offset: int) -> None:
+        write(descriptor, data[: len(data) // 2], offset)
+
+    wrap(os, "pwrite", half_write)
+    for name in ("fsync", "replace", "truncate", "unlink"):
+        wrap(os, name)
     for name in ("send", "sendall", "recv"):
         wrap(socket.socket, name)
 
 
 def _child(
-    stage: str, argv: list[str], env: dict[str, str], output: str, die_at: int | None
+    stage: str,
+    argv: list[str],
+    env: dict[str, str],
+    output: str,
+    die_at: int | None,
+    file_bytes: int | None,
 ) -> None:
     import torch
 
@@ -88,6 +104,8 @@ def _child(
     for name in private:
         del os.environ[name]
     os.environ.update(env)
+    if file_bytes is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
     for number, ending in ((1, ".out"), (2, ".err")):
         descriptor = os.open(output + ending, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(descriptor, number)
@@ -102,16 +120,21 @@ def start(
     output: Path,
     env: dict[str, str] | None = None,
     die_at: int | None = None,
+    file_bytes: int | None = None,
 ) -> BaseProcess:
-    """Start `stage`.py; its output goes to `output`.out and `output`.err."""
-    return fork(_child, stage, [str(a) for a in args], env or {}, str(output), die_at)
+    """Start `stage`.py; its output goes to `output`.out and `output`.err.
+
+    die_at: see `_die_at`. file_bytes: as if the disk were full once a file has that many.
+    """
+    words = [str(a) for a in args]
+    return fork(_child, stage, words, env or {}, str(output), die_at, file_bytes)
 
 
-def call(stage: str, *args: object, env: dict[str, str] | None = None) -> Finished:
-    """Run `stage`.py to its end."""
+def call(stage: str, *args: object, **options: Any) -> Finished:
+    """Run `stage`.py to its end. options: those of `start`."""
     with tempfile.TemporaryDirectory() as directory:
         output = Path(directory) / "output"
-        process = start(stage, *args, output=output, env=env)
+        process = start(stage, *args, output=output, **options)
         process.join(120)
         return finished(process, output)
 

@@ -43,7 +43,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     scores = {"detect": {"balanced_accuracy": 0.9, "ci_low": 0.8, "ci_high": 0.95, "n": 40}}
     labels = {
         labelled: {"common_semantic": LABEL, "certainty": 0.8, "score": scores},
-        7: {"common_semantic": "plain words", "certainty": 0.5},
+        13: {"common_semantic": "plain words", "certainty": 0.5},
+        9: {"common_semantic": "swords", "certainty": 0.9},
+        12: {"common_semantic": "wordsmiths", "certainty": 0.7},
     }
     (root / "labels.yaml").write_text(yaml.safe_dump(labels))
     latent_browser.main(arguments(root))
@@ -234,7 +236,61 @@ def test_sorts_numbers_dead_latents_and_more_rows(page: Any, made: Path) -> None
     assert "dead" in page.locator("article[data-latent='3']").inner_text()
     page.fill("#query", "")
     page.check("#labelled")
-    page.wait_for_function("document.querySelectorAll('#results li').length === 2")
+    page.wait_for_function("document.querySelectorAll('#results li').length === 4")
+    latents = "[...document.querySelectorAll('#results a')].map(a => +a.dataset.latent)"
+    page.click("#direction")
+    page.select_option("#sort", "relevance")
+    page.fill("#query", "words")
+    page.wait_for_function("document.querySelectorAll('#results li').length === 3")
+    assert all(summary["max_activation"][i] > 0 for i in (9, 12, 13))
+    assert page.evaluate(latents) == [13, 12, 9], "a whole word, the start of one, the inside"
+    page.select_option("#sort", "certainty")
+    assert page.evaluate(latents) == [9, 12, 13]
+
+
+def test_a_latents_page_shows_its_evidence_and_keys_move_on(page: Any, made: Path) -> None:
+    evidence, latent = open_evidence(made / "top" / "evidence.parquet"), labelled(made)
+    row = evidence.latent(latent)
+    page.select_option("#sort", "number")
+    page.fill("#query", f"#{latent}")
+    page.keyboard.press("Enter")
+    article = page.locator(f"article[data-latent='{latent}']")
+    article.wait_for()
+    bars = article.locator(".chart rect")
+    assert [int(t.replace(",", "")) for t in bars.locator("title").all_text_contents()] == row[
+        "histogram"
+    ]
+    heights = [float(bars.nth(i).get_attribute("height") or 0) for i in range(bars.count())]
+    assert (
+        np.argsort(heights, kind="stable").tolist()
+        == np.argsort(np.array(row["histogram"]), kind="stable").tolist()
+    ), "more tokens, a taller bar"
+    for place, name, value in ((0, "neighbours", "cosine"), (1, "coactive", "jaccard")):
+        links = article.locator(".relations").nth(place).locator("a")
+        found = [int(re.findall(r"latent/(\d+)", a.get_attribute("href"))[0]) for a in links.all()]
+        shares = [float(text) for text in links.locator(".share").all_inner_texts()]
+        wanted = row[name][: len(found)]
+        assert found == [pair["latent"] for pair in wanted] and len(found) > 2
+        assert shares == pytest.approx([pair[value] for pair in wanted], abs=0.01)
+    groups = article.locator(".examples h3").all_inner_texts()
+    assert (
+        groups[:2] == ["Strongest sentences", "Strongest tenth"] and groups[-1] == "Weakest tenth"
+    )
+    quiet = [e for e in row["examples"] if e["kind"] == "near_miss"]
+    article.locator("summary").click()
+    silent = article.locator("details .windows li")
+    assert 0 < silent.count() <= len(quiet)
+    texts = {"".join(e["tokens"]).strip() for e in quiet}
+    assert all(t.strip("…").strip() in texts for t in silent.locator(".text").all_inner_texts())
+    page.fill("#query", "")
+    page.locator("#heading").focus()
+    page.keyboard.press("k")
+    page.wait_for_selector(f"article[data-latent='{latent - 1}']")
+    page.keyboard.press("j")
+    page.wait_for_selector(f"article[data-latent='{latent}']")
+    page.keyboard.press("Escape")
+    page.wait_for_selector(".welcome")
+    assert page.evaluate("document.activeElement.id") == "query"
 
 
 def test_every_control_has_a_name_and_nothing_overflows_a_phone(browser: Any, made: Path) -> None:

@@ -130,9 +130,7 @@ def test_the_store_holds_what_the_model_computes(root: Path):
             if i % 10:
                 continue
             alone = model.capture(torch.tensor([[tokenizer.bos_id, *tokens]]), [hook])[hook]
-            torch.testing.assert_close(
-                shard.activations[rows].float(), alone[0, 1:], rtol=1e-2, atol=2e-2
-            )
+            torch.testing.assert_close(shard.read(rows).float(), alone[0, 1:], rtol=1e-2, atol=2e-2)
     assert len(set(seen)) == len(seen) == store.n_sentences == 200
 
 
@@ -188,7 +186,7 @@ def test_the_shuffle_keeps_every_row_and_splits_by_sentence(root):
         for a, b in zip(shard.offsets[:-1].tolist(), shard.offsets[1:].tolist(), strict=True):
             split = "val" if is_held_out(shard.token_ids[a:b].tolist()) else "train"
             wanted[split] += [
-                row.tobytes() for row in shard.activations[a:b].view(torch.int16).numpy()
+                row.tobytes() for row in shard.read(slice(a, b)).view(torch.int16).numpy()
             ]
     for split in ("train", "val"):
         got = rows.read(split, 0, rows.n_rows(split)).view(torch.int16).numpy()

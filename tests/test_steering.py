@@ -16,19 +16,10 @@ from tiny_steering import D_MODEL, N_LATENTS, make_sae, make_studio, one_thread,
 import llama_3_inference_text_completion as terminal
 from llama_3 import HookPoint, Llama, LlamaArgs, generate, load_llama
 from sae import SAEConfig, TopKSparseAutoencoder
+from saint.completions import complete_pairs, generate_ids, read, stream_pairs
 from saint.dose import DosePoint, distinct_pairs, dose_request, propose, sweep
 from saint.runtime import UserError
-from saint.steering import (
-    Request,
-    Setting,
-    build_edits,
-    complete_pairs,
-    generate_ids,
-    parse_setting,
-    read,
-    request_from_json,
-    stream_pairs,
-)
+from saint.steering import Request, Setting, build_edits, parse_setting, request_from_json
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 REPOSITORY = Path(__file__).parent.parent

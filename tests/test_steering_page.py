@@ -20,6 +20,7 @@ import pytest
 from playwright import sync_api
 from tiny_steering import LABELS, make_sae, make_studio, one_thread, write_setup
 
+import saint.completions
 import saint.steering
 from llama_3_inference_text_completion_gradio import choose_auth, launch
 from saint.runtime import UserError
@@ -63,7 +64,7 @@ class Site:
 def site(tmp_path_factory) -> Iterator[Site]:
     model_dir, _ = write_setup(tmp_path_factory.mktemp("page"))
     studio, guides = make_studio(model_dir, make_sae(), make_sae(layer=2, seed=4))
-    brake, original = Brake(), saint.steering.generate
+    brake, original = Brake(), saint.completions.generate
 
     def slow(*args, **kwargs):
         for step in original(*args, **kwargs):
@@ -71,11 +72,11 @@ def site(tmp_path_factory) -> Iterator[Site]:
             time.sleep(brake.seconds)
             yield step
 
-    saint.steering.generate = slow
+    saint.completions.generate = slow
     page, desk = launch(studio, guides, host="127.0.0.1", port=None, share=False, auth=None)
     yield Site(str(page.local_url).rstrip("/"), desk, brake)
     page.close()
-    saint.steering.generate = original
+    saint.completions.generate = original
 
 
 @pytest.fixture
@@ -93,7 +94,7 @@ def steer_request(**changes):
 def test_api_steers_as_the_library_does(site, client):
     answer = client.predict(steer_request(temperature=1.0, seed=4), api_name="/steer")
     request = saint.steering.request_from_json(answer["request"])
-    pairs = saint.steering.complete_pairs(site.desk.studio, request)
+    pairs = saint.completions.complete_pairs(site.desk.studio, request)
     assert answer["pairs"] == json.loads(json.dumps([pair.to_json() for pair in pairs]))
     assert answer["pairs"][0]["plain"]["text"] != answer["pairs"][0]["steered"]["text"]
 
@@ -314,7 +315,7 @@ def test_search_choose_steer_compare_and_reload_the_link(site, tab):
         temperature=TEMPERATURE,
         top_p=TOP_P,
     )
-    pairs = saint.steering.complete_pairs(site.desk.studio, request)
+    pairs = saint.completions.complete_pairs(site.desk.studio, request)
     texts = tab.locator("#result [data-side=steered] .tok").all_inner_texts()
     assert "".join(texts[: len(pairs[0].steered.tokens)]) == "".join(pairs[0].steered.tokens)
     cells = tab.locator("#result table.effects >> nth=0 >> td").all_inner_texts()

@@ -158,7 +158,7 @@ def test_near_misses_are_the_most_similar_silent_sentences(store: TinyStore, out
     pooled: dict[int, np.ndarray] = {}
     activations = open_store(store.data_dir)
     for shard in map(activations.read_shard, range(activations.n_shards)):
-        rows = standardise(shard.activations)[0].numpy()
+        rows = standardise(shard.read())[0].numpy()
         bounds = shard.offsets.tolist()
         for sentence, low, high in zip(
             shard.sentence_ids.tolist(), bounds, bounds[1:], strict=False

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import torch
 
 from sae import SAEConfig, TopKSparseAutoencoder, load_sae, save_sae, standardise
-from saint.activation_store import SENTENCES, VOCABULARY, Shard, part_name, shard_name, write_shard
+from saint.activation_store import SENTENCES, VOCABULARY, part_name, shard_file, shard_name
 from saint.manifests import Output
 
 D_MODEL, N_VOCAB = 16, 50
@@ -109,9 +109,9 @@ def _write_store(
     for index, part in enumerate(np.array_split(np.array(list(token_ids)), n_shards)):
         tokens = [token_ids[int(i)] for i in part]
         flat = torch.tensor([t for sentence in tokens for t in sentence])
-        offsets = torch.tensor([0, *map(len, tokens)]).cumsum(0)
-        shard = Shard(embedding[flat].bfloat16(), flat.int(), offsets, torch.from_numpy(part))
-        write_shard(data_dir / "layer_1" / shard_name(index), shard)
+        path = data_dir / "layer_1" / shard_name(index)
+        with shard_file(path, tokens, part.tolist(), d_model=D_MODEL) as shard:
+            shard.write("activations", 0, embedding[flat].bfloat16())
         texts = ["".join(f" w{t}" for t in sentence) for sentence in tokens]
         table = pa.table({"sentence_id": part, "text": texts, "token_ids": tokens})
         pq.write_table(table, data_dir / SENTENCES / part_name(index))

@@ -220,6 +220,8 @@ function refresh() {
   const n = view.results.length.toLocaleString("en");
   $("status").textContent = view.query ? `${n} of ${data.n.toLocaleString("en")} latents match` : `${n} latents`;
   performance.measure("saint-search", { start: started, end: performance.now() });
+  // Next and previous follow the list.
+  if (view.latent !== null) document.querySelector(".crumbs")?.replaceWith(crumbs(view.latent));
 }
 
 // ---------------------------------------------------------------- one latent
