@@ -169,7 +169,7 @@ class Run:
         entry = describe_step(trainer, meter)
         density = None
         if validating and self.rows.n_rows("val"):
-            metrics, density = validate(trainer.sae, self.rows)
+            metrics, density = validate(trainer, self.rows)
             entry |= metrics
             if metrics["val/loss"] < trainer.best_val_loss:
                 trainer.best_val_loss = metrics["val/loss"]
@@ -290,7 +290,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         signal.signal(signum, run.request_stop)
     started = time.monotonic()
     trainer = run.train()
-    trainer.sae.max_activations = largest_activations(trainer.sae, rows, workers)
+    trainer.sae.max_activations = largest_activations(trainer, rows)
     if workers.is_main:
         finish(output, run, trainer, time.monotonic() - started)
 

@@ -158,8 +158,9 @@ def combine(parts: Sequence[tuple[float, Losses]]) -> Losses:
 
 
 @torch.no_grad()
-def validate(sae: TopKSparseAutoencoder, rows: BatchedRows) -> tuple[dict[str, float], Tensor]:
+def validate(trainer: Trainer, rows: BatchedRows) -> tuple[dict[str, float], Tensor]:
     """Return val/ metrics over all held-out rows, and each latent's density (n_latents,)."""
+    sae = trainer.sae
     n_rows, device = rows.n_rows("val"), sae.b_pre.device
     loss = error_sum = active = torch.zeros((), dtype=torch.float64, device=device)
     total = torch.zeros(sae.config.d_model, dtype=torch.float64, device=device)
@@ -167,7 +168,7 @@ def validate(sae: TopKSparseAutoencoder, rows: BatchedRows) -> tuple[dict[str, f
     for start in range(0, n_rows, _BLOCK_ROWS):
         raw = rows.read("val", start, min(start + _BLOCK_ROWS, n_rows)).to(device)
         x = standardise(raw, sae.config.norm_eps)[0]
-        values, indices = sae.encode(x)
+        values, indices = trainer.kernels.encode(x)
         error = (sae.decode(values, indices) - x).square().sum(dim=1).double()
         loss = loss + (error / x.square().sum(dim=1).clamp_min(1e-12)).sum()
         error_sum = error_sum + error.sum()
@@ -188,8 +189,9 @@ def validate(sae: TopKSparseAutoencoder, rows: BatchedRows) -> tuple[dict[str, f
 
 
 @torch.no_grad()
-def largest_activations(sae: TopKSparseAutoencoder, rows: BatchedRows, workers: Workers) -> Tensor:
+def largest_activations(trainer: Trainer, rows: BatchedRows) -> Tensor:
     """Return (n_latents,) float32: each latent's maximum over every captured token."""
+    sae, workers = trainer.sae, trainer.workers
     maximum = torch.zeros(sae.config.n_latents, device=workers.device)
     splits: tuple[Split, ...] = ("train", "val")
     blocks: list[tuple[Split, int]] = [
@@ -199,7 +201,7 @@ def largest_activations(sae: TopKSparseAutoencoder, rows: BatchedRows, workers: 
         raw = rows.read(split, start, min(start + _BLOCK_ROWS, rows.n_rows(split))).to(
             workers.device
         )
-        values, indices = sae.encode(standardise(raw, sae.config.norm_eps)[0])
+        values, indices = trainer.kernels.encode(standardise(raw, sae.config.norm_eps)[0])
         maximum.scatter_reduce_(0, indices.reshape(-1), values.reshape(-1), "amax")
     if workers.world_size > 1:
         dist.all_reduce(maximum, op=dist.ReduceOp.MAX)

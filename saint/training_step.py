@@ -67,6 +67,10 @@ class Step(Protocol):
         """Move the weights by the sum over micro-batches and ranks; return the gradient's norm."""
         ...
 
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """As `TopKSparseAutoencoder.encode`, by these kernels."""
+        ...
+
     def diagnostics(self) -> dict[str, float]:
         """Return metrics of the kernels themselves since the last call."""
         ...
@@ -122,6 +126,10 @@ class TorchStep:
         self.sae.zero_grad(set_to_none=True)
         normalise_decoder(self.sae)
         return norm
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Step`."""
+        return self.sae.encode(x)
 
     def diagnostics(self) -> dict[str, float]:
         """See `Step`."""
@@ -202,6 +210,13 @@ class CppStep:
         cpu_kernels.update(gradient, parameters, step, scale, grad_b_pre)
         self.pieces.encode.forget_weights()
         return torch.tensor(norm)
+
+    @torch.no_grad()
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Step`."""
+        sae = self.sae
+        values, indices, _ = self.pieces.encode(x - sae.b_pre, sae.W_enc, sae.b_enc, sae.config.k)
+        return values, indices.long()
 
     def diagnostics(self) -> dict[str, float]:
         """See `Step`."""

@@ -16,6 +16,7 @@ from training_ranks import RECIPE
 
 import sae_training
 from sae import load_sae
+from saint import training_step
 from saint.manifests import Output
 from saint.runtime import UserError
 from saint.trainer import Trainer
@@ -43,6 +44,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output.finish(facts=facts, counts={}, files=names)
     torch.save(torch.zeros(16), root / "mean.pt")
     return root
+
+
+@pytest.fixture(autouse=True)
+def rounded_product_at_any_size(monkeypatch):
+    monkeypatch.setattr(training_step, "_LEAST_ROUNDED_D_MODEL", 1)
 
 
 @pytest.fixture(autouse=True)

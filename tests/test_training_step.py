@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -175,7 +176,8 @@ def test_all_kernels_walk_the_same_way_and_keep_unit_norms():
     for kernels in KERNELS:
         torch.manual_seed(3)
         sae = make_sae(n_latents=200)
-        step = make_step(kernels, sae, Moments(sae), ALONE)
+        moments = Moments(sae)
+        step = make_step(kernels, sae, moments, ALONE)
         generator = torch.Generator().manual_seed(5)
         for i in range(8):
             x = standardise(torch.randn(30, 24, generator=generator))[0]
@@ -185,10 +187,16 @@ def test_all_kernels_walk_the_same_way_and_keep_unit_norms():
             step.apply(1e-3, 0.1)
             norms = sae.W_dec.detach().norm(dim=1)
             torch.testing.assert_close(norms, torch.ones(200), rtol=0, atol=1e-6)
-        ends[kernels] = [p.detach() for p in sae.parameters()]
+        ends[kernels] = [p.detach() for p in sae.parameters()], moments
+    weights, wanted = ends["dense"]
     for kernels in KERNELS[:-1]:
-        for mine, dense in zip(ends[kernels], ends["dense"], strict=True):
+        for mine, dense in zip(ends[kernels][0], weights, strict=True):
             torch.testing.assert_close(mine, dense, rtol=0, atol=3e-5)
+        moments = ends[kernels][1]
+        assert moments.n_steps == wanted.n_steps == 8
+        for name in WEIGHTS:  # latents at rest decay too
+            assert relative(moments.first[name], wanted.first[name].double()) < 1e-4
+            assert relative(moments.second[name], wanted.second[name].double()) < 1e-4
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
@@ -273,6 +281,18 @@ def test_tokens_that_rounding_cannot_decide_are_decided_in_float32(monkeypatch):
 
 
 @needs_rounding
+def test_every_step_rounds_the_weights_that_it_has():
+    sae = make_sae(64, 500, 5)
+    step = make_step("cpp", sae, Moments(sae), ALONE)
+    x = standardise(torch.randn(50, 64))[0]
+    for _ in range(3):
+        step.accumulate(x, 5, None, 1.0)
+        step.apply(0.05, float("inf"))
+    # Old ones would send nearly all tokens through the float32 product.
+    assert step.diagnostics()["debug/float32_tokens_ratio"] < 0.1
+
+
+@needs_rounding
 def test_the_rounded_product_is_exact_in_whole_numbers():
     torch.manual_seed(0)
     for n, n_latents, d in ((1, 1, 5), (7, 13, 64), (9, 1030, 576), (6, 11, 1000)):
@@ -288,6 +308,12 @@ def test_the_rounded_product_is_exact_in_whole_numbers():
         wanted = ((qa - offset) @ qw.T) * scale_a[:, None] * scale_w
         torch.testing.assert_close(pre.double(), wanted, rtol=1e-6, atol=1e-9)
         assert (pre - a @ w.T).abs().max() < 0.15 * (a.norm(dim=1).max() * w.norm(dim=1).max())
+
+
+@needs_cpp
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="no list of instructions here")
+def test_the_rounded_product_is_used_where_the_cpu_has_it():
+    assert cpu_kernels.has_rounded_product() == ("avx2" in Path("/proc/cpuinfo").read_text())
 
 
 @needs_cpp
