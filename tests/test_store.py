@@ -419,3 +419,26 @@ def test_the_held_out_mask_is_the_rule_for_single_sentences():
     ends = zip(offsets[100:-1], offsets[101:], strict=True)
     assert mask.tolist() == [is_held_out(tokens[a:b], fraction=0.3) for a, b in ends]
     assert 0 < mask.sum() < len(mask)
+
+
+def test_the_store_holds_the_hidden_states_of_transformers(root: Path, tmp_path: Path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=400, max_position_embeddings=256, initializer_range=0.2,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    theirs = transformers.LlamaForCausalLM(config).eval()
+    theirs.save_pretrained(tmp_path / "model")
+    for name in ("tokenizer.model", "tokenizer_spec.json"):
+        shutil.copyfile(root / "model" / name, tmp_path / "model" / name)
+    flags = {"model_dir": tmp_path / "model", "num_samples": 40, "dtype": "float32"}
+    capture(root, tmp_path / "acts", **flags)
+    shard = open_store(tmp_path / "acts").read_shard(0)
+    offsets = shard.offsets.tolist()
+    for a, b in zip(offsets, offsets[1:], strict=False):
+        tokens = torch.tensor([[0, *shard.token_ids[a:b].tolist()]])
+        with torch.no_grad():
+            hidden = theirs(tokens, output_hidden_states=True).hidden_states[2][0, 1:]
+        torch.testing.assert_close(shard.read(slice(a, b)).float(), hidden, rtol=8e-3, atol=1e-3)
