@@ -227,7 +227,7 @@ class Output:
 
     def _remove_torn_files(self) -> None:
         """Remove what a killed run was writing: `atomic_path`'s temporary files."""
-        for own in self._patterns:
+        for own in (*self._patterns, self.manifest_path.name, self.partial_path.name):
             directory, name = Path(own).parent, Path(own).name
             for torn in self._base.glob(str(directory / f".{name}.*.tmp")):
                 torn.unlink()
