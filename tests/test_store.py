@@ -130,11 +130,12 @@ def test_the_mean_does_not_depend_on_workers_where_blocks_are_many(tmp_path, mon
     monkeypatch.setattr("saint.shuffle._BLOCK_BYTES", 1 << 12)
     write_big_store(tmp_path / "acts", n_rows=3000, d_model=16)
     means = []
-    for n in (1, 3):
+    for n, memory_gb in ((1, 4.0), (3, 4.0), (2, 1e-4)):
         where = outputs(tmp_path / str(n))
-        preprocess(tmp_path, num_processes=n, **where)
+        preprocess(tmp_path, num_processes=n, memory_gb=memory_gb, **where)
         means.append(where["mean_filepath"].read_bytes())
-    assert means[0] == means[1]
+    assert means[0] == means[1] == means[2]
+    assert tree_bytes(tmp_path / "3" / "rows") == tree_bytes(tmp_path / "2" / "rows")
     rows = open_batched_rows(tmp_path / "3" / "rows")
     got = torch.cat([rows.read(s, 0, rows.n_rows(s)) for s in ("train", "val")])
     assert sorted_rows(got) == sorted_rows(rows_of(open_store(tmp_path / "acts")))
@@ -305,8 +306,10 @@ def test_a_shard_that_a_broken_run_left_shortened_is_made_again(root, tmp_path):
     (out / "capture_activations.manifest.json").rename(out / "capture_activations.partial.json")
     shard = out / "layer_2" / shard_name(1)
     shard.write_bytes(shard.read_bytes()[:-5])
+    (out / ".capture_activations.manifest.json.12345.tmp").write_text("{")
     capture(root, out)
     assert tree_bytes(out) == tree_bytes(root / "acts")
+    assert not list(out.glob(".*"))
 
 
 def test_the_store_names_every_damaged_missing_and_foreign_file(root, tmp_path, capsys):
@@ -410,7 +413,8 @@ def test_memory_stays_below_the_flag(tmp_path):
         process.start()
         process.join(120)
         assert process.exitcode == 0
-    assert tree_bytes(tmp_path / "4.0") == tree_bytes(tmp_path / "0.14")
+    same = tree_bytes(tmp_path / "4.0") == tree_bytes(tmp_path / "0.14")
+    assert same  # spelling out how hundreds of MB differ would take for ever
     with pytest.raises(UserError, match="raise --memory_gb"):
         preprocess(tmp_path, memory_gb=0.02, rows_per_file=10_000, **outputs(tmp_path / "small"))
 
