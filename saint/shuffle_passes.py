@@ -251,8 +251,9 @@ def clean_up(store: ActivationStore, output_dir: Path) -> None:
         for path in output_dir.glob(pattern):
             path.unlink()
     if store.moved_to is not None:
-        for path in (store.root / store.layer_dir).glob(".shard_*.tmp"):
-            path.unlink()
+        for pattern in (f"{store.layer_dir}/.*.tmp", ".*.manifest.json.*.tmp"):
+            for path in store.root.glob(pattern):
+                path.unlink()
 
 
 def run_shuffle(plan: Plan) -> Result:

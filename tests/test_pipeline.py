@@ -211,8 +211,8 @@ def test_the_shuffle_does_not_depend_on_processes_or_interruptions(root, tmp_pat
     )
     assert tree_bytes(tmp_path / "b") == tree_bytes(root / "acts_batched")
     flags = {"output_dir": tmp_path / "c", "mean_filepath": tmp_path / "n.pt"}
-    arguments = preprocess_args(root, **flags)
-    for pattern in (".*.stats.npz", "train_*"):
+    arguments = preprocess_args(root, memory_gb=0.02, **flags)
+    for pattern in (".*.rows.tmp", "train_*"):
         process = start("sae_preprocessing", *arguments, output=tmp_path / "log")
         while not list((tmp_path / "c").glob(pattern)) and process.is_alive():
             time.sleep(0.002)
