@@ -20,13 +20,7 @@ from llama_3 import CheckpointError
 from sae import SAEConfig, TopKSparseAutoencoder, load_sae
 from saint.activation_store import ActivationStore, open_stores
 from saint.evidence import EvidenceWriter
-from saint.latent_examples import (
-    Directions,
-    EvidenceBuilder,
-    ExampleSettings,
-    SparseActivations,
-    compare_maxima,
-)
+from saint.latent_examples import Directions, EvidenceBuilder, compare_maxima
 from saint.manifests import Output, State, file_checksum, model_fingerprint, read_manifest
 from saint.runtime import (
     UserError,
@@ -43,6 +37,7 @@ from saint.runtime import (
 )
 from saint.sae_flags import add_bare_sae_flags, bare_sae_flags
 from saint.sparse_activations import SentenceIndex, tally_store
+from saint.sparse_sample import ExampleSettings, SparseActivations
 from saint.top_sentences import RANKINGS, Tally, write_top_sentences
 
 STAGE = "capture_top_activating_sentences"
