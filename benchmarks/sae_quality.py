@@ -64,8 +64,9 @@ class Task:
 
     def raw_batches(self) -> Iterator[Tensor]:
         """The training stream, as captured."""
-        steps = {"first_batch": 0, "n_batches": self.n_steps}
-        yield from self.rows.batches("train", batch_size=self.batch_size, **steps)
+        yield from self.rows.batches(
+            "train", batch_size=self.batch_size, first_batch=0, n_batches=self.n_steps
+        )
 
     def batches(self) -> Iterator[Tensor]:
         """The training stream, standardised."""
