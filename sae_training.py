@@ -151,6 +151,7 @@ class Run:
                 if self.workers.is_main and (ended or stopping or due):
                     self.files.save(trainer.state(), trainer.step)
                     last_saved = time.monotonic()
+                meter.restart_clock()
                 if stopping and not ended:
                     log.warning("stopped at step %d; the same command resumes", trainer.step)
                     raise SystemExit(128 + stopping)

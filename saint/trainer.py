@@ -230,8 +230,13 @@ class LossMeter:
         means = (self._sums / self._n).tolist()
         seconds = (time.monotonic() - self._since) / self._n
         self._sums.zero_()
-        self._n, self._since = 0, time.monotonic()
+        self._n = 0
+        self.restart_clock()
         return means, seconds
+
+    def restart_clock(self) -> None:
+        """Leave out of the next seconds per step what was done since the last read."""
+        self._since = time.monotonic()
 
 
 def describe_step(trainer: Trainer, meter: LossMeter) -> dict[str, Any]:

@@ -125,13 +125,17 @@ def _diagram(series: list[list[tuple[float, float]]], panel: Panel) -> str:
         return math.log10(value) if panel.logarithmic else value
 
     def label(value: float) -> str:
-        return f"{value:.3g}" if not panel.percent else f"{value:.1%}"
+        if panel.percent:
+            return f"{value:.1%}"
+        return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
     everything = [point for points in series for point in points]
     last = max(x for x, _ in everything) or 1.0
     low, high = min(height(y) for _, y in everything), max(height(y) for _, y in everything)
-    if high - low < 1e-9 * max(1e-9, abs(high)):
-        low, high = low - 0.5 * (abs(low) or 1), high + 0.5 * (abs(high) or 1)
+    if not panel.logarithmic:
+        low = min(0.0, low)
+    if high - low < 1e-9:
+        high = low + 1
 
     def place(x: float, y: float) -> str:
         across = _LEFT + (WIDTH - _LEFT - _RIGHT) * x / last

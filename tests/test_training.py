@@ -68,7 +68,7 @@ def train(data: Path, save: Path, *flags: object) -> None:
 
 
 def on_step(monkeypatch: pytest.MonkeyPatch, steps: set[int], act) -> None:
-    """Give these steps the rows that act(rows) returns."""
+    """Give these steps act(rows) for their rows."""
     plain = Trainer.train_step
 
     def train_step(self, rows, micro_batch_size):
@@ -93,7 +93,7 @@ def test_a_bad_batch_is_stepped_over_once_from_a_checkpoint(
     data, tmp_path, monkeypatch, caplog, kernels
 ):
     caplog.set_level("INFO", logger="saint")
-    on_step(monkeypatch, {13}, lambda rows: torch.full_like(rows, torch.nan))
+    on_step(monkeypatch, {13}, lambda rows: rows * torch.nan)
     save = tmp_path / "sae.pt"
     train(data, save, "--checkpoint_minutes", 0.000001, "--kernels", kernels)
     assert "the loss was not finite at step 13: going on from step 1" in caplog.text
@@ -106,7 +106,7 @@ def test_a_bad_batch_is_stepped_over_once_from_a_checkpoint(
 
 
 def test_a_second_bad_batch_ends_the_run(data, tmp_path, monkeypatch):
-    on_step(monkeypatch, {5, 15}, lambda rows: torch.full_like(rows, torch.nan))
+    on_step(monkeypatch, {5, 15}, lambda rows: rows * torch.nan)
     with pytest.raises(UserError, match="not finite at step 15, and was not at step 5"):
         train(data, tmp_path / "sae.pt")
     assert not (tmp_path / "sae.pt").exists()
@@ -119,7 +119,7 @@ def test_a_signal_checkpoints_and_the_same_command_ends_with_the_same_bits(
     train(data, tmp_path / "whole.pt", "--k_anneal_steps", 10)
     save = tmp_path / "sae.pt"
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit_:
-        on_step(patch, {8}, lambda rows: (os.kill(os.getpid(), number), rows)[1])
+        on_step(patch, {8}, lambda rows: os.kill(os.getpid(), number) or rows)
         train(data, save, "--k_anneal_steps", 10)
     assert exit_.value.code == 128 + number
     assert newest_checkpoint(save)["step"] == 9 and not save.exists()
