@@ -128,6 +128,7 @@ class Run:
             first_batch=trainer.step,
             n_batches=self.n_steps,
             part=(self.workers.rank, self.workers.world_size),
+            device=self.workers.device,
         )
         bar = progress(self.n_steps, unit="step", description="train", initial=trainer.step)
         with bar:
@@ -170,7 +171,7 @@ class Run:
         entry = describe_step(trainer, meter)
         density = None
         if validating and self.rows.n_rows("val"):
-            metrics, density = validate(trainer, self.rows)
+            metrics, density = validate(trainer.sae, self.rows, trainer.kernels.encode)
             entry |= metrics
             if metrics["val/loss"] < trainer.best_val_loss:
                 trainer.best_val_loss = metrics["val/loss"]

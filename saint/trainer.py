@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from saint.sae_gradients import AuxK, Losses
 from saint.training_step import Moments, make_step
 
 _BLOCK_ROWS = 8192
+
+Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -158,9 +160,14 @@ def combine(parts: Sequence[tuple[float, Losses]]) -> Losses:
 
 
 @torch.no_grad()
-def validate(trainer: Trainer, rows: BatchedRows) -> tuple[dict[str, float], Tensor]:
-    """Return val/ metrics over all held-out rows, and each latent's density (n_latents,)."""
-    sae = trainer.sae
+def validate(
+    sae: TopKSparseAutoencoder, rows: BatchedRows, encode: Encode | None = None
+) -> tuple[dict[str, float], Tensor]:
+    """Return val/ metrics over all held-out rows, and each latent's density (n_latents,).
+
+    encode: a faster version of `sae.encode` where there is one.
+    """
+    encode = encode or sae.encode
     n_rows, device = rows.n_rows("val"), sae.b_pre.device
     loss = error_sum = active = torch.zeros((), dtype=torch.float64, device=device)
     total = torch.zeros(sae.config.d_model, dtype=torch.float64, device=device)
@@ -168,7 +175,7 @@ def validate(trainer: Trainer, rows: BatchedRows) -> tuple[dict[str, float], Ten
     for start in range(0, n_rows, _BLOCK_ROWS):
         raw = rows.read("val", start, min(start + _BLOCK_ROWS, n_rows)).to(device)
         x = standardise(raw, sae.config.norm_eps)[0]
-        values, indices = trainer.kernels.encode(x)
+        values, indices = encode(x)
         error = (sae.decode(values, indices) - x).square().sum(dim=1).double()
         loss = loss + (error / x.square().sum(dim=1).clamp_min(1e-12)).sum()
         error_sum = error_sum + error.sum()
