@@ -29,22 +29,6 @@ from saint.sae_gradients import AuxK  # noqa: E402
 from saint.training_step import KERNELS, Moments, make_step  # noqa: E402
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Time one SAE training step.")
-    parser.add_argument("--d_model", type=int, default=3072, help="[%(default)s]")
-    parser.add_argument("--n_latents", type=int, default=65536, help="[%(default)s]")
-    parser.add_argument("--k", type=int, default=64, help="active latents [%(default)s]")
-    parser.add_argument("--batch_size", type=int, default=1024, help="tokens a step [%(default)s]")
-    parser.add_argument("--n_dead", type=int, default=0, help="dead latents, AuxK on [%(default)s]")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N [auto]")
-    parser.add_argument("--kernels", default="auto", choices=KERNELS, help="SAINT's [auto]")
-    parser.add_argument("--compare", choices=["peers"], help="time sae-lens and eai-sparsify too")
-    parser.add_argument("--repeats", type=int, default=5, help="steps timed of each [%(default)s]")
-    parser.add_argument("--threads", type=int, help="CPU threads of all [as torch chooses]")
-    parser.add_argument("--skip_dense", action="store_true", help="time SAINT's step alone")
-    return parser
-
-
 def rows_like_activations(n: int, d_model: int, device: torch.device) -> Tensor:
     """Make standardised rows with a decaying spectrum, so that latents differ in use."""
     generator = torch.Generator().manual_seed(1)
@@ -172,6 +156,29 @@ def sparsify_step(args: argparse.Namespace, x: Tensor) -> Callable[[], float]:
     return step
 
 
+PEERS = {"sae_lens": sae_lens_step, "sparsify": sparsify_step}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Time one SAE training step.")
+    parser.add_argument("--d_model", type=int, default=3072, help="[%(default)s]")
+    parser.add_argument("--n_latents", type=int, default=65536, help="[%(default)s]")
+    parser.add_argument("--k", type=int, default=64, help="active latents [%(default)s]")
+    parser.add_argument("--batch_size", type=int, default=1024, help="tokens a step [%(default)s]")
+    parser.add_argument("--n_dead", type=int, default=0, help="dead latents, AuxK on [%(default)s]")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N [auto]")
+    parser.add_argument("--kernels", default="auto", choices=KERNELS, help="SAINT's [auto]")
+    parser.add_argument(
+        "--compare",
+        choices=["peers", *PEERS],
+        help="time both peers too, or one where memory is short (each holds weights and moments)",
+    )
+    parser.add_argument("--repeats", type=int, default=5, help="steps timed of each [%(default)s]")
+    parser.add_argument("--threads", type=int, help="CPU threads of all [as torch chooses]")
+    parser.add_argument("--skip_dense", action="store_true", help="time SAINT's step alone")
+    return parser
+
+
 def time_in_turns(
     steps: dict[str, Callable[[], float]], repeats: int, device: torch.device
 ) -> dict[str, list[float]]:
@@ -211,9 +218,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     steps = {"saint": saint}
     if not args.skip_dense:
         steps["dense"] = dense_step(args, x)
-    if args.compare == "peers":
-        steps["sae_lens"] = sae_lens_step(args, x)
-        steps["sparsify"] = sparsify_step(args, x)
+    for name, make in PEERS.items():
+        if args.compare in ("peers", name):
+            steps[name] = make(args, x)
     seconds = time_in_turns(steps, args.repeats, device)
     result = {f"{name}_s": round(statistics.median(taken), 4) for name, taken in seconds.items()}
     flop = 2 * args.batch_size * args.d_model * args.n_latents
