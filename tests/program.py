@@ -98,6 +98,8 @@ def _child(
     from saint.runtime import run_stage
 
     torch.set_num_threads(1)
+    # Where the tests run in a shell's background, SIGINT is ignored by all that it starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if die_at is not None:
         _die_at(die_at)
     private = [k for k in os.environ if k.upper().startswith("ANTHROPIC") or "proxy" in k.lower()]
