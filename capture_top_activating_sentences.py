@@ -211,7 +211,8 @@ def plan_output(args: argparse.Namespace, sae_config: SAEConfig, store: Activati
         path=args.captured_data_output_dir,
         stage=STAGE,
         arguments={name: getattr(args, name) for name in names}
-        | {"k": sae_config.k, "model_dir": None if args.model_dir is None else "given"},
+        | {"k": sae_config.k, "layer_dir": store.layer_dir}
+        | {"model_dir": None if args.model_dir is None else "given"},
         sources={"sae": file_checksum(args.model_path)["xxh3"], "store": store.fingerprint},
         own_patterns=(*(f"top_sentences_{name}.yaml" for name in RANKINGS), EVIDENCE, WORK_DIR),
         settings={"data_dir": str(args.data_dir), "model_path": str(args.model_path)},
@@ -279,6 +280,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     output = plan_output(args, sae.config, store)
     if workers.on_main(lambda: output.begin(overwrite=args.overwrite)) is State.DONE:
         n = read_manifest(output.path, STAGE).counts["n_latents"]
+        if workers.is_main:
+            shutil.rmtree(output.path / WORK_DIR, ignore_errors=True)
         log.info("done already: %s holds the evidence of %d latents", output.path, n)
         return
     run(args, sae, store, output, workers)

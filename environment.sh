@@ -6,7 +6,7 @@ PYTHON=${PYTHON:-python3}
     echo "error: Python 3.11 or newer is needed (set PYTHON to name one)" >&2
     exit 1
 }
-[ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
+.venv/bin/python -m pip --version >/dev/null 2>&1 || "$PYTHON" -m venv .venv
 wanted=$(cat pyproject.toml constraints.txt environment.sh | sha256sum)
 if [ "$(cat .venv/saint_installed 2>/dev/null)" != "$wanted" ]; then
     echo "installing the packages into .venv (about 1 GB, some minutes) ..."

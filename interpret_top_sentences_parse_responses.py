@@ -190,9 +190,13 @@ def _write_top_token_labels(args: argparse.Namespace) -> None:
     if args.evidence_path is None:
         raise UserError("--from_top_tokens needs --evidence_path")
     evidence = open_evidence(args.evidence_path)
-    _check_not_edited(args)
-    labels = top_token_labels(evidence.iter_latents())
     path = args.parsed_responses_output_filepath
+    _check_not_edited(args)
+    if path.exists() and not args.overwrite:
+        if not read_manifest(path, STAGE).arguments["from_top_tokens"]:
+            log.info("kept %s: a model wrote these labels (--overwrite replaces them)", path)
+            return
+    labels = top_token_labels(evidence.iter_latents())
     write_yaml(path, labels)
     sources = {"evidence": file_checksum(args.evidence_path)["xxh3"]}
     output = Output(path, STAGE, {"task": None, "from_top_tokens": True}, sources)

@@ -21,6 +21,7 @@ step "environment"
 mkdir -p "$run"
 
 step "a small Llama-architecture model and English sentences"
+trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
 model=runs/quickstart/model dataset=runs/quickstart/sentences
 python -m embedded.model --output_dir $model &
 python -m embedded.text --output_dir $dataset
@@ -54,7 +55,9 @@ retrieve=".venv/bin/python interpret_top_sentences_retrieve_batches.py --respons
 parse=".venv/bin/python interpret_top_sentences_parse_responses.py --response_ids_filepath $ids --retrieved_responses_dir $run/output --parsed_responses_output_filepath $labels --overwrite"
 if [ -n "${ANTHROPIC_API_KEY:-}" ]; then
     step "6 interpret_top_sentences_*.py: Claude names 100 latents (at most 1 dollar)"
-    $send && $retrieve && $parse
+    $send
+    $retrieve
+    $parse
 else
     step "6 no ANTHROPIC_API_KEY: latents are labelled by their top tokens; for Claude's labels, later:"
     printf '    %s\n' "$send" "$retrieve" "$parse"

@@ -259,6 +259,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             "num_samples": args.num_samples,
             "shuffle_seed": args.shuffle_seed,
             "dtype": str(dtype).removeprefix("torch."),
+            # What the command line says of a bare checkpoint.
+            "k": sae.config.k,
+            "layer": hook.layer,
+            "hook_point": hook.name,
+            "prepend_bos": sae.config.prepend_bos,
         },
         sources={
             "sae": file_checksum(args.sae_model_path)["xxh3"],

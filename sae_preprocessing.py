@@ -112,6 +112,8 @@ def preprocess(
             f"{store.root / store.layer_dir} was preprocessed in place: {store.moved_to} holds the "
             "only copy of its rows; run capture_activations.py --overwrite to start over"
         )
+    if store.has_moved:
+        refuse_what_is_lost(output, mean_output)
     states = [out.begin(overwrite=args.overwrite) for out in (output, mean_output)]
     if states == [State.DONE, State.DONE]:
         clean_up(store, output.path)
@@ -141,6 +143,25 @@ def preprocess(
     with naming_full_disk(output.path):
         require_space(output.path, space_needed(plan), "make room")
         finish(run_shuffle(plan), output, mean_output, started)
+
+
+def refuse_what_is_lost(*outputs: Output) -> None:
+    """Raise UserError where a file of a store that was preprocessed in place is missing.
+
+    It cannot be made again, and beginning to would spoil what is left.
+    """
+    for output in outputs:
+        missing = [output.manifest_path]
+        if output.manifest_path.exists():
+            names = read_manifest(output.path, STAGE).files
+            missing = [output.manifest_path.with_name(name) for name in names]
+        missing = [path for path in missing if not path.exists()]
+        if missing:
+            raise UserError(
+                f"{missing[0]} is missing and cannot be made again: the captured rows were "
+                "preprocessed in place; put it back, or start over with "
+                "capture_activations.py --overwrite"
+            )
 
 
 def space_needed(plan: Plan) -> int:

@@ -11,6 +11,7 @@ holds all there is, and an interrupted run continues with the same bits.
 from __future__ import annotations
 
 import argparse
+import math
 import pickle
 import resource
 import signal
@@ -136,21 +137,22 @@ class Run:
                 step = trainer.step
                 if step in trainer.skipped_steps:
                     trainer.step += 1
-                    continue
-                losses, norm = trainer.train_step(batch, self.args.micro_batch_size or len(batch))
-                meter.add(losses, norm, step)
+                else:
+                    rows_at_once = self.args.micro_batch_size or len(batch)
+                    meter.add(*trainer.train_step(batch, rows_at_once), step)
                 bar.update()
                 ended = trainer.step == self.n_steps
-                stopping = self._signal_to_any_rank()
-                due = time.monotonic() - last_saved > 60 * self.args.checkpoint_minutes
+                minutes = (time.monotonic() - last_saved) / 60
+                due, stopping = self._agreed(minutes > self.args.checkpoint_minutes)
                 validating = ended or trainer.step % self.n_batches == 0
                 if not (ended or stopping or due or validating or trainer.step % log_interval == 0):
                     continue
                 if int(meter.first_bad_step) >= 0:
                     return int(meter.first_bad_step)
                 self._log(trainer, meter, bar, validating)
-                if self.workers.is_main and (ended or stopping or due):
-                    self.files.save(trainer.state(), trainer.step)
+                if ended or stopping or due:
+                    if self.workers.is_main:
+                        self.files.save(trainer.state(), trainer.step)
                     last_saved = time.monotonic()
                 meter.restart_clock()
                 if stopping and not ended:
@@ -158,17 +160,23 @@ class Run:
                     raise SystemExit(128 + stopping)
         return None
 
-    def _signal_to_any_rank(self) -> int:
+    def _agreed(self, due: bool) -> tuple[bool, int]:
+        """Whether rank 0 finds a checkpoint due, and a stop signal that any rank has got."""
         if self.workers.world_size == 1:
-            return self.stopping
-        number = torch.tensor(self.stopping, device=self.workers.device)
-        dist.all_reduce(number, op=dist.ReduceOp.MAX)
-        return int(number)
+            return due, self.stopping
+        wishes = torch.tensor(
+            [due and self.workers.is_main, self.stopping], device=self.workers.device
+        )
+        dist.all_reduce(wishes, op=dist.ReduceOp.MAX)
+        due_now, stopping = wishes.tolist()
+        return bool(due_now), stopping
 
     def _log(self, trainer: Trainer, meter: LossMeter, bar: Any, validating: bool) -> None:
         if not self.workers.is_main:
             return
         entry = describe_step(trainer, meter)
+        for earlier in self.files.read_metrics()[-1:] if math.isnan(entry["train/loss"]) else ():
+            entry |= {k: v for k, v in earlier.items() if k in entry and entry[k] != entry[k]}
         density = None
         if validating and self.rows.n_rows("val"):
             metrics, density = validate(trainer.sae, self.rows, trainer.kernels.encode)
@@ -283,7 +291,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.wandb_project and workers.is_main:
         wandb = WandbLog(
             args.wandb_project,
-            run_id=f"{files.model.stem}-{rows.manifest.fingerprint[:8]}",
+            run_id=f"{files.model.stem}-{output.identity}",
             offline=args.wandb_offline,
             config=asdict(recipe),
         )

@@ -1,6 +1,6 @@
 """The quickstart's page: curves, figures, the clearest latents, and one steered completion.
 
-python -m embedded.page --run_dir runs/quickstart --llama_model_dir runs/embedded/model
+python -m embedded.page --run_dir runs/quickstart --llama_model_dir runs/quickstart/model
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from saint.completions import Pair, complete_pairs
 from saint.evidence import Evidence, open_evidence
 from saint.labels import Label, load_labels
 from saint.manifests import Output, State, file_checksum
-from saint.runtime import add_overwrite_flag, log, run_stage, write_json, write_text
+from saint.runtime import UserError, add_overwrite_flag, log, run_stage, write_json, write_text
 from saint.steering import Request, Setting, Studio, build_edits
 from saint.studio import EXAMPLE_PROMPTS, add_studio_flags, load_studio
 from saint.training_page import STYLE, curves
@@ -192,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sources={name: file_checksum(path)["xxh3"] for name, path in inputs.items()},
         own_patterns=(page.name, "quickstart.json"),
     )
-    if output.begin(overwrite=args.overwrite) is not State.DONE:
+    if _begin(output, args.overwrite) is not State.DONE:
         evidence, labels = open_evidence(evidence_path), load_labels(labels_path)
         latents = clearest_latents(evidence, _N_LATENTS)
         studio, _ = load_studio(args)
@@ -205,6 +205,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_text(page, render(args.run_dir, evidence, labels, latents, pair, setting))
         output.finish(facts={}, counts={}, files=[page.name, "quickstart.json"])
     show(json.loads(page.with_suffix(".json").read_text(encoding="utf-8")))
+
+
+def _begin(output: Output, overwrite: bool) -> State:
+    """Begin the page; one that was made from other labels or another SAE is simply made anew."""
+    try:
+        return output.begin(overwrite=overwrite)
+    except UserError as difference:
+        log.info("%s", difference)
+        return output.begin(overwrite=True)
 
 
 def show(record: dict[str, Any]) -> None:

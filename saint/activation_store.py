@@ -182,6 +182,12 @@ class ActivationStore:
         return None if moved is None else self.root / moved["rows"]
 
     @property
+    def has_moved(self) -> bool:
+        """Whether preprocessing in place has moved all rows: nothing is left to preprocess."""
+        moved = self.manifest.facts.get("in_place", {}).get(self.layer_dir, {"done": False})
+        return moved["done"]
+
+    @property
     def n_shards(self) -> int:
         """Number of shards in this layer directory."""
         return self.manifest.counts["n_shards"]

@@ -142,6 +142,9 @@ def _upload(rows: Tensor, stream: torch.cuda.Stream) -> tuple[Tensor, Any]:
 
 def open_batched_rows(path: Path) -> BatchedRows:
     """Open a finished preprocessing directory. Raises UserError when it is incomplete."""
+    layers = sorted(p.parent.name for p in path.glob(f"*/{STAGE}.manifest.json"))
+    if layers:
+        raise UserError(f"{path} holds {', '.join(layers)}: name one, such as {path / layers[0]}")
     rows = BatchedRows(path, read_manifest(path, STAGE))
     for split in SPLITS:
         for index in range(len(rows.facts["rows"][split])):

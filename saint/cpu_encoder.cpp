@@ -8,6 +8,7 @@
 // stand clear of what was left out, or when any candidate erred by more than 6σ.
 
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <utility>
 #include <vector>

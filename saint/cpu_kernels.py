@@ -57,9 +57,9 @@ def library() -> ctypes.CDLL:
     texts = [path.read_text() for path in (*_SOURCES, _HEADER)]
     parts = (*texts, version.stdout, *_FLAGS, _cpu_name())
     name = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-    cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "saint"
-    path = cache_dir / f"cpu_kernels-{name}.so"
     try:
+        cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "saint"
+        path = cache_dir / f"cpu_kernels-{name}.so"
         if not path.exists():
             with atomic_path(path) as temporary:
                 command = [compiler, *_FLAGS, *map(str, _SOURCES), "-o", str(temporary)]
@@ -68,7 +68,7 @@ def library() -> ctypes.CDLL:
                     reason = (done.stderr.strip().splitlines() or ["no message"])[0]
                     raise UserError(f"{compiler} cannot compile the kernels: {reason}")
         loaded = ctypes.CDLL(str(path))
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home directory
         raise UserError(f"the compiled kernels cannot be used: {error}") from None
     loaded.saint_norm.restype = ctypes.c_double
     loaded.saint_rescore.restype = ctypes.c_int64

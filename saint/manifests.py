@@ -101,16 +101,20 @@ def read_manifest(output: Path, stage: str) -> Manifest:
 
 
 def _load(path: Path) -> Manifest:
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise UserError(f"{path} is not readable JSON: the file is damaged") from None
+    raw = _read_record(path)
     if raw.get("format") != FORMAT or raw.get("version") != VERSION:
         raise UserError(
             f"{path}: format {raw.get('format')} {raw.get('version')} is not known here"
         )
     names = Manifest.__dataclass_fields__
     return Manifest(**{name: raw[name] for name in names})
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise UserError(f"{path} is not readable JSON: the file is damaged") from None
 
 
 def manifest_path(output: Path, stage: str, *, single_file: bool | None = None) -> Path:
@@ -132,7 +136,7 @@ def recorded_arguments(path: Path) -> dict[str, Any]:
     """
     for candidate in (path, _partial_path(path)):
         if candidate.exists():
-            return json.loads(candidate.read_text(encoding="utf-8"))["arguments"]
+            return _read_record(candidate)["arguments"]
     return {}
 
 
@@ -164,6 +168,11 @@ class Output:
         return manifest_path(self.path, self.stage, single_file=self.single_file)
 
     @property
+    def identity(self) -> str:
+        """Eight characters that differ for other arguments or inputs."""
+        return fingerprint({"arguments": self.arguments, "sources": self.sources})[:8]
+
+    @property
     def partial_path(self) -> Path:
         """Where the record of an unfinished run lies."""
         return _partial_path(self.manifest_path)
@@ -189,7 +198,7 @@ class Output:
         return State.NEW
 
     def _continue(self, path: Path) -> State:
-        earlier = json.loads(path.read_text(encoding="utf-8"))
+        earlier = _read_record(path)
         extended = self._compare(earlier)
         if path == self.manifest_path and not extended:
             missing = [n for n in earlier["files"] if not (self._base / n).exists()]

@@ -6,6 +6,7 @@ Python's lock, they start at once, share memory, and die together when the progr
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -99,7 +100,7 @@ class Mover:
 
 def opaque(tensor: Tensor) -> np.ndarray:
     """Return a view (n,) of a tensor's rows as opaque bytes, which move faster than numbers."""
-    flat = tensor.reshape(len(tensor), -1).view(torch.uint8).numpy()
+    flat = tensor.reshape(len(tensor), math.prod(tensor.shape[1:])).view(torch.uint8).numpy()
     return flat.view(f"V{max(1, flat.shape[1])}")[:, 0]
 
 

@@ -222,6 +222,7 @@ class LossMeter:
         self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=device)
         self._sums = torch.zeros(4, dtype=torch.float64, device=device)
         self._n, self._since = 0, time.monotonic()
+        self._means, self._seconds = [math.nan] * 4, math.nan
 
     def add(self, losses: Losses, norm: Tensor, step: int) -> None:
         """Count a step's losses and gradient norm in, without waiting for the device."""
@@ -233,13 +234,17 @@ class LossMeter:
         self._n += 1
 
     def read(self) -> tuple[list[float], float]:
-        """Return the mean loss, aux_loss, l0 and norm since the last read, and seconds per step."""
-        means = (self._sums / self._n).tolist()
-        seconds = (time.monotonic() - self._since) / self._n
-        self._sums.zero_()
-        self._n = 0
+        """Return the mean loss, aux_loss, l0 and norm since the last read, and seconds per step.
+
+        Those of the last read where no step was taken since, NaN where there is none.
+        """
+        if self._n:
+            self._means = (self._sums / self._n).tolist()
+            self._seconds = (time.monotonic() - self._since) / self._n
+            self._sums.zero_()
+            self._n = 0
         self.restart_clock()
-        return means, seconds
+        return self._means, self._seconds
 
     def restart_clock(self) -> None:
         """Leave out of the next seconds per step what was done since the last read."""

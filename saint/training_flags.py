@@ -120,6 +120,13 @@ def resolve_recipe(args: argparse.Namespace, rows: BatchedRows, workers: Workers
         problems.append(f"--k {args.k} is larger than --n_latents {args.n_latents}")
     if not 0 <= args.lr_floor <= 1:
         problems.append(f"--lr_floor {args.lr_floor} is not a share between 0 and 1")
+    for name in ("warmup_fraction", "decay_fraction"):
+        if not 0 <= getattr(args, name) <= 1:
+            problems.append(f"--{name} {getattr(args, name)} is not a share between 0 and 1")
+    if args.grad_clip <= 0:
+        problems.append(f"--grad_clip {args.grad_clip} must be positive")
+    if args.k_anneal_steps < 0:
+        problems.append(f"--k_anneal_steps {args.k_anneal_steps} is negative")
     k_start = min(args.n_latents, args.k_start or 4 * args.k) if args.k_anneal_steps else args.k
     if k_start < args.k:
         problems.append(f"--k_start {k_start} is smaller than --k {args.k}")

@@ -494,6 +494,16 @@ def test_top_tokens_serve_without_a_key(work: Workplace):
     work.retrieve()
     assert "changed by hand" in error_of(work.parse())
     assert work.parse("--overwrite").returncode == 0
+    paid_for = work.labels.read_bytes()
+    again = work._call(
+        "interpret_top_sentences_parse_responses",
+        "--from_top_tokens",
+        *("--evidence_path", work.tops / "evidence.parquet"),
+        *("--parsed_responses_output_filepath", work.labels),
+        env={},
+    )
+    assert again.returncode == 0 and "a model wrote these labels" in again.stderr
+    assert work.labels.read_bytes() == paid_for
 
 
 def test_help_needs_no_key(work: Workplace):

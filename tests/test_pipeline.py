@@ -21,6 +21,7 @@ from llama_3 import HookPoint, load_llama
 from sae import load_sae, standardise
 from saint.activation_store import SENTENCES, open_store
 from saint.batched_rows import open_batched_rows
+from saint.runtime import UserError
 from saint.sentences import is_held_out
 
 N_ROWS = 260
@@ -176,6 +177,8 @@ def test_several_layers_and_hook_points_get_directories_of_their_own(root, tmp_p
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "acts_batched/layer_1.mlp_out/train_00000.safetensors").exists()
     assert (tmp_path / "acts_mean.layer_2.pt").exists()
+    with pytest.raises(UserError, match="holds layer_1, layer_1.mlp_out, layer_2, .*: name one"):
+        open_batched_rows(tmp_path / "acts_batched")
 
 
 def test_the_shuffle_keeps_every_row_and_splits_by_sentence(root):

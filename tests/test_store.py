@@ -227,6 +227,22 @@ def test_in_place_survives_kills_and_top_sentences_still_works(root, tmp_path):
         tmp_path, root / "acts", tmp_path / "b"
     )
     assert "done already" in call("sae_preprocessing", *arguments).last_line
+    held = (tmp_path / "mean.pt").read_bytes()
+    for lost in (tmp_path / "mean.pt", tmp_path / "rows" / "train_00000.safetensors"):
+        content = lost.read_bytes()
+        lost.unlink()
+        refused = call("sae_preprocessing", *arguments)
+        assert refused.returncode == 1 and f"{lost.name} is missing" in refused.last_line
+        lost.write_bytes(content)
+    assert (tmp_path / "mean.pt").read_bytes() == held
+    assert torch.equal(rows_of(open_store(store_dir)), before)
+
+
+def test_files_without_rows_are_shuffled_too(root, tmp_path):
+    flags = outputs(tmp_path) | OVER_DISK | {"held_out_fraction": 1e-9}
+    preprocess(root, **flags)
+    rows = open_batched_rows(tmp_path / "rows")
+    assert rows.n_rows("val") == 0 and rows.n_rows("train") == open_store(root / "acts").n_tokens
 
 
 def test_rows_that_moved_are_never_thrown_away(root, tmp_path):

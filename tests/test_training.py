@@ -105,6 +105,15 @@ def test_a_bad_batch_is_stepped_over_once_from_a_checkpoint(
     assert steps == sorted(set(steps))
 
 
+def test_a_bad_last_batch_leaves_a_finished_run(data, tmp_path, monkeypatch):
+    on_step(monkeypatch, {N_STEPS - 1}, lambda rows: rows * torch.nan)
+    save = tmp_path / "sae.pt"
+    train(data, save, "--checkpoint_minutes", 0.000001)
+    last = metrics_of(save)[-1]
+    assert last["step"] == N_STEPS and last["val/fvu"] < 1 and last["train/loss"] > 0
+    assert "http-equiv" not in save.with_name("sae.training.html").read_text(), "it is over"
+
+
 def test_a_second_bad_batch_ends_the_run(data, tmp_path, monkeypatch):
     on_step(monkeypatch, {5, 15}, lambda rows: rows * torch.nan)
     with pytest.raises(UserError, match="not finite at step 15, and was not at step 5"):
