@@ -6,7 +6,7 @@ Source: Gao et al., "Scaling and evaluating sparse autoencoders", arXiv:2406.040
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -274,29 +274,6 @@ def steering_shift(sae: TopKSparseAutoencoder, steers: Sequence[Steer], x: Tenso
     z, _, scale = standardise(x, sae.config.norm_eps)
     changes = _activation_changes(sae, steers, latents, z.reshape(-1, z.shape[-1]))
     return (changes @ sae.W_dec.detach()[latents]).reshape(z.shape) * scale
-
-
-def steering_edit(
-    sae: TopKSparseAutoencoder, steers: Sequence[Steer]
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return the edit x' = x + `steering_shift`, for `llama_3`'s `edits`.
-
-    The SAE's own error stays in, so "add 0" and "scale 1" leave x bit-identical. The BOS position
-    (position 0 where the SAE was trained with one) and padding are never edited.
-    Raises UserError for a latent that the SAE does not have.
-    """
-    for steer in steers:
-        if not 0 <= steer.latent < sae.config.n_latents:
-            raise UserError(
-                f"latent {steer.latent}: this SAE has latents 0 to {sae.config.n_latents - 1}"
-            )
-    first_position = 1 if sae.config.prepend_bos else 0
-
-    def edit(x: Tensor, positions: Tensor) -> Tensor:
-        edited = (x.float() + steering_shift(sae, steers, x)).to(x.dtype)
-        return torch.where((positions >= first_position).unsqueeze(-1), edited, x)
-
-    return edit
 
 
 def _activation_changes(

@@ -56,6 +56,15 @@ def run_stage(
         prefix = f"error (rank {rank}): " if rank else "error: "
         print(prefix + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(1)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's: it may not be imported
+            raise
+        print(
+            "error: the GPU's memory is full: lower --micro_batch_size (training) or "
+            f"--batch_tokens (capture, evaluation): {str(error).splitlines()[0]}",
+            file=sys.stderr,
+        )
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted: the same command resumes", file=sys.stderr)
         sys.exit(130)
