@@ -59,7 +59,7 @@ def clarity(row: Mapping[str, Any]) -> tuple[float, str]:
     """
     top, spread = (_firing_words(row, kind) for kind in ("top", "quantile"))
     word, _ = Counter(top).most_common(1)[0] if top else ("", 0)
-    if len(top) < _N_TOP or not spread or not _is_content(word):
+    if len(top) < _N_TOP or not spread or not is_content(word):
         return 0.0, ""
     stem = _stem(word)
     shares = [sum(w.startswith(stem) for w in words) / len(words) for words in (top, spread)]
@@ -79,5 +79,6 @@ def _stem(word: str) -> str:
     return word[: max(4, len(word) - 3)]
 
 
-def _is_content(word: str) -> bool:
+def is_content(word: str) -> bool:
+    """Whether a lower-case word names something, rather than holding sentences together."""
     return len(word) >= 4 and word.isalpha() and word not in _CONNECTING_WORDS and is_telling(word)

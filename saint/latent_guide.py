@@ -18,6 +18,7 @@ from torch import Tensor
 
 from llama_3 import Tokenizer
 from sae import standardise
+from saint.clarity import clarity, is_content
 from saint.completions import read
 from saint.evidence import Evidence
 from saint.labels import Label
@@ -95,24 +96,27 @@ class Guide:
             return self.evidence.latent(latent)
 
     def clearest(self, n: int, tokenizer: Tokenizer) -> list[int]:
-        """Labelled latents to show first: best tested, then most certain, then most single-minded.
+        """Labelled latents to show first: best tested, then most certain, then clearest.
 
-        Latents that fire on more than 1 % of the tokens come last. Empty without labels.
+        Latents that fire on more than 0.5 % of the tokens come last. Empty without labels.
         """
         focus: dict[int, float] = {}
         for token, places in self.token_index(tokenizer).items():
-            for latent, share in places:
-                # A latent led by one telling word is easier to grasp than one led by many.
-                if is_telling(token):
-                    focus[latent] = max(share, focus.get(latent, 0.0))
+            for latent, share in places if is_content(token) else ():
+                focus[latent] = max(share, focus.get(latent, 0.0))
 
-        def rank(latent: int) -> tuple[bool, float, float, float]:
+        def trust(latent: int) -> tuple[bool, float, float]:
             label = self.labels[latent]
-            common = self.densities is not None and self.densities[latent] > 0.01
-            certainty = label.certainty or 0.0
-            return common, -(label.score or 0.0), -certainty, -focus.get(latent, 0.0)
+            common = self.densities is not None and self.densities[latent] > 0.005
+            return common, -(label.score or 0.0), -(label.certainty or 0.0)
 
-        return sorted(self.labels, key=rank)[:n]
+        def unclear(latent: int) -> float:
+            row = self.row(latent)
+            return 0.0 if row is None else -clarity(row)[0]
+
+        # Reading a latent's evidence takes time: only those whose top tokens are mostly one.
+        order = sorted(self.labels, key=lambda i: (*trust(i), -focus.get(i, 0.0)))[: 50 * n]
+        return sorted(order, key=lambda i: (*trust(i), unclear(i)))[:n]
 
     def token_index(self, tokenizer: Tokenizer) -> dict[str, list[tuple[int, float]]]:
         """Map a token (stripped, lower case) to latents and the share of top windows it leads."""

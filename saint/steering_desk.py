@@ -37,7 +37,7 @@ _FRAME_SECONDS = 0.06
 _MAX_QUERY_CHARS = 2000
 _MAX_LINK_CHARS = 40_000
 _VIEW_LATENTS = 14
-DEFAULT_STRENGTH = 1.0
+DEFAULT_STRENGTH = 2.0
 # Small models that always take the likeliest token soon run in circles by themselves.
 TEMPERATURE, TOP_P = 0.7, 0.95
 
