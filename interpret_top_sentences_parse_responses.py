@@ -76,7 +76,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("--response_ids_filepath and --retrieved_responses_dir are needed")
     ledger = Ledger(args.response_ids_filepath)
     state = ledger.state()
-    ids = read_response_ids(args.response_ids_filepath)
+    listed = []
+    if args.response_ids_filepath.exists() or not state.batches:
+        listed = read_response_ids(args.response_ids_filepath)
+    ids = list(dict.fromkeys([*listed, *state.batches]))
     reading = read_all(args.retrieved_responses_dir, ids, state, args.task)
     keys = read_keys(ledger, reading)
     labels = _labels(args, reading, keys)

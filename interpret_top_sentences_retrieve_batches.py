@@ -71,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not ledger.path.exists():
         read_response_ids(args.response_ids_filepath)  # says what is wrong with it
     client = open_client()
+    if ledger.state().batches:  # a killed send may have left the list behind
+        ledger.write_response_ids()
     pause, problems, last_counts = args.poll_interval_s, {}, {}
     with progress(None, unit="request", description="answered") as bar:
         while True:

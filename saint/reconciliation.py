@@ -13,11 +13,15 @@ from saint.runtime import UserError, log
 
 # Clocks differ: a batch may seem older than the intent it came from.
 _CLOCK_SKEW = timedelta(minutes=10)
+_UNREADABLE = "unreadable"  # no intent has this id
 
 
 @dataclass(frozen=True)
 class OpenIntent:
-    """An intent that could not be matched. waiting_for: batches that may be it, still running."""
+    """An intent that could not be matched.
+
+    waiting_for: batches that may be it, still running or with results that could not be read.
+    """
 
     intent: Intent
     waiting_for: list[str]
@@ -33,7 +37,8 @@ class OpenIntent:
             return (
                 f"a batch of {n} requests was begun at {when} and its id was lost; "
                 f"{', '.join(self.waiting_for)} is probably it, which can be told once it has "
-                "ended: run interpret_top_sentences_retrieve_batches.py --wait"
+                "ended and its results can be read: run "
+                "interpret_top_sentences_retrieve_batches.py --wait"
             )
         return (
             f"a batch of {n} requests was begun at {when} and its id was lost; the API lists none "
@@ -72,20 +77,24 @@ def _match(
                 break
             if batch.id in known or total_requests(batch) != len(intent.units):
                 continue
-            if batch.processing_status != "ended":
-                waiting.append(batch.id)
-            elif _first_intent(client, batch.id) == intent.id:
+            mark = _UNREADABLE
+            if batch.processing_status == "ended":
+                mark = _first_mark(client, batch.id)
+            if mark == intent.id:
                 return batch.id, []
+            if mark == _UNREADABLE:
+                waiting.append(batch.id)
     return None, waiting
 
 
-def _first_intent(client: anthropic.Anthropic, batch_id: str) -> str | None:
+def _first_mark(client: anthropic.Anthropic, batch_id: str) -> str | None:
+    """The intent that an ended batch was made for; None for a stranger's, or `_UNREADABLE`."""
     for line in stream_lines(client, batch_id):
         custom_id = read_custom_id(line)
         if custom_id is not None:
             request = parse_custom_id(custom_id)
             return request.intent if request else None
-    return None
+    return _UNREADABLE
 
 
 def settle_open_intents(

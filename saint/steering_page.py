@@ -78,13 +78,14 @@ def build_page(desk: Desk) -> gr.Blocks:
                 fields, chips, run, stop, result = _writing_column(desk, mix)
         tools = _Tools(desk, mix, fields)
         outputs = [result, tools.query, tools.json]
-        compare = _wire_run(desk, fields, run, stop, outputs)
+        compare = run.click(shown(desk.compare), fields, outputs, **_BUSY, **_MODEL)
         compare.then(None, tools.query, tools.link, js=_SHARE_JS, **_QUIET)
         _wire_chips(desk, chips, fields)
         restored = gr.State(False)
-        page.load(shown(desk.restore), None, [*fields, restored], **_QUIET).then(
+        again = page.load(shown(desk.restore), None, [*fields, restored], **_QUIET).then(
             shown(_compare_if(desk)), [restored, *fields], outputs, **_BUSY, **_MODEL
         )
+        stop.click(None, cancels=[compare, again], **_QUIET)
         for name, function in api_endpoints(desk).items():
             api(shown(function), api_name=name, **_MODEL)
     page.queue(max_size=32, default_concurrency_limit=1)
@@ -205,12 +206,6 @@ def _wire_chips(desk: Desk, chips: gr.HTML, fields: list[Any]) -> None:
         return [gr.skip(), gr.skip()]
 
     chips.pressed(shown(press), None, fields[:2], **_QUIET)
-
-
-def _wire_run(desk: Desk, fields: list[Any], run: Any, stop: Any, outputs: list[Any]) -> Any:
-    compare = run.click(shown(desk.compare), fields, outputs, **_BUSY, **_MODEL)
-    stop.click(None, cancels=[compare], **_QUIET)
-    return compare
 
 
 def _compare_if(desk: Desk) -> Any:

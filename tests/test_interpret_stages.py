@@ -351,6 +351,28 @@ def test_a_lost_batch_that_still_runs_blocks_and_is_found_by_retrieve(work: Work
     assert len(work.records()) == 4 and len(work.api.batches) == 1
 
 
+def test_a_lost_batch_whose_results_cannot_be_read_is_not_paid_for_again(work: Workplace):
+    one = ("--no_smoke_test", "--latents", "1")
+    work.api.faults = ["create:drop_after"]
+    error_of(work.send(*one))
+    work.api.faults = ["results:broken"] * 4
+    line = error_of(work.send(*one, "--assume_lost", "--settle_s", 0))
+    assert "msgbatch_0000" in line and "can be read" in line
+    work.api.faults = []
+    assert "found the lost batch" in work.send(*one).stderr
+    assert work.retrieve().returncode == 0 and work.api.paid() == {"explain-1": 1}
+
+
+def test_ids_that_a_killed_send_did_not_list_are_listed_again(work: Workplace):
+    work.send("--no_smoke_test", "--max_batch_requests", 2)
+    listed = yaml.safe_load(work.ids.read_text())
+    work.ids.write_text(yaml.safe_dump(listed[:1]))
+    assert work.retrieve().returncode == 0
+    assert yaml.safe_load(work.ids.read_text()) == listed and len(listed) == 2
+    work.ids.unlink()
+    assert work.parse().returncode == 0 and len(load_labels(work.labels)) == 4
+
+
 def test_a_strangers_batch_of_the_same_size_is_not_taken(work: Workplace):
     work.send("--no_smoke_test")
     work.ids = work.tops / "mine.yaml"

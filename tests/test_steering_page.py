@@ -24,7 +24,7 @@ import saint.completions
 import saint.steering
 from llama_3_inference_text_completion_gradio import choose_auth, launch
 from saint.runtime import UserError
-from saint.steering_desk import TEMPERATURE, TOP_P, Desk
+from saint.steering_desk import DEFAULT_STRENGTH, TEMPERATURE, TOP_P, Desk
 
 REPOSITORY = Path(__file__).parent.parent
 PROMPT = "Senior diplomats met to discuss"
@@ -394,7 +394,7 @@ def test_modes_remove_prompt_view_dose_and_export(site, tab):
     vector = load(base64.b64decode(href.split(",")[1]))["vector"]
     dictionary = site.desk.studio.dictionaries[0]
     assert vector.tolist() == pytest.approx(
-        (dictionary.units[3] * dictionary.sae.W_dec[3]).tolist(), rel=1e-5
+        (DEFAULT_STRENGTH * dictionary.units[3] * dictionary.sae.W_dec[3]).tolist(), rel=1e-5
     )
     tab.click("#mix .remove")
     assert "Nothing chosen" in tab.inner_text("#mix")
