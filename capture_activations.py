@@ -148,8 +148,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         counts = read_manifest(output.path, STAGE).counts
         log.info("done already: %s holds %s tokens", output.path, f"{counts['n_tokens']:,}")
         return
-    with naming_full_disk(output.path):
-        capture_and_finish(args, output, hooks, dataset, workers)
+    try:
+        with naming_full_disk(output.path):
+            capture_and_finish(args, output, hooks, dataset, workers)
+    except CheckpointError:  # raised before anything is captured
+        if state is State.NEW and workers.is_main:
+            output.take_back()
+        raise
 
 
 def capture_and_finish(

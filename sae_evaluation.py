@@ -273,16 +273,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         own_patterns=(path.name, path.with_suffix(".png").name),
         settings={"device": str(device), "batch_tokens": args.batch_tokens},
     )
-    if workers.on_main(lambda: output.begin(overwrite=args.overwrite)) is State.DONE:
+    state = workers.on_main(lambda: output.begin(overwrite=args.overwrite))
+    if state is State.DONE:
         log.info("done already: %s", path)
         return
-    packs = held_out_sentences(dataset, sae, args)
-    model, _ = load_llama(
-        args.model_dir,
-        device=device,
-        dtype=dtype,
-        model_parallel_size=args.model_parallel_size,
-    )
+    try:
+        packs = held_out_sentences(dataset, sae, args)
+        model, _ = load_llama(
+            args.model_dir,
+            device=device,
+            dtype=dtype,
+            model_parallel_size=args.model_parallel_size,
+        )
+    except (CheckpointError, UserError):
+        if state is State.NEW and workers.is_main:
+            output.take_back()
+        raise
     metrics, density, mean_activation = reconstruction_metrics(model, sae, hook, packs)
     share, basis = dead_share(sae, density)
     report: dict[str, Any] = metrics | {"dead_share": share, "dead_share_counted_over": basis}

@@ -255,6 +255,12 @@ class Output:
     def _own_files(self) -> list[Path]:
         return sorted(path for own in self._patterns for path in self._base.glob(own))
 
+    def take_back(self) -> None:
+        """Remove the record of a run that stopped before it had made anything."""
+        self.partial_path.unlink(missing_ok=True)
+        if self._base == self.path and not any(self.path.iterdir()):
+            self.path.rmdir()
+
     def discard(self) -> None:
         """Remove the manifest first, then this stage's own files: never anybody else's."""
         self.manifest_path.unlink(missing_ok=True)
