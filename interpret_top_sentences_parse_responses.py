@@ -94,7 +94,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.parsed_responses_output_filepath,
     )
     if args.report:
-        report = build_report(labels, tally, reading.usage, controls)
+        kept = [r for r in reading.kept.values() if r.request.task == "explain"]
+        kinds = [response.answer.kind for response in kept]
+        report = build_report(labels, tally, reading.usage, controls, kinds)
         write_json(_beside(args, ".report.json"), report)
         show_report(report)
 

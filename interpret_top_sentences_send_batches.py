@@ -220,7 +220,10 @@ def _smoke_test(
 
 
 def _say_what_is_out(ledger: Ledger) -> None:
-    running = [b for b, intent in ledger.state().batches.items() if not intent.retrieved]
+    state = ledger.state()
+    running = [b for b, intent in state.batches.items() if not intent.retrieved]
+    if any(intent.kind == "batch" for intent in state.unresolved):
+        log.warning("one batch was being created and may exist: --cancel looks for it, too")
     log.warning(
         "%d batches are out and go on (%s): retrieve them, or add --cancel to this command",
         len(running),
@@ -232,7 +235,10 @@ def _cancel(ledger: Ledger) -> None:
     if not ledger.path.exists():
         raise UserError(f"{ledger.path} does not exist: there is nothing to cancel")
     with ledger.sender_lock():
-        n = cancel_batches(open_client(), ledger)
+        client = open_client()
+        for item in reconcile(client, ledger):
+            log.warning("warning: not cancelled: %s", item)
+        n = cancel_batches(client, ledger)
     log.info("%d batches are being cancelled; retrieve them to keep what was answered", n)
 
 

@@ -31,20 +31,21 @@ def build_report(
     kinds: Mapping[str, int],
     usage: Mapping[tuple[str, bool], Sequence[int]],
     controls: Mapping[str, Sequence[Sequence[tuple[int, bool]]]],
+    explained: Sequence[str],
 ) -> dict[str, Any]:
     """Add up what the labels are like.
 
-    kinds: responses by what became of them. usage: (model, live) -> tokens in and out.
-    controls: task -> results of each latent that was tested with another one's label.
+    kinds: responses by what became of them. explained: what became of each explained latent.
+    usage: (model, live) -> tokens in and out. controls: task -> results of each latent that was
+    tested with another one's label.
     """
     texts = [str(row["common_semantic"]) for row in labels.values()]
     words = [len(text.split()) for text in texts]
     same = Counter(content_words(text) for text in texts)
-    explained = sum(kinds.get(k, 0) for k in ("label", "refusal", "failure"))
     return {
         "responses": dict(sorted(kinds.items())),
         "labels": len(texts),
-        "labelled_share": _share(kinds.get("label", 0), explained),
+        "labelled_share": _share(explained.count("label"), len(explained)),
         "mean_words": round(sum(words) / len(words), 1) if words else None,
         "hedged_share": _share(sum(bool(_HEDGES.search(t)) for t in texts), len(texts)),
         "artefact_share": _share(sum(bool(_ARTEFACTS.search(t)) for t in texts), len(texts)),

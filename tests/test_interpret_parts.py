@@ -298,7 +298,10 @@ def test_report_statistics():
         ("claude-haiku-5-5", False): [2_000_000, 0],
         ("claude-haiku-5-5", True): [1_000_000, 0],
     }
-    report = build_report(labels, {"label": 4, "refusal": 1}, usage, {})
+    # Scoring answers are responses, too, but explain nothing.
+    explained = ["label", "label", "label", "label", "refusal"]
+    kinds = {"label": 4, "refusal": 1, "score": 9, "failure": 3}
+    report = build_report(labels, kinds, usage, {}, explained)
     assert report["hedged_share"] == 0.5 and report["artefact_share"] == 0.25
     assert report["near_duplicate_share"] == 0.5 and report["labelled_share"] == 0.8
     assert report["mean_certainty"] == 0.8 and report["cost"]["dollars"] == 0.2

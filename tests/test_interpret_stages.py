@@ -314,6 +314,15 @@ def test_cancel(work: Workplace):
     assert work.api.paid() == {f"explain-{i}": 1 for i in range(4)}
 
 
+def test_cancel_names_a_batch_whose_id_was_lost(work: Workplace):
+    work.api.polls_until_ended = 10**6
+    work.api.faults = ["create:drop_after"]
+    error_of(work.send("--no_smoke_test"))
+    done = work.send("--cancel")
+    assert done.returncode == 0
+    assert "not cancelled" in done.stderr and "msgbatch_0000" in done.stderr
+
+
 # --- creating exactly once -------------------------------------------------------------------
 
 
@@ -412,6 +421,7 @@ def test_ctrl_c_says_what_is_out(work: Workplace):
     done = finished(process, output)
     assert done.returncode == 130 and re.search(r"[1-4] batches are out", done.stderr)
     assert "msgbatch_0000" in done.stderr and "--cancel" in done.stderr
+    assert "one batch was being created and may exist" in done.stderr
     work.api.accept_delay_s = 0
     again = work.send("--no_smoke_test", "--max_batch_requests", 1)
     if again.returncode:  # the second one cannot be told apart before it has ended
