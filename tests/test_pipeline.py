@@ -49,6 +49,7 @@ def capture_args(root: Path, out: Path, **changes) -> list[object]:
         "layers": "2",
         "sentences_per_shard": 60,
         "max_token_length": 40,
+        "dtype": "float32",  # "auto" is bfloat16 on some processors
     } | changes
     return [part for name, value in flags.items() for part in (f"--{name}", value)]
 
@@ -106,6 +107,7 @@ def evaluate_args(root: Path, **changes) -> list[object]:
         "model_dir": root / "model",
         "sae_model_path": root / "trained_sae.pt",
         "dataset_dir": root / "data",
+        "dtype": "float32",
     } | changes
     return [part for name, value in flags.items() for part in (f"--{name}", value)]
 
