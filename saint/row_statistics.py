@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from saint.row_format import Stored, decode_rows
-from saint.runtime import atomic_path
+from saint.runtime import UserError, atomic_path
 
 MASSIVE_NORM_FACTOR = 20
 _EPS = 1e-6  # as in sae.standardise
@@ -38,10 +38,10 @@ class RowStatistics:
         """(n_rows,) float32."""
         return np.concatenate([np.zeros(0, np.float32), *self.norm_parts])
 
-    @property
-    def is_finite(self) -> bool:
-        """Whether every row was."""
-        return all(np.isfinite(part).all() for part in self.norm_parts)
+    def refuse_infinite(self, path: Path) -> None:
+        """Raise UserError, naming the shard, where a row was not finite."""
+        if not all(np.isfinite(part).all() for part in self.norm_parts):
+            raise UserError(f"{path} holds activations that are not finite")
 
     @classmethod
     def of(cls, rows: Stored, is_train: np.ndarray, scratch: Tensor) -> RowStatistics:

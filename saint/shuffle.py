@@ -9,22 +9,22 @@ neither on that choice nor on the number of workers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from saint.activation_store import INDEX_TENSORS, ActivationStore
 from saint.batched_rows import SPLITS, Split, rows_name
 from saint.manifests import verify_size
-from saint.row_format import (
-    StoredRows,
-    read_tensors,
-)
+from saint.row_format import StoredRows, read_tensors
+from saint.row_statistics import RowStatistics
 from saint.runtime import UserError
 from saint.sentences import held_out_mask
 
@@ -47,12 +47,15 @@ class OutputFile:
         """File name."""
         return rows_name(self.split, self.index)
 
+    def order(self) -> np.ndarray:
+        """Return (n_rows,) which of the rows that were dealt to the file each of its rows is."""
+        seed = [self.seed, SPLITS.index(self.split) + 1, self.index]
+        return np.random.default_rng(seed).permutation(self.n_rows)
+
     def positions(self) -> np.ndarray:
         """Return (n_rows,) where the row that was dealt to the file as its i-th ends up."""
-        seed = [self.seed, SPLITS.index(self.split) + 1, self.index]
         positions = np.empty(self.n_rows, np.int64)
-        order = np.random.default_rng(seed).permutation(self.n_rows)
-        positions[order] = np.arange(self.n_rows)
+        positions[self.order()] = np.arange(self.n_rows)
         return positions
 
 
@@ -241,3 +244,29 @@ def next_places(file: np.ndarray, places: np.ndarray) -> np.ndarray:
     place[order] = np.repeat(places - (np.cumsum(counts) - counts), counts) + np.arange(len(file))
     places += counts
     return place
+
+
+def file_kinds(plan: Plan, file: OutputFile) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Return the tensors of a file, and of its bucket, as `TensorFile` takes them."""
+    memory = plan.shuffle.memory(0)
+    return {name: (t.dtype, (file.n_rows, *t.shape[1:])) for name, t in memory.items()}
+
+
+def opaque(tensor: Tensor) -> np.ndarray:
+    """Return a view (n,) of a tensor's rows as opaque bytes, which move faster than numbers."""
+    flat = tensor.reshape(len(tensor), math.prod(tensor.shape[1:])).view(torch.uint8).numpy()
+    return flat.view(f"V{max(1, flat.shape[1])}")[:, 0]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished shuffle: its plan, the checksums of its files, and statistics by shard."""
+
+    plan: Plan
+    checksums: dict[str, dict[str, Any]]
+    statistics: Callable[[int], RowStatistics]
+
+    @property
+    def rows(self) -> dict[Split, list[int]]:
+        """Rows of each file of each split."""
+        return {s: [f.n_rows for f in self.plan.files if f.split == s] for s in SPLITS}

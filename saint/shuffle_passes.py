@@ -6,7 +6,6 @@ Python's lock, they start at once, share memory, and die together when the progr
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from saint.activation_store import ActivationStore
-from saint.batched_rows import SPLITS, Split, positions_name
+from saint.batched_rows import positions_name
 from saint.manifests import file_checksum, verify_file
 from saint.row_format import (
     StoredRows,
@@ -28,8 +27,9 @@ from saint.row_format import (
     write_tensors,
 )
 from saint.row_statistics import RowStatistics, make_scratch
-from saint.runtime import UserError, progress, sync_file
-from saint.shuffle import Block, OutputFile, Plan, Shuffle
+from saint.runtime import progress, sync_file
+from saint.shuffle import Block, OutputFile, Plan, Result, Shuffle, file_kinds, opaque
+from saint.shuffle_in_memory import shuffle_in_memory
 
 Rows = Mapping[str, Tensor]
 Put = Callable[[Rows, "Block", "Workspace"], None]
@@ -78,8 +78,7 @@ class Mover:
         for future in moving:
             statistics.append(future.result())
         verified.result()
-        if not statistics.is_finite:
-            raise UserError(f"{path} holds activations that are not finite")
+        statistics.refuse_infinite(path)
         return statistics
 
     def _move_block(self, stored: StoredRows, block: Block) -> RowStatistics:
@@ -98,39 +97,9 @@ class Mover:
         return statistics
 
 
-def opaque(tensor: Tensor) -> np.ndarray:
-    """Return a view (n,) of a tensor's rows as opaque bytes, which move faster than numbers."""
-    flat = tensor.reshape(len(tensor), math.prod(tensor.shape[1:])).view(torch.uint8).numpy()
-    return flat.view(f"V{max(1, flat.shape[1])}")[:, 0]
-
-
-def shuffle_in_memory(plan: Plan, pool: ThreadPoolExecutor, bar: Any) -> Result:
-    """Read every shard once, put each row where it belongs, and write the files."""
-    shuffle, starts = plan.shuffle, plan.starts
-    memory = shuffle.memory(plan.n_rows)
-    slots = {name: opaque(tensor) for name, tensor in memory.items()}
-    in_file = pool.map(OutputFile.positions, plan.files)
-    target = np.concatenate([a + p for a, p in zip(starts, in_file, strict=True)])
-
-    def put(rows: Rows, block: Block, _: Workspace) -> None:
-        where = target[starts[block.file] + block.place]
-        for name, tensor in rows.items():
-            slots[name][where] = opaque(tensor)
-
-    def write(file: OutputFile, start: int) -> dict[str, Any]:
-        part = {name: t[start : start + file.n_rows] for name, t in memory.items()}
-        return write_tensors(shuffle.output_dir / file.name, part)
-
-    mover = Mover(plan, pool, put, bar)
-    statistics = [mover.move(i) for i in shuffle.shards]
-    checksums = list(pool.map(write, plan.files, starts.tolist()))
-    names = [file.name for file in plan.files]
-    return Result(plan, dict(zip(names, checksums, strict=True)), lambda i: statistics[i])
-
-
 def deal_to_disk(plan: Plan, pool: ThreadPoolExecutor, bar: Any) -> None:
     """Pass 1: add every shard's rows to the buckets; in place, they then leave the shard."""
-    shuffle, kinds = plan.shuffle, bucket_kinds(plan)
+    shuffle, kinds = plan.shuffle, [file_kinds(plan, file) for file in plan.files]
 
     def put(rows: Rows, block: Block, space: Workspace) -> None:
         order = np.argsort(block.file, kind="stable")
@@ -155,15 +124,6 @@ def deal_to_disk(plan: Plan, pool: ThreadPoolExecutor, bar: Any) -> None:
             statistics.save(shuffle.statistics_path(shard))
         if shuffle.in_place:
             replace_shard(plan, shard)
-
-
-def bucket_kinds(plan: Plan) -> list[dict[str, tuple[torch.dtype, tuple[int, ...]]]]:
-    """Return the tensors of each file's bucket, as `TensorFile` takes them."""
-    memory = plan.shuffle.memory(0)
-    return [
-        {name: (t.dtype, (file.n_rows, *t.shape[1:])) for name, t in memory.items()}
-        for file in plan.files
-    ]
 
 
 def replace_shard(plan: Plan, shard: int) -> None:
@@ -213,9 +173,9 @@ def shuffle_on_disk(plan: Plan, pool: ThreadPoolExecutor, bar: Any) -> Result:
     """Run both passes, resuming from what is there."""
     shuffle = plan.shuffle
     n_permuting = plan.n_permuting
-    for file, kind in zip(plan.files, bucket_kinds(plan), strict=True):
+    for file in plan.files:
         if not (shuffle.output_dir / file.name).exists():
-            TensorFile(shuffle.bucket_path(file), kind).close()
+            TensorFile(shuffle.bucket_path(file), file_kinds(plan, file)).close()
     if shuffle.in_place:  # there is no way back: look before the first step
         todo = [i for i in shuffle.shards if not shuffle.is_replaced(i)]
         list(pool.map(lambda i: verify_file(*shuffle.recorded(i)), todo))
@@ -230,20 +190,6 @@ def shuffle_on_disk(plan: Plan, pool: ThreadPoolExecutor, bar: Any) -> Result:
             checksums |= written
             files_bar.update()
     return Result(plan, checksums, lambda i: RowStatistics.load(shuffle.statistics_path(i)))
-
-
-@dataclass(frozen=True)
-class Result:
-    """A finished shuffle: its plan, the checksums of its files, and statistics by shard."""
-
-    plan: Plan
-    checksums: dict[str, dict[str, Any]]
-    statistics: Callable[[int], RowStatistics]
-
-    @property
-    def rows(self) -> dict[Split, list[int]]:
-        """Rows of each file of each split."""
-        return {s: [f.n_rows for f in self.plan.files if f.split == s] for s in SPLITS}
 
 
 def clean_up(store: ActivationStore, output_dir: Path) -> None:
