@@ -20,6 +20,7 @@ from saint.sae_gradients import (
     AuxK,
     CpuKernels,
     Losses,
+    Pieces,
     SparseGradient,
     losses_and_gradients,
     sparse_gradient,
@@ -168,19 +169,17 @@ def project_decoder_gradient(sae: TopKSparseAutoencoder) -> None:
     sae.W_dec.grad.addcmul_(sae.W_dec, parallel, value=-1)
 
 
-class CppStep:
+class FusedStep:
     """No gradient is ever stored: the optimiser's pass makes each latent's from its tokens.
 
     Ranks exchange their tokens' activations and errors rather than gradients, so each does what
-    one rank does with the whole batch.
+    one rank does with the whole batch. Subclasses have `apply`, the pass itself.
     """
 
     def __init__(
-        self, sae: TopKSparseAutoencoder, moments: Moments, workers: Workers, *, rounded: bool
+        self, sae: TopKSparseAutoencoder, moments: Moments, workers: Workers, pieces: Pieces
     ):
-        self.sae, self.moments, self.workers = sae, moments, workers
-        self.name = "cpp" if rounded else "cpp_float32"
-        self.pieces = CpuKernels(rounded=rounded)
+        self.sae, self.moments, self.workers, self.pieces = sae, moments, workers, pieces
         self._parts: list[SparseGradient] = []
         self._dead: Tensor | None = None
 
@@ -190,6 +189,44 @@ class CppStep:
         self._parts.append(gradient)
         self._dead = aux.dead if aux is not None else None
         return losses
+
+    @torch.no_grad()
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Step`."""
+        sae = self.sae
+        values, indices, _ = self.pieces.encode(x - sae.b_pre, sae.W_enc, sae.b_enc, sae.config.k)
+        return values, indices.long()
+
+    def _sum_of_parts(self) -> SparseGradient:
+        """Put the micro-batches' and then the ranks' tokens one after the other."""
+        parts, self._parts = self._parts, []
+        names = ("values", "g_values", "indices", "a", "g")
+        whole = [_concatenate([getattr(part, name) for part in parts]) for name in names]
+        aux = _add([part.aux for part in parts if part.aux is not None])
+        if self.workers.world_size > 1:
+            whole = [_gather(tensor, self.workers.world_size) for tensor in whole]
+            if aux is not None:
+                for tensor in (aux.dec, aux.enc, aux.b):
+                    dist.all_reduce(tensor)
+        return SparseGradient(**dict(zip(names, whole, strict=True)), aux=aux)
+
+    def _adam_constants(self, learning_rate: float) -> tuple[float, float]:
+        """Count a step; return lr / (1 − β₁ᵗ) and 1 / √(1 − β₂ᵗ)."""
+        self.moments.n_steps += 1
+        correction1, correction2 = (1 - beta**self.moments.n_steps for beta in BETAS)
+        return learning_rate / correction1, correction2**-0.5
+
+
+class CppStep(FusedStep):
+    """The fused step in C++, on a CPU."""
+
+    pieces: CpuKernels
+
+    def __init__(
+        self, sae: TopKSparseAutoencoder, moments: Moments, workers: Workers, *, rounded: bool
+    ):
+        self.name = "cpp" if rounded else "cpp_float32"
+        super().__init__(sae, moments, workers, CpuKernels(rounded=rounded))
 
     @torch.no_grad()
     def apply(self, learning_rate: float, grad_clip: float) -> Tensor:
@@ -206,34 +243,14 @@ class CppStep:
         grad_b_pre = whole.g.sum(dim=0)
         norm = cpu_kernels.gradient_norm(gradient, parameters, grad_b_pre)
         scale = min(1.0, grad_clip / (norm + 1e-6))
-        step = self._adam_step(learning_rate)
+        step = cpu_kernels.AdamStep(*BETAS, *self._adam_constants(learning_rate), EPS)
         cpu_kernels.update(gradient, parameters, step, scale, grad_b_pre)
         self.pieces.encode.forget_weights()
         return torch.tensor(norm)
 
-    @torch.no_grad()
-    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Step`."""
-        sae = self.sae
-        values, indices, _ = self.pieces.encode(x - sae.b_pre, sae.W_enc, sae.b_enc, sae.config.k)
-        return values, indices.long()
-
     def diagnostics(self) -> dict[str, float]:
         """See `Step`."""
         return self.pieces.encode.diagnostics()
-
-    def _sum_of_parts(self) -> SparseGradient:
-        """Put the micro-batches' and then the ranks' tokens one after the other."""
-        parts, self._parts = self._parts, []
-        names = ("values", "g_values", "indices", "a", "g")
-        whole = [_concatenate([getattr(part, name) for part in parts]) for name in names]
-        aux = _add([part.aux for part in parts if part.aux is not None])
-        if self.workers.world_size > 1:
-            whole = [_gather(tensor, self.workers.world_size) for tensor in whole]
-            if aux is not None:
-                for tensor in (aux.dec, aux.enc, aux.b):
-                    dist.all_reduce(tensor)
-        return SparseGradient(**dict(zip(names, whole, strict=True)), aux=aux)
 
     def _weights_and_moments(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         first, second = self.moments.first, self.moments.second
@@ -241,11 +258,6 @@ class CppStep:
             (getattr(self.sae, name).detach(), first[name], second[name])
             for name in ("W_enc", "b_enc", "W_dec", "b_pre")
         ]
-
-    def _adam_step(self, learning_rate: float) -> cpu_kernels.AdamStep:
-        self.moments.n_steps += 1
-        correction1, correction2 = (1 - beta**self.moments.n_steps for beta in BETAS)
-        return cpu_kernels.AdamStep(*BETAS, learning_rate / correction1, correction2**-0.5, EPS)
 
 
 def _concatenate(tensors: list[Tensor]) -> Tensor:
