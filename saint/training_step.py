@@ -26,7 +26,7 @@ from saint.sae_gradients import (
     sparse_gradient,
 )
 
-KERNELS = ("auto", "cpp", "cpp_float32", "sparse", "dense")
+KERNELS = ("auto", "cpp", "cpp_float32", "triton", "sparse", "dense")
 _LEAST_ROUNDED_D_MODEL = 256  # for shorter rows the error bound is wide, and there is little to win
 BETAS = (0.9, 0.999)
 EPS = 6.25e-10
@@ -81,8 +81,15 @@ def make_step(kernels: str, sae: TopKSparseAutoencoder, moments: Moments, worker
     """Choose the step: "auto" is C++ (else sparse) on a CPU, and dense on a GPU.
 
     "cpp" multiplies rounded numbers where that is faster and scores what could matter exactly,
-    "cpp_float32" never does. Raises UserError when these are asked for and cannot be had.
+    "cpp_float32" never does; "triton" is for GPUs. Raises UserError when these are asked for and
+    cannot be had.
     """
+    if kernels == "triton":
+        try:
+            from saint.triton_step import TritonStep  # not everywhere, and seconds to import
+        except ModuleNotFoundError as error:
+            raise UserError(f"--kernels triton: {error} (pip install triton)") from None
+        return TritonStep(sae, moments, workers)
     on_cpu = workers.device.type == "cpu"
     if kernels.startswith("cpp") and not on_cpu:
         raise UserError(f"--kernels {kernels} works on a CPU, this run is on {workers.device}")
@@ -210,6 +217,11 @@ class FusedStep:
                     dist.all_reduce(tensor)
         return SparseGradient(**dict(zip(names, whole, strict=True)), aux=aux)
 
+    def _weight_and_moments(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Return a weight and Adam's two moments of it."""
+        weight: Tensor = getattr(self.sae, name)
+        return weight.detach(), self.moments.first[name], self.moments.second[name]
+
     def _adam_constants(self, learning_rate: float) -> tuple[float, float]:
         """Count a step; return lr / (1 − β₁ᵗ) and 1 / √(1 − β₂ᵗ)."""
         self.moments.n_steps += 1
@@ -239,7 +251,8 @@ class CppStep(FusedStep):
             self.sae.config.n_latents,
             *(whole.indices, whole.values, whole.g_values, whole.a, whole.g, aux),
         )
-        parameters = cpu_kernels.point_to(*self._weights_and_moments())
+        names = ("W_enc", "b_enc", "W_dec", "b_pre")
+        parameters = cpu_kernels.point_to(*map(self._weight_and_moments, names))
         grad_b_pre = whole.g.sum(dim=0)
         norm = cpu_kernels.gradient_norm(gradient, parameters, grad_b_pre)
         scale = min(1.0, grad_clip / (norm + 1e-6))
@@ -251,13 +264,6 @@ class CppStep(FusedStep):
     def diagnostics(self) -> dict[str, float]:
         """See `Step`."""
         return self.pieces.encode.diagnostics()
-
-    def _weights_and_moments(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        first, second = self.moments.first, self.moments.second
-        return [
-            (getattr(self.sae, name).detach(), first[name], second[name])
-            for name in ("W_enc", "b_enc", "W_dec", "b_pre")
-        ]
 
 
 def _concatenate(tensors: list[Tensor]) -> Tensor:
