@@ -5,8 +5,9 @@ Source: Gao et al., "Scaling and evaluating sparse autoencoders", arXiv:2406.040
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -111,6 +112,20 @@ class SparseGradient:
     aux: AuxGradient | None
 
 
+class Pieces(Protocol):
+    """What a step is made of: `kernels.encode` and `kernels.reconstruct`, or others like them."""
+
+    @property
+    def encode(self) -> Callable[..., tuple[Tensor, Tensor, Tensor | None]]:
+        """As `kernels.encode`."""
+        ...
+
+    @property
+    def reconstruct(self) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+        """As `kernels.reconstruct`."""
+        ...
+
+
 class TorchKernels:
     """The pieces of the step as torch operations, on any device."""
 
@@ -136,7 +151,7 @@ def sparse_gradient(
     x: Tensor,
     k: int,
     aux: AuxK | None,
-    pieces: TorchKernels | CpuKernels,
+    pieces: Pieces,
     *,
     weight: float = 1.0,
 ) -> tuple[Losses, SparseGradient]:

@@ -20,12 +20,13 @@ from saint.sae_gradients import (
     AuxK,
     CpuKernels,
     Losses,
+    Pieces,
     SparseGradient,
     losses_and_gradients,
     sparse_gradient,
 )
 
-KERNELS = ("auto", "cpp", "cpp_float32", "sparse", "dense")
+KERNELS = ("auto", "cpp", "cpp_float32", "triton", "sparse", "dense")
 _LEAST_ROUNDED_D_MODEL = 256  # for shorter rows the error bound is wide, and there is little to win
 BETAS = (0.9, 0.999)
 EPS = 6.25e-10
@@ -80,8 +81,15 @@ def make_step(kernels: str, sae: TopKSparseAutoencoder, moments: Moments, worker
     """Choose the step: "auto" is C++ (else sparse) on a CPU, and dense on a GPU.
 
     "cpp" multiplies rounded numbers where that is faster and scores what could matter exactly,
-    "cpp_float32" never does. Raises UserError when these are asked for and cannot be had.
+    "cpp_float32" never does; "triton" is for GPUs. Raises UserError when these are asked for and
+    cannot be had.
     """
+    if kernels == "triton":
+        try:
+            from saint.triton_step import TritonStep  # not everywhere, and seconds to import
+        except ModuleNotFoundError as error:
+            raise UserError(f"--kernels triton: {error} (pip install triton)") from None
+        return TritonStep(sae, moments, workers)
     on_cpu = workers.device.type == "cpu"
     if kernels.startswith("cpp") and not on_cpu:
         raise UserError(f"--kernels {kernels} works on a CPU, this run is on {workers.device}")
@@ -168,19 +176,17 @@ def project_decoder_gradient(sae: TopKSparseAutoencoder) -> None:
     sae.W_dec.grad.addcmul_(sae.W_dec, parallel, value=-1)
 
 
-class CppStep:
+class FusedStep:
     """No gradient is ever stored: the optimiser's pass makes each latent's from its tokens.
 
     Ranks exchange their tokens' activations and errors rather than gradients, so each does what
-    one rank does with the whole batch.
+    one rank does with the whole batch. Subclasses have `apply`, the pass itself.
     """
 
     def __init__(
-        self, sae: TopKSparseAutoencoder, moments: Moments, workers: Workers, *, rounded: bool
+        self, sae: TopKSparseAutoencoder, moments: Moments, workers: Workers, pieces: Pieces
     ):
-        self.sae, self.moments, self.workers = sae, moments, workers
-        self.name = "cpp" if rounded else "cpp_float32"
-        self.pieces = CpuKernels(rounded=rounded)
+        self.sae, self.moments, self.workers, self.pieces = sae, moments, workers, pieces
         self._parts: list[SparseGradient] = []
         self._dead: Tensor | None = None
 
@@ -192,35 +198,11 @@ class CppStep:
         return losses
 
     @torch.no_grad()
-    def apply(self, learning_rate: float, grad_clip: float) -> Tensor:
-        """See `Step`."""
-        whole = self._sum_of_parts()
-        aux = None
-        if whole.aux is not None and self._dead is not None:
-            aux = (self._dead, whole.aux.dec, whole.aux.enc, whole.aux.b)
-        gradient = cpu_kernels.group_by_latent(
-            self.sae.config.n_latents,
-            *(whole.indices, whole.values, whole.g_values, whole.a, whole.g, aux),
-        )
-        parameters = cpu_kernels.point_to(*self._weights_and_moments())
-        grad_b_pre = whole.g.sum(dim=0)
-        norm = cpu_kernels.gradient_norm(gradient, parameters, grad_b_pre)
-        scale = min(1.0, grad_clip / (norm + 1e-6))
-        step = self._adam_step(learning_rate)
-        cpu_kernels.update(gradient, parameters, step, scale, grad_b_pre)
-        self.pieces.encode.forget_weights()
-        return torch.tensor(norm)
-
-    @torch.no_grad()
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """See `Step`."""
         sae = self.sae
         values, indices, _ = self.pieces.encode(x - sae.b_pre, sae.W_enc, sae.b_enc, sae.config.k)
         return values, indices.long()
-
-    def diagnostics(self) -> dict[str, float]:
-        """See `Step`."""
-        return self.pieces.encode.diagnostics()
 
     def _sum_of_parts(self) -> SparseGradient:
         """Put the micro-batches' and then the ranks' tokens one after the other."""
@@ -235,17 +217,53 @@ class CppStep:
                     dist.all_reduce(tensor)
         return SparseGradient(**dict(zip(names, whole, strict=True)), aux=aux)
 
-    def _weights_and_moments(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        first, second = self.moments.first, self.moments.second
-        return [
-            (getattr(self.sae, name).detach(), first[name], second[name])
-            for name in ("W_enc", "b_enc", "W_dec", "b_pre")
-        ]
+    def _weight_and_moments(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Return a weight and Adam's two moments of it."""
+        weight: Tensor = getattr(self.sae, name)
+        return weight.detach(), self.moments.first[name], self.moments.second[name]
 
-    def _adam_step(self, learning_rate: float) -> cpu_kernels.AdamStep:
+    def _adam_constants(self, learning_rate: float) -> tuple[float, float]:
+        """Count a step; return lr / (1 − β₁ᵗ) and 1 / √(1 − β₂ᵗ)."""
         self.moments.n_steps += 1
         correction1, correction2 = (1 - beta**self.moments.n_steps for beta in BETAS)
-        return cpu_kernels.AdamStep(*BETAS, learning_rate / correction1, correction2**-0.5, EPS)
+        return learning_rate / correction1, correction2**-0.5
+
+
+class CppStep(FusedStep):
+    """The fused step in C++, on a CPU."""
+
+    pieces: CpuKernels
+
+    def __init__(
+        self, sae: TopKSparseAutoencoder, moments: Moments, workers: Workers, *, rounded: bool
+    ):
+        self.name = "cpp" if rounded else "cpp_float32"
+        super().__init__(sae, moments, workers, CpuKernels(rounded=rounded))
+
+    @torch.no_grad()
+    def apply(self, learning_rate: float, grad_clip: float) -> Tensor:
+        """See `Step`."""
+        whole = self._sum_of_parts()
+        aux = None
+        if whole.aux is not None and self._dead is not None:
+            aux = (self._dead, whole.aux.dec, whole.aux.enc, whole.aux.b)
+        gradient = cpu_kernels.group_by_latent(
+            self.sae.config.n_latents,
+            *(whole.indices, whole.values, whole.g_values, whole.a, whole.g, aux),
+        )
+        names = ("W_enc", "b_enc", "W_dec", "b_pre")
+        parameters = cpu_kernels.point_to(*map(self._weight_and_moments, names))
+        grad_b_pre = whole.g.sum(dim=0)
+        norm = cpu_kernels.gradient_norm(gradient, parameters, grad_b_pre)
+        scale = min(1.0, grad_clip / (norm + 1e-6))
+        step = cpu_kernels.AdamStep(*BETAS, *self._adam_constants(learning_rate), EPS)
+        cpu_kernels.update(gradient, parameters, step, scale, grad_b_pre)
+        self.pieces.encode.forget_weights()
+        return torch.tensor(norm)
+
+    def diagnostics(self) -> dict[str, float]:
+        """See `Step`."""
+        return self.pieces.encode.diagnostics()
 
 
 def _concatenate(tensors: list[Tensor]) -> Tensor:

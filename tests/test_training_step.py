@@ -22,7 +22,7 @@ try:
     CPP, ROUNDED = ("cpp", "cpp_float32"), cpu_kernels.has_rounded_product()
 except UserError:  # no compiler on this machine
     CPP, ROUNDED = (), False
-KERNELS = (*CPP, "sparse", "dense")
+KERNELS = (*CPP, "sparse", "dense")  # test_triton_step.py has the tests of "triton"
 needs_cpp = pytest.mark.skipif(not CPP, reason="no C++ compiler")
 needs_rounding = pytest.mark.skipif(not ROUNDED, reason="this CPU has no fast products of bytes")
 WEIGHTS = ("W_enc", "b_enc", "W_dec", "b_pre")
@@ -88,7 +88,7 @@ def one_step(
     After the first step Adam's first moment is (1 - β₁) times the gradient.
     """
     moments = Moments(sae)
-    step = make_step(kernels, sae, moments, ALONE)
+    step = make_step(kernels, sae, moments, Workers(0, 1, x.device))
     losses = None
     for part in x.chunk(parts):
         losses = step.accumulate(part, sae.config.k, aux, len(part) / max(1, len(x)))
