@@ -102,7 +102,7 @@ class TopKSparseAutoencoder(nn.Module):
         x: (n_tokens, d_model), already standardised. Memory is bounded: long inputs go in blocks.
         Returns values (n_tokens, k), non-negative, and indices (n_tokens, k), int64.
         """
-        return kernels.encode(x - self.b_pre, self.W_enc, self.b_enc, self.config.k)[:2]
+        return kernels.encode(x - self.b_pre, self.W_enc, self.b_enc, self.config.k)
 
     @torch.no_grad()
     def decode(self, values: Tensor, indices: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sae import SAEConfig, TopKSparseAutoencoder  # noqa: E402
 from saint.runtime import Workers, pick_device  # noqa: E402
 from saint.sae_gradients import AuxK  # noqa: E402
+from saint.trainer import aux_every  # noqa: E402
 from saint.training_step import KERNELS, Moments, make_step  # noqa: E402
 
 
@@ -91,7 +92,8 @@ def saint_step(args: argparse.Namespace, x: Tensor) -> tuple[str, Callable[[], f
     aux = None
     if args.n_dead:
         dead = torch.arange(args.n_dead, device=x.device)
-        aux = AuxK(dead, min(args.n_dead, 1 << (args.d_model.bit_length() - 1)), 1 / 32)
+        k_aux = min(args.n_dead, 1 << (args.d_model.bit_length() - 1))
+        aux = AuxK(dead, k_aux, 1 / 32, every=aux_every(args.n_dead, args.n_latents))
 
     def step() -> float:
         losses = kernels.accumulate(x, args.k, aux, 1.0)

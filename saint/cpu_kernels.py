@@ -173,9 +173,7 @@ class Encoder:
             "debug/float32_tokens_ratio": n_unsure / n_tokens,
         }
 
-    def __call__(
-        self, a: Tensor, w_enc: Tensor, b_enc: Tensor, k: int, also: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def __call__(self, a: Tensor, w_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """As `saint.kernels.encode`, with int32 indices; of equal values the first latent's."""
         n_tokens, n_latents = a.shape[0], w_enc.shape[0]
         n_rows = max(1, min(n_tokens, _BLOCK_ELEMENTS // n_latents))
@@ -183,19 +181,12 @@ class Encoder:
             self._memory = torch.empty(n_rows * n_latents)
         values = torch.empty(n_tokens, k)
         indices = torch.empty(n_tokens, k, dtype=torch.int32)
-        others = None if also is None else torch.empty(n_tokens, len(also))
         select = self._select_rounded if self.rounded else self._select
         for start in range(0, n_tokens, n_rows):
             block = slice(start, min(start + n_rows, n_tokens))
             pre = self._memory[: (block.stop - start) * n_latents].view(-1, n_latents)
             select(a[block], w_enc, b_enc, pre, values[block], indices[block])
-            if also is not None and others is not None and not self.rounded:
-                torch.index_select(pre, 1, also, out=others[block])
-        if also is not None and others is not None:
-            if self.rounded:
-                torch.mm(a, w_enc[also].T, out=others)
-            others.add_(b_enc[also])
-        return values, indices, others
+        return values, indices
 
     def _select(
         self, a: Tensor, w_enc: Tensor, b_enc: Tensor, pre: Tensor, values: Tensor, indices: Tensor

@@ -17,28 +17,21 @@ _BLOCK_ELEMENTS = 1 << 26
 MIN_NORMALISER = 1e-12
 
 
-def encode(
-    a: Tensor, w_enc: Tensor, b_enc: Tensor, k: int, also: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def encode(a: Tensor, w_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Return the k largest of a · w_encᵀ + b_enc per row, after ReLU, and their indices.
 
     a: (n_tokens, d_model) float32. w_enc: (n_latents, d_model). b_enc: (n_latents,).
-    also: (m,) latents whose pre-activations are wanted whatever their rank.
-    Returns values (n_tokens, k) float32 and indices (n_tokens, k) int64, in no particular order,
-    and those pre-activations (n_tokens, m) or None.
+    Returns values (n_tokens, k) float32 and indices (n_tokens, k) int64, in no particular order.
     """
     n_tokens, n_latents = a.shape[0], w_enc.shape[0]
     rows = max(1, _BLOCK_ELEMENTS // n_latents)
     values = a.new_empty(n_tokens, k)
     indices = torch.empty(n_tokens, k, dtype=torch.int64, device=a.device)
-    others = None if also is None else a.new_empty(n_tokens, len(also))
     for start in range(0, n_tokens, rows):
         block = slice(start, start + rows)
         pre = torch.addmm(b_enc, a[block], w_enc.T)
         torch.topk(pre, k, dim=1, sorted=False, out=(values[block], indices[block]))
-        if also is not None and others is not None:
-            torch.index_select(pre, 1, also, out=others[block])
-    return values.relu_(), indices, others
+    return values.relu_(), indices
 
 
 def decode(values: Tensor, indices: Tensor, w_dec: Tensor) -> Tensor:

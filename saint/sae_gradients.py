@@ -38,17 +38,26 @@ class AuxK:
     """The dead latents' auxiliary loss (Gao et al., sec. A.2).
 
     dead: (n_dead,) int64 latent indices. k: latents kept per token, at most n_dead.
-    coefficient: its weight in the total loss.
+    coefficient: its weight in the total loss. every: one in so many tokens takes part, and counts
+    for as many, which bounds the cost where many latents are dead. first: the number of a
+    micro-batch's first token, of which those that `every` divides take part.
     """
 
     dead: Tensor
     k: int
     coefficient: float
+    every: int = 1
+    first: int = 0
+
+    @property
+    def tokens(self) -> slice:
+        """Which of a micro-batch's tokens take part."""
+        return slice(-self.first % self.every, None, self.every)
 
 
 def normalised_mse(error: Tensor, normaliser: Tensor) -> Tensor:
-    """Mean over tokens of mean_d(error²) / normaliser; error (n, d_model), normaliser (n,)."""
-    return (error.square().mean(dim=1) / normaliser.clamp_min(MIN_NORMALISER)).mean()
+    """Sum over tokens of mean_d(error²) / normaliser; error (n, d_model), normaliser (n,)."""
+    return (error.square().mean(dim=1) / normaliser.clamp_min(MIN_NORMALISER)).sum()
 
 
 def losses_dense(
@@ -63,16 +72,15 @@ def losses_dense(
     values = values.relu()
     hidden = torch.zeros_like(pre).scatter(1, indices, values)
     reconstruction = hidden @ sae.W_dec + sae.b_pre
-    loss = normalised_mse(reconstruction - x, x.square().mean(dim=1))
+    n_tokens = max(1, x.shape[0])
+    loss = normalised_mse(reconstruction - x, x.square().mean(dim=1)) / n_tokens
     total, aux_loss = loss, torch.zeros_like(loss)
     if aux is not None:
-        residual = (x - reconstruction).detach()
-        dead_values, dead_indices = pre[:, aux.dead].topk(aux.k, dim=1)
-        dead_hidden = torch.zeros_like(pre[:, aux.dead]).scatter(
-            1, dead_indices, dead_values.relu()
-        )
+        residual, dead_pre = (x - reconstruction).detach()[aux.tokens], pre[aux.tokens][:, aux.dead]
+        dead_values, dead_indices = dead_pre.topk(aux.k, dim=1)
+        dead_hidden = torch.zeros_like(dead_pre).scatter(1, dead_indices, dead_values.relu())
         error = dead_hidden @ sae.W_dec[aux.dead] - residual
-        aux_loss = normalised_mse(error, residual.var(dim=1, correction=0))
+        aux_loss = normalised_mse(error, residual.var(dim=1, correction=0)) * aux.every / n_tokens
         total = loss + aux.coefficient * aux_loss
     with torch.no_grad():
         fired = torch.zeros(sae.config.n_latents, dtype=torch.bool, device=x.device)
@@ -116,7 +124,7 @@ class Pieces(Protocol):
     """What a step is made of: `kernels.encode` and `kernels.reconstruct`, or others like them."""
 
     @property
-    def encode(self) -> Callable[..., tuple[Tensor, Tensor, Tensor | None]]:
+    def encode(self) -> Callable[..., tuple[Tensor, Tensor]]:
         """As `kernels.encode`."""
         ...
 
@@ -161,16 +169,18 @@ def sparse_gradient(
     """
     n_tokens, x = max(1, x.shape[0]), x.contiguous()
     a = x - sae.b_pre
-    wanted = aux.dead if aux is not None else None
-    values, indices, dead_pre = pieces.encode(a, sae.W_enc, sae.b_enc, k, wanted)
+    values, indices = pieces.encode(a, sae.W_enc, sae.b_enc, k)
     factor = 2.0 * weight / n_tokens
     g, g_values, squared, normaliser, fired = pieces.reconstruct(
         x, values, indices, sae.W_dec, sae.b_pre, factor
     )
     aux_loss, aux_gradient = x.new_zeros(()), None
-    if aux is not None and dead_pre is not None:
-        residual = g * (normaliser / -factor).unsqueeze(1)
-        aux_loss, aux_gradient = _aux_gradient(sae, a, dead_pre, residual, aux, weight)
+    if aux is not None:
+        some = aux.tokens
+        residual = g[some] * (normaliser[some] / -factor).unsqueeze(1)
+        share = weight * aux.every / n_tokens
+        aux_loss, aux_gradient = _aux_gradient(sae, a[some], residual, aux, share)
+        aux_loss = aux_loss * aux.every / n_tokens
     losses = Losses(
         (squared / normaliser).sum() / n_tokens,
         aux_loss,
@@ -184,21 +194,24 @@ def sparse_gradient(
 def _aux_gradient(
     sae: TopKSparseAutoencoder,
     a: Tensor,
-    dead_pre: Tensor,
     residual: Tensor,
     aux: AuxK,
     weight: float,
 ) -> tuple[Tensor, AuxGradient]:
-    """Return AuxK's loss and gradients: a small dense autoencoder of the dead latents alone."""
-    w_dec, hidden = sae.W_dec[aux.dead], dead_pre
+    """Return AuxK's loss, and weight times its gradients; both sums over tokens.
+
+    It is a small dense autoencoder of the dead latents alone.
+    """
+    w_dec = sae.W_dec[aux.dead]
+    hidden = torch.addmm(sae.b_enc[aux.dead], a, sae.W_enc[aux.dead].T)
     if aux.k < len(aux.dead):
         largest, kept = hidden.topk(aux.k, dim=1, sorted=False)
         hidden = torch.zeros_like(hidden).scatter_(1, kept, largest)
     hidden.relu_()
     error = torch.mm(hidden, w_dec).sub_(residual)
     normaliser = residual.var(dim=1, correction=0).clamp_min(MIN_NORMALISER)
-    loss = (error.square().mean(dim=1) / normaliser).sum() / max(1, len(a))
-    factor = 2.0 * weight * aux.coefficient / (max(1, residual.numel()) * normaliser)
+    loss = (error.square().mean(dim=1) / normaliser).sum()
+    factor = 2.0 * weight * aux.coefficient / (residual.shape[1] * normaliser)
     g = error.mul_(factor.unsqueeze(1))
     g_hidden = torch.mm(g, w_dec.T).mul_(hidden > 0)
     return loss, AuxGradient(hidden.T @ g, g_hidden.T @ a, g_hidden.sum(dim=0))

@@ -201,7 +201,7 @@ class FusedStep:
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """See `Step`."""
         sae = self.sae
-        values, indices, _ = self.pieces.encode(x - sae.b_pre, sae.W_enc, sae.b_enc, sae.config.k)
+        values, indices = self.pieces.encode(x - sae.b_pre, sae.W_enc, sae.b_enc, sae.config.k)
         return values, indices.long()
 
     def _sum_of_parts(self) -> SparseGradient:

@@ -309,9 +309,7 @@ class Encoder:
             self._weights, self._version = round_rows(w_enc.detach()), version
         return self._weights
 
-    def __call__(
-        self, a: Tensor, w_enc: Tensor, b_enc: Tensor, k: int, also: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def __call__(self, a: Tensor, w_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """See `saint.kernels.encode`; of equal candidates the first latents are kept."""
         weights = self.rounded_weights(w_enc)
         a, w_enc, b_enc = a.contiguous(), w_enc.detach(), b_enc.detach()
@@ -327,10 +325,9 @@ class Encoder:
         rows = torch.nonzero(unsure).squeeze(1)
         if len(rows):
             self.n_unsure += len(rows)
-            values[rows], again, _ = kernels.encode(a[rows], w_enc, b_enc, k)
+            values[rows], again = kernels.encode(a[rows], w_enc, b_enc, k)
             indices[rows] = again.int()
-        others = None if also is None else torch.addmm(b_enc[also], a, w_enc[also].T)
-        return values, indices, others
+        return values, indices
 
     def _select(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -64,13 +64,14 @@ def reference(sae: TopKSparseAutoencoder, x: torch.Tensor, aux: AuxK | None) -> 
     loss = ((error**2).sum(1) / (x**2).sum(1).clamp_min(1e-12 * x.shape[1])).mean()
     aux_loss = torch.zeros((), dtype=torch.float64)
     if aux is not None:
-        dead = pre[:, aux.dead]
+        some = (torch.arange(len(x)) + aux.first) % aux.every == 0
+        dead = pre[some][:, aux.dead]
         keep = dead.argsort(dim=1, descending=True, stable=True)[:, : aux.k]
         dead_mask = torch.zeros_like(dead, dtype=torch.bool).scatter(1, keep, True)
         guess = torch.where(dead_mask & (dead > 0), dead, 0.0) @ p["W_dec"][aux.dead]
-        residual = error.detach()
+        residual = error.detach()[some]
         spread = ((residual - residual.mean(1, keepdim=True)) ** 2).mean(1).clamp_min(1e-12)
-        aux_loss = (((residual - guess) ** 2).mean(1) / spread).mean()
+        aux_loss = (((residual - guess) ** 2).mean(1) / spread).sum() * aux.every / len(x)
     (loss + (aux.coefficient * aux_loss if aux is not None else 0.0)).backward()
     gradients = {n: v.grad for n, v in p.items() if v.grad is not None}
     with torch.no_grad():
@@ -89,9 +90,11 @@ def one_step(
     """
     moments = Moments(sae)
     step = make_step(kernels, sae, moments, Workers(0, 1, x.device))
-    losses = None
+    losses, n = None, 0
     for part in x.chunk(parts):
-        losses = step.accumulate(part, sae.config.k, aux, len(part) / max(1, len(x)))
+        here = None if aux is None else replace(aux, first=aux.first + n)
+        losses = step.accumulate(part, sae.config.k, here, len(part) / max(1, len(x)))
+        n += len(part)
     norm = step.apply(rate, clip)
     gradients = {name: first / (1 - 0.9) for name, first in moments.first.items()}
     assert losses is not None
@@ -107,6 +110,8 @@ AUXES = {
     "one dead": ([7], 1),
     "some dead, k_aux of them": (list(range(0, 64, 3)), 4),
     "all dead, k_aux all": (list(range(64)), 64),
+    "a third of the tokens": (list(range(0, 64, 3)), 4, 3, 7),
+    "not one token": (list(range(0, 64, 3)), 4, 60, 1),
 }
 
 
@@ -115,7 +120,7 @@ AUXES = {
 def test_every_gradient_equals_float64_autograd(kernels, aux):
     sae = make_sae()
     x = standardise(torch.randn(50, 24))[0]
-    aux = None if aux is None else AuxK(torch.tensor(aux[0]), aux[1], 0.5)
+    aux = None if aux is None else AuxK(torch.tensor(aux[0]), aux[1], 0.5, *aux[2:])
     wanted = reference(sae, x, aux)
     losses, gradients, norm = one_step(sae, x, aux, kernels)
     assert float(losses.loss) == pytest.approx(float(wanted.loss), rel=1e-5)
@@ -202,7 +207,7 @@ def test_all_kernels_walk_the_same_way_and_keep_unit_norms():
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_micro_batches_add_up_to_the_batch(kernels):
     x = standardise(torch.randn(48, 24))[0]
-    aux = AuxK(torch.arange(0, 64, 5), 3, 1 / 32)
+    aux = AuxK(torch.arange(0, 64, 5), 3, 1 / 32, every=3, first=1)
     _, whole, _ = one_step(make_sae(), x, aux, kernels)
     _, parts, _ = one_step(make_sae(), x, aux, kernels, parts=5)
     for name in WEIGHTS:
@@ -230,15 +235,12 @@ def test_cpp_selection_is_exact_and_prefers_the_first_of_equals():
         bias = torch.randn(n_latents).round()
         a, w = (2 * a).round(), w.round()  # whole numbers: many equals, no rounding
         pre = a @ w.T + bias
-        values, indices, also = cpu_kernels.Encoder(rounded=False)(
-            a, w, bias, k, torch.tensor([0, 0])
-        )
+        values, indices = cpu_kernels.Encoder(rounded=False)(a, w, bias, k)
         wanted = pre.sort(dim=1, descending=True, stable=True)
         assert torch.equal(
             indices.sort(dim=1).values, wanted.indices[:, :k].sort(dim=1).values.int()
         )
         assert torch.equal(values.sort(descending=True).values, wanted.values[:, :k].relu())
-        assert also is not None and torch.equal(also, pre[:, [0, 0]])
 
 
 def activations(encoded, n_latents: int) -> torch.Tensor:
