@@ -158,11 +158,11 @@ class Trainer:
 
 
 def aux_every(n_dead: int, n_latents: int) -> int:
-    """Return one in how many tokens AuxK takes: 2,048 dead of 65,536 latents make it 5.
+    """Return one in how many tokens AuxK takes: 2,048 dead of 65,536 latents make it 8.
 
-    Its five dense products then cost at most 1/32 of one product with all latents and tokens.
+    Its five dense products then cost at most 1/48 of one product with all latents and tokens.
     """
-    return -(-5 * 32 * n_dead // n_latents)
+    return -(-5 * 48 * n_dead // n_latents)
 
 
 def combine(parts: Sequence[tuple[float, Losses]]) -> Losses:
