@@ -33,9 +33,13 @@ def row_shape(d_model: int) -> dict[str, int]:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """Run a kernel's programs, where there are any; options: its constants and launch options."""
+    """Run a kernel's programs, where there are any, on the device of its first argument.
+
+    options: the kernel's constants, and how Triton is to launch it.
+    """
     if min(grid):
-        kernel[grid](*arguments, **options)
+        with torch.cuda.device_of(arguments[0]):
+            kernel[grid](*arguments, **options)
 
 
 @triton.jit
