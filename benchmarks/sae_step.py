@@ -6,6 +6,12 @@ Both take the same rows, threads and precision (float32 weights), one after the 
 repeat is one whole step: losses, gradients, optimiser, unit norms. `--compare peers` adds the
 packages `sae-lens` and `eai-sparsify` where they are installed (`pip install -e .[bench]`).
 The last line is one JSON object.
+
+    python benchmarks/sae_step.py --device cuda --batch_size 8192 --repeats 20
+
+On a GPU SAINT's kernels are the Triton ones unless `--kernels` says otherwise; its peak memory is
+taken before any other step is made. The encoder's product alone, in bfloat16, is set against the
+step and against what this card reaches with a large square product in the same run.
 """
 
 from __future__ import annotations
@@ -169,7 +175,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch_size", type=int, default=1024, help="tokens a step [%(default)s]")
     parser.add_argument("--n_dead", type=int, default=0, help="dead latents, AuxK on [%(default)s]")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N [auto]")
-    parser.add_argument("--kernels", default="auto", choices=KERNELS, help="SAINT's [auto]")
+    parser.add_argument(
+        "--kernels", choices=KERNELS, help="SAINT's [auto on a CPU, triton on a GPU]"
+    )
     parser.add_argument(
         "--compare",
         choices=["peers", *PEERS],
@@ -199,15 +207,46 @@ def time_in_turns(
     return seconds
 
 
-def product_seconds(args: argparse.Namespace, x: Tensor) -> float:
-    """Return the median seconds of the one dense float32 product alone."""
-    weight = torch.randn(args.n_latents, args.d_model, device=x.device)
-    out = torch.empty(args.batch_size, args.n_latents, device=x.device)
+def product_seconds(x: Tensor, n_latents: int, dtype: torch.dtype) -> float:
+    """Return the median seconds of the one dense product alone; x: (n_tokens, d_model)."""
+    rows = x.to(dtype)
+    weight = torch.randn(n_latents, x.shape[1], device=x.device).to(dtype)
+    out = rows.new_empty(len(x), n_latents)
 
     def product() -> float:
-        return float(torch.mm(x, weight.T, out=out)[0, 0])
+        return float(torch.mm(rows, weight.T, out=out)[0, 0])
 
-    return statistics.median(time_in_turns({"product": product}, 3, x.device)["product"])
+    repeats = 20 if x.device.type == "cuda" else 3
+    return statistics.median(time_in_turns({"product": product}, repeats, x.device)["product"])
+
+
+def product_figures(args: argparse.Namespace, x: Tensor, saint_s: float) -> dict[str, float]:
+    """Return what the encoder's dense product takes, alone and as a share."""
+    flop = 2 * args.batch_size * args.d_model * args.n_latents
+    if x.device.type != "cuda":
+        product = product_seconds(x, args.n_latents, torch.float32)
+        rate = round(flop / product / 1e9, 1)
+        return {"product_float32_s": round(product, 4), "product_gflop_per_s": rate}
+    product = product_seconds(x, args.n_latents, torch.bfloat16)
+    side = 8192
+    square = torch.randn(side, side, device=x.device)
+    peak = 2 * side**3 / product_seconds(square, side, torch.bfloat16)
+    return {
+        "product_bfloat16_s": round(product, 5),
+        "product_share_of_step": round(product / saint_s, 3),
+        "card_bfloat16_tflop_per_s": round(peak / 1e12, 1),
+        "product_share_of_card": round(flop / product / peak, 3),
+        "step_share_of_card": round(flop / saint_s / peak, 3),
+    }
+
+
+def peak_gigabytes(step: Callable[[], float], device: torch.device) -> dict[str, float]:
+    """Take one step and return the GPU memory that it needed at most; nothing on a CPU."""
+    if device.type != "cuda":
+        return {}
+    torch.cuda.reset_peak_memory_stats(device)
+    step()
+    return {"saint_peak_gb": round(torch.cuda.max_memory_allocated(device) / 1e9, 2)}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -215,8 +254,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     device = pick_device(args.device)
+    args.kernels = args.kernels or ("triton" if device.type == "cuda" else "auto")
     x = rows_like_activations(args.batch_size, args.d_model, device)
     kernels, saint = saint_step(args, x)
+    memory = peak_gigabytes(saint, device)
     steps = {"saint": saint}
     if not args.skip_dense:
         steps["dense"] = dense_step(args, x)
@@ -224,16 +265,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.compare in ("peers", name):
             steps[name] = make(args, x)
     seconds = time_in_turns(steps, args.repeats, device)
-    result = {f"{name}_s": round(statistics.median(taken), 4) for name, taken in seconds.items()}
-    flop = 2 * args.batch_size * args.d_model * args.n_latents
+    result = {f"{name}_s": round(statistics.median(taken), 5) for name, taken in seconds.items()}
     del steps, saint
-    product = product_seconds(args, x)
-    result["product_float32_s"] = round(product, 4)
-    result["product_gflop_per_s"] = round(flop / product / 1e9, 1)
+    result |= product_figures(args, x, statistics.median(seconds["saint"])) | memory
     if "dense_s" in result:
         result["ratio"] = round(result["dense_s"] / result["saint_s"], 2)
-    if device.type == "cuda":
-        result["peak_gb"] = round(torch.cuda.max_memory_allocated(device) / 1e9, 2)
     names = ("d_model", "n_latents", "k", "batch_size", "n_dead")
     settings = {name: getattr(args, name) for name in names}
     settings |= {"device": str(device), "kernels": kernels, "threads": torch.get_num_threads()}

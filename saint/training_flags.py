@@ -96,9 +96,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--kernels",
         default="auto",
         choices=KERNELS,
-        help="cpp: compiled for this CPU; sparse: torch's sparse products; dense: plain autograd; "
-        "same results up to rounding. auto: cpp on a CPU (without a compiler sparse), dense on a "
-        "GPU [%(default)s]",
+        help="cpp: compiled for this CPU; triton: for a GPU (none has run it yet); sparse: torch's "
+        "sparse products; dense: plain autograd; same results up to rounding. auto: cpp on a CPU "
+        "(without a compiler sparse), dense on a GPU [%(default)s]",
     )
     add_device_flags(parser)
     add_overwrite_flag(parser)

@@ -33,9 +33,13 @@ def row_shape(d_model: int) -> dict[str, int]:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """Run a kernel's programs, where there are any; options: its constants and launch options."""
+    """Run a kernel's programs, where there are any, on the device of its first argument.
+
+    options: the kernel's constants, and how Triton is to launch it.
+    """
     if min(grid):
-        kernel[grid](*arguments, **options)
+        with torch.cuda.device_of(arguments[0]):
+            kernel[grid](*arguments, **options)
 
 
 @triton.jit
@@ -88,7 +92,7 @@ def _reconstruct(
         entry = start + tl.arange(0, ROWS)
         value = tl.load(values + token * k + entry, entry < k, other=0.0)
         latent = tl.load(indices + token * k + entry, entry < k, other=0)
-        rows = load_rows(w_dec, latent, value != 0, d_model, BLOCK_D)  # a NaN is not 0: it shows
+        rows = load_rows(w_dec, latent, value > 0, d_model, BLOCK_D)  # NaN · 0 shows too
         error += tl.sum(value[:, None] * rows, axis=0)
     size = tl.maximum(tl.sum(wanted * wanted, axis=0), least_normaliser)
     tl.store(squared + token, tl.sum(error * error, axis=0))

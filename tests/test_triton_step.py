@@ -27,6 +27,7 @@ def run_python(*arguments: str, **variables: str) -> subprocess.CompletedProcess
     return subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.timeout(900)  # half a minute on an idle machine
 @needs_triton
 def test_the_checks_hold_on_a_gpu_or_in_the_interpreter():
     interpret = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}

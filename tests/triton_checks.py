@@ -11,7 +11,7 @@ from test_sae import make_sae
 from test_training_step import WEIGHTS, activations, one_step, reference, relative
 
 from sae import TopKSparseAutoencoder, standardise
-from saint import triton_encoder
+from saint import kernels, triton_encoder, triton_kernels
 from saint.runtime import Workers
 from saint.sae_gradients import AuxK, sparse_gradient
 from saint.training_step import Moments, make_step
@@ -106,6 +106,20 @@ def test_of_equal_values_the_first_latents_are_kept(monkeypatch, n_latents, k):
     assert torch.equal(values.cpu(), wanted.values[:, :k].relu())
 
 
+def test_reconstruction_is_torchs_even_of_inactive_latents():
+    sae, x = sae_here(), rows_here(4)
+    values = torch.rand(4, K, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    values[0, 2] = values[3] = 0
+    indices = torch.arange(4 * K, device=DEVICE).view(4, K)
+    weights = (sae.W_dec.detach(), sae.b_pre.detach(), 0.5)
+    mine = triton_kernels.reconstruct(x, values, indices.int(), *weights)
+    for ours, torchs in zip(mine, kernels.reconstruct(x, values, indices, *weights), strict=True):
+        torch.testing.assert_close(ours, torchs, rtol=1e-5, atol=1e-7)
+    values[1, 0] = torch.nan
+    squared = triton_kernels.reconstruct(x, values, indices.int(), *weights)[2]
+    assert squared.isnan().tolist() == [False, True, False, False]
+
+
 AUXES = {
     "none dead": None,
     "some dead, k_aux of them": (list(range(0, L, 3)), 4),
@@ -152,22 +166,22 @@ def test_a_large_step(n_dead):
 
 def test_triton_walks_with_dense_and_rounds_the_weights_that_it_has():
     ends = {}
-    for kernels in ("triton", "dense"):
+    for name in ("triton", "dense"):
         sae = sae_here()
         moments = Moments(sae)
-        step = make_step(kernels, sae, moments, Workers(0, 1, DEVICE))
+        step = make_step(name, sae, moments, Workers(0, 1, DEVICE))
         for i in range(3):
             x, k = rows_here(9, seed=i), K + (i == 0)
             aux = AuxK(torch.arange(i, L, 9, device=DEVICE), 4, 1 / 32) if i else None
             for part in x.split(5):
                 step.accumulate(part, k, aux, len(part) / len(x))
             step.apply(1e-3, 0.1)
-            if kernels == "triton":
+            if name == "triton":
                 kept = step.pieces.encode.rounded_weights(sae.W_enc)  # pyright: ignore
                 fresh = round_rows(sae.W_enc.detach())
                 assert torch.equal(kept.rows, fresh.rows)
                 torch.testing.assert_close(kept.norms, fresh.norms, rtol=1e-6, atol=0)
-        ends[kernels] = [p.detach() for p in sae.parameters()], moments
+        ends[name] = [p.detach() for p in sae.parameters()], moments
     for mine, dense in zip(ends["triton"][0], ends["dense"][0], strict=True):
         torch.testing.assert_close(mine, dense, rtol=0, atol=3e-5)
     moments, wanted = ends["triton"][1], ends["dense"][1]
