@@ -13,7 +13,13 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from interpretation_data import example, row
+from interpretation_data import (
+    example,
+    row,
+    write_dataset,
+    write_evidence,
+    write_top_sentences,
+)
 from test_interpret_stages import Workplace, error_of
 
 from saint.labels import load_labels
@@ -167,6 +173,46 @@ def test_scores_belong_to_the_label_they_measured(tmp_path: Path):
 
 def _the_word(params: dict[str, Any]) -> dict[str, Any]:
     return {"content": params["messages"][0]["content"].replace("any word", "the word")}
+
+
+def _swapped(latent: int) -> dict[str, Any]:
+    """The evidence of another run, whose test split is what the first one's explainer saw."""
+    other = {"explain": "test", "test": "explain", "": ""}
+    examples = [e | {"split": other[e["split"]]} for e in row(latent)["examples"]]
+    return row(latent) | {"examples": examples}
+
+
+@pytest.mark.parametrize("made_from", ["the same file", "another file", "the YAML"])
+def test_no_label_is_tested_on_what_it_was_made_from(tmp_path: Path, made_from: str):
+    work = Workplace(tmp_path, n_latents=3)
+    work.api.answer = judge(1.0)
+    evidence = work.tops / "evidence.parquet"
+    aside = evidence.rename(work.tops / "aside.parquet")
+    if made_from == "the YAML":
+        work.api.answer = lambda _: json.dumps({"common_semantic": "words", "certainty": 0.9})
+        write_top_sentences(work.yaml, 3)
+        labels = work.everything("--dataset_dir", write_dataset(tmp_path / "data", 50))
+    else:
+        labels = work.everything("--evidence_path", aside)
+    assert len(labels) == 3
+    rows = [row(i) if made_from != "another file" else _swapped(i) for i in range(3)]
+    write_evidence(evidence, rows)
+    before, asked = work.files(), len(work.api.log)
+    for task in ("detect", "fuzz"):
+        for dry in ((), ("--dry_run",)):
+            done = work.send("--task", task, "--labels_path", work.labels, *dry)
+            if made_from == "the same file":
+                assert done.returncode == 0 and "not known" not in done.stderr
+            else:
+                assert "latent 0 would be tested on sentence" in error_of(done)
+    if made_from != "the same file":
+        assert work.files() == before and len(work.api.log) == asked
+    # Labels of which this ledger knows nothing are tested, and it says so.
+    work.ids = work.tops / "other_ids.yaml"
+    work.api.answer = lambda _: '{"fires": [1]}'
+    done = work.send("--task", "detect", "--labels_path", work.labels)
+    assert done.returncode == 0 and "3 of 3 labels were not made by this ledger" in done.stderr
+    work.api.close()
 
 
 def test_tests_need_labels_and_evidence(tmp_path: Path):
