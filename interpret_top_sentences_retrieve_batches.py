@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ledger = Ledger(args.response_ids_filepath)
     if not ledger.path.exists():
         read_response_ids(args.response_ids_filepath)  # says what is wrong with it
-    client = open_client()
+    client = open_client(args.timeout_s)
     if ledger.state().batches:  # a killed send may have left the list behind
         ledger.write_response_ids()
     pause, problems, last_counts = args.poll_interval_s, {}, {}

@@ -55,10 +55,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     log_arguments(args)
     ledger = Ledger(args.response_ids_filepath)
     if args.cancel:
-        _cancel(ledger)
+        _cancel(args, ledger)
         return
     source, labels = _open(args)
-    client = open_client() if have_key() or not args.dry_run else None
+    client = open_client(args.timeout_s) if have_key() or not args.dry_run else None
     options = PromptOptions(**{f.name: getattr(args, f.name) for f in fields(PromptOptions)})
     config = _config(args, source, options)
     latents = choose_latents(
@@ -258,11 +258,11 @@ def _say_what_is_out(ledger: Ledger) -> None:
     )
 
 
-def _cancel(ledger: Ledger) -> None:
+def _cancel(args: argparse.Namespace, ledger: Ledger) -> None:
     if not ledger.path.exists():
         raise UserError(f"{ledger.path} does not exist: there is nothing to cancel")
     with ledger.sender_lock():
-        client = open_client()
+        client = open_client(args.timeout_s)
         for item in reconcile(client, ledger):
             log.warning("warning: not cancelled: %s", item)
         n = cancel_batches(client, ledger)

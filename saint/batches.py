@@ -65,6 +65,12 @@ def add_batch_flags(parser: argparse.ArgumentParser) -> None:
         default=8,
         help="waits for a rate limit (429), which certainly made no batch [8]",
     )
+    group.add_argument(
+        "--timeout_s",
+        type=float,
+        default=600,
+        help="seconds without a sign of life after which a call has failed [600]",
+    )
 
 
 @dataclass

@@ -20,7 +20,7 @@ from interpretation_data import (
     write_evidence,
     write_top_sentences,
 )
-from test_interpret_stages import Workplace, error_of
+from interpretation_workplace import Workplace, error_of
 
 from saint.labels import load_labels
 from saint.prompts import (
@@ -94,7 +94,7 @@ def test_a_judge_of_known_accuracy_is_measured_as_such(tmp_path: Path, accuracy:
     assert found["n"] == 40 and found["ci_low"] <= found["balanced_accuracy"] <= found["ci_high"]
     assert found["ci_low"] < found["ci_high"]
     assert len(work.api.live_requests) == 3
-    controlled = [row for row in labels.values() if "control" in row["score"]["intruder"]]
+    controlled = [r for r in labels.values() if "control" in r["score"]["intruder"]]
     assert len(controlled) == 6 and all(
         0 <= r["score"]["intruder"]["control"] <= 1 for r in controlled
     )
@@ -110,13 +110,13 @@ def test_the_intruder_test_needs_no_label(tmp_path: Path):
     assert done.returncode == 0 and "0 labels" in done.stderr, done.stderr
     found = yaml.safe_load(work.labels.read_text())
     assert sorted(found) == list(range(6))
-    for row in found.values():
+    for record in found.values():
         # No word stands in for the label that is not there.
-        assert row["common_semantic"] == "" and row["certainty"] is None
-        score = row["score"]["intruder"]
-        assert score["accuracy"] == 1 and score["ci_low"] < 1 == score["ci_high"]
-        assert score["chance"] == 0.2 and score["n"] == 5
-    assert sum("control" in row["score"]["intruder"] for row in found.values()) == 2
+        assert record["common_semantic"] == "" and record["certainty"] is None
+        measured = record["score"]["intruder"]
+        assert measured["accuracy"] == 1 and measured["ci_low"] < 1 == measured["ci_high"]
+        assert measured["chance"] == 0.2 and measured["n"] == 5
+    assert sum("control" in r["score"]["intruder"] for r in found.values()) == 2
     report = json.loads((work.output / "parsed_responses.report.json").read_text())
     assert report["labels"] == 0 and report["scores"]["intruder"]["latents"] == 6
     assert report["shuffled_label_controls"]["intruder"]["latents"] == 2
@@ -132,9 +132,9 @@ def test_the_intruder_test_needs_no_label(tmp_path: Path):
     for task in (("--task", "explain"), ()):
         assert work.parse(*task).returncode == 0
         named = yaml.safe_load(work.labels.read_text())
-        assert {i for i, row in named.items() if row["common_semantic"]} == {2, 4}
+        assert {i for i, r in named.items() if r["common_semantic"]} == {2, 4}
         assert list(named)[:2] == [2, 4] and named[2]["common_semantic"] == "the word topic2"
-        assert all(row["score"]["intruder"]["accuracy"] == 1 for row in named.values())
+        assert all(r["score"]["intruder"]["accuracy"] == 1 for r in named.values())
     work.api.close()
 
 
