@@ -17,6 +17,7 @@ from itertools import islice
 from typing import Any
 
 import anthropic
+import yaml
 
 from saint.anthropic_api import have_key, open_client
 from saint.batches import (
@@ -27,6 +28,7 @@ from saint.batches import (
     create_batches,
     estimate,
     prepare_batches,
+    say_what_is_out,
 )
 from saint.labels import Label, load_labels
 from saint.ledger import Ledger, State, parse_custom_id
@@ -83,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             _send(args, ledger, rows, client, config if fresh else None)
         except KeyboardInterrupt:
-            _say_what_is_out(ledger)
+            say_what_is_out(ledger)
             raise
         except UserError:
             ledger.remove_unsent_requests()
@@ -176,6 +178,23 @@ def _quote(
     )
 
 
+class _Readable(yaml.SafeDumper):
+    """YAML with texts of several lines as blocks."""
+
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        """Return the node of a string."""
+        style = "|" if "\n" in text else None
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Readable.add_representer(str, _Readable.represent_text)
+
+
+def readable(request: dict[str, Any]) -> str:
+    """Return a request, just as it is sent, in YAML."""
+    return yaml.dump(request, Dumper=_Readable, sort_keys=False, allow_unicode=True, width=10**6)
+
+
 def _dry_run(
     args: argparse.Namespace,
     ledger: Ledger,
@@ -189,7 +208,7 @@ def _dry_run(
             request = {"custom_id": f"{row['unit']}-{row['attempt']}-0", "params": row["params"]}
             file.write(json.dumps(request, ensure_ascii=False) + "\n")
             if tally.n < _N_SHOWN:
-                print(f"--- {row['unit']}\n{row['params']['messages'][0]['content']}\n")
+                print(f"--- {row['unit']}\n{readable(request)}")
             tally.add(row["params"])
     log.info("%s; requests are in %s, nothing was sent", _quote(args, tally, client, 0), path)
 
@@ -244,18 +263,6 @@ def _smoke_test(
         )
     text = answer.fields.get("common_semantic") or answer.fields or answer.reason
     log.info("live test of %s: %s", row["unit"], text)
-
-
-def _say_what_is_out(ledger: Ledger) -> None:
-    state = ledger.state()
-    running = [b for b, intent in state.batches.items() if not intent.retrieved]
-    if any(intent.kind == "batch" for intent in state.unresolved):
-        log.warning("one batch was being created and may exist: --cancel looks for it, too")
-    log.warning(
-        "%d batches are out and go on (%s): retrieve them, or add --cancel to this command",
-        len(running),
-        ", ".join(running) or "none",
-    )
 
 
 def _cancel(args: argparse.Namespace, ledger: Ledger) -> None:

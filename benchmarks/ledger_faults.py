@@ -4,9 +4,9 @@
 
 The server answers with 429, 500, 529, drops connections before and after it accepted a batch, or
 says nothing until the client's time-out, cuts, breaks and doubles result lines, and lets requests
-expire, fail and be canceled; the campaign goes on until each of these has happened. Half of the kills
-fall at uniformly random times, half before or after a random fsync, rename or socket call. At the
-end of a round everything must be answered once, paid once, and every batch id known.
+expire, fail and be canceled; the campaign goes on until each of these has happened. Half of the
+kills fall at uniformly random times, half before or after a random fsync, rename or socket call. At
+the end of a round everything must be answered once, paid once, and every batch id known.
 """
 
 from __future__ import annotations

@@ -27,8 +27,9 @@ _STOP_WORDS = frozenset(
 class Label:
     """One latent's label.
 
-    text: "" where a latent was measured (by the intruder test) and has no label. certainty: 0..1, the model's own word, None where there is none. score: the measured balanced
-    accuracy of detection on held-out excerpts (0.5 is chance), None where it was not measured.
+    text: "" where a latent was measured (by the intruder test) and has no label. certainty: 0..1,
+    the model's own word, None where there is none. score: the measured balanced accuracy of
+    detection on held-out excerpts (0.5 is chance), None where it was not measured.
     extra: whatever else the file says ("rationale", "source", "scores" of each task, …).
     """
 

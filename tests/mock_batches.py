@@ -303,7 +303,8 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/messages/batches":
             self._create(body)
         elif path == "/messages/count_tokens":
-            self._json({"input_tokens": self.api.tokens(body)})
+            if not self._fail(self._next_fault("count")):
+                self._json({"input_tokens": self.api.tokens(body)})
         elif path == "/messages":
             fault = self._next_fault("live")
             if not self._fail(fault):

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import gzip
+import json
+import re
 
 import pytest
 from interpretation_workplace import Workplace, error_of
+from program import Finished
 
+from saint.batches import prompt_chars
 from saint.labels import load_labels
 
 
@@ -20,6 +24,41 @@ def test_budget(work: Workplace):
     )
     assert done.returncode == 0, done.stderr
     assert "thinking" not in work.api.live_requests[0]
+
+
+_RATIO = "1.2 times the tokens of our own tokenizer, 3.6 characters each"
+
+
+def _chars(work: Workplace) -> int:
+    lines = (work.tops / "response_ids.dry_run.jsonl").read_text().splitlines()
+    return sum(prompt_chars(json.loads(line)["params"]) for line in lines)
+
+
+def test_a_dry_run_with_a_key_lets_the_api_count(work: Workplace):
+    done = work.send("--dry_run")
+    assert done.returncode == 0, done.stderr
+    assert work.api.log == [("POST", "/anthropic/v1/messages/count_tokens")] * 4
+    assert "from 4 requests that the API counted" in done.last_line and _RATIO not in done.stderr
+    # The server counts a token for four characters, rounded down for each request.
+    assert _tokens_in(done) == pytest.approx(_chars(work) / 4, abs=4)
+    assert not work.api.batches and not work.api.live_requests and not work.ids.exists()
+
+
+@pytest.mark.parametrize("why", ["no key", "the endpoint does not count"])
+def test_a_dry_run_without_a_count_states_its_ratio(work: Workplace, why: str):
+    work.api.faults = ["count:404"]
+    done = work.send("--dry_run", env={} if why == "no key" else None)
+    assert done.returncode == 0, done.stderr
+    assert _RATIO in done.last_line and "API counted" not in done.last_line
+    assert ("the API does not count them" in done.stderr) == (why != "no key")
+    assert _tokens_in(done) == pytest.approx(1.2 * _chars(work) / 3.6, abs=1)
+    assert len(work.api.log) == (why != "no key")
+
+
+def _tokens_in(done: Finished) -> int:
+    match = re.search(r"about ([\d,]+) tokens in", done.last_line)
+    assert match, done.last_line
+    return int(match[1].replace(",", ""))
 
 
 def test_mistakes_are_one_clear_line_and_nothing_is_written(work: Workplace):
@@ -59,9 +98,18 @@ def test_two_senders_do_not_race(work: Workplace):
 
 
 def test_the_key_is_nowhere(work: Workplace):
-    work.api.faults = ["create:drop_after", "results:cut"]
-    for stage in (work.send, work.send, work.retrieve, work.parse):
-        stage()
+    work.api.faults = ["count:500", "results:cut"]
+    work.api.polls_until_ended = 10**6
+    for args in (("--dry_run",), (), ("--cancel",)):
+        assert work.send(*args).returncode == 0
+    work.api.polls_until_ended = 1
+    work.api.faults.append("create:drop_after")
+    error_of(work.retrieve("--resend_failed"))
+    assert work.retrieve("--resend_failed").returncode == 0
+    assert work.parse("--report").returncode == 0
+    # What this test is about has happened: calls to count, to cancel, and a second batch.
+    paths = " ".join(path for _, path in work.api.log)
+    assert "count_tokens" in paths and "/cancel" in paths and len(work.api.batches) == 2
     bad = work.api.env | {"ANTHROPIC_API_KEY": "sk-bad-0987654321"}
     # The server repeats the key in its answer.
     assert "invalid key" in error_of(work.send("--overwrite", env=bad))

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import time
+from multiprocessing.process import BaseProcess
 
 import pytest
 import yaml
@@ -104,6 +105,39 @@ def test_a_refused_batch_can_be_sent_again_at_once(work: Workplace):
     assert len(work.api.batches) == 1
 
 
+def test_ctrl_c_while_sending_again_says_what_is_out(work: Workplace):
+    work.api.result_kinds = {r"explain-\d-1-": "expired"}
+    work.send("--no_smoke_test")
+    work.api.accept_delay_s = 0.5
+    output = work.directory / "terminal"
+    process = start(
+        *("interpret_top_sentences_retrieve_batches", "--response_ids_filepath", work.ids),
+        *("--response_output_dir", work.output, "--resend_failed", "--max_batch_requests", 2),
+        env=work.api.env,
+        output=output,
+    )
+    _interrupt(process, work, n_batches=3)
+    done = finished(process, output)
+    assert done.returncode == 130 and "msgbatch_0001" in done.stderr
+    assert "msgbatch_0000" not in done.stderr.split(" are out and go on ")[1]
+    assert f"--response_ids_filepath {work.ids} --cancel" in done.stderr
+    assert "one batch was being created and may exist" in done.stderr
+    work.api.accept_delay_s = 0
+    while work.retrieve("--resend_failed").returncode or len(work.api.paid()) < 4:
+        pass
+    assert work.api.paid() == {f"explain-{i}": 1 for i in range(4)}
+
+
+def _interrupt(process: BaseProcess, work: Workplace, *, n_batches: int) -> None:
+    """Press Ctrl-C once the server has so many batches, before it says so."""
+    deadline = time.monotonic() + 60
+    while len(work.api.batches) < n_batches and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+
+
 def test_ctrl_c_says_what_is_out(work: Workplace):
     work.api.accept_delay_s = 0.5
     output = work.directory / "terminal"
@@ -118,12 +152,7 @@ def test_ctrl_c_says_what_is_out(work: Workplace):
         env=work.api.env,
         output=output,
     )
-    deadline = time.monotonic() + 60
-    while len(work.api.batches) < 2 and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert process.pid is not None
-    os.kill(process.pid, signal.SIGINT)
-    process.join(60)
+    _interrupt(process, work, n_batches=2)
     done = finished(process, output)
     assert done.returncode == 130 and re.search(r"[1-4] batches are out", done.stderr)
     assert "msgbatch_0000" in done.stderr and "--cancel" in done.stderr
