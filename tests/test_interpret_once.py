@@ -98,6 +98,19 @@ def test_a_strangers_batch_of_the_same_size_is_not_taken(work: Workplace):
     assert "msgbatch_0000" not in (work.tops / "mine.ledger.jsonl").read_text()
 
 
+def test_lost_batches_of_the_same_size_are_told_apart_by_their_marks(work: Workplace):
+    """Two ledgers, each with an intent without an id, and nothing else that differs."""
+    places = [work.tops / "first.yaml", work.tops / "second.yaml"]
+    for place in places:
+        work.ids = place
+        work.api.faults = ["create:drop_after"]
+        error_of(work.send("--no_smoke_test"))
+    for place, batch in reversed(list(zip(places, work.api.batches, strict=True))):
+        work.ids = place
+        assert f"found the lost batch of 4 requests: {batch}" in work.retrieve().stderr
+        assert yaml.safe_load(place.read_text()) == [batch]
+
+
 def test_a_refused_batch_can_be_sent_again_at_once(work: Workplace):
     work.api.faults = ["create:413"]
     assert "--max_batch_mb" in error_of(work.send("--no_smoke_test"))
