@@ -229,11 +229,16 @@ def _write_top_token_labels(args: argparse.Namespace) -> None:
     evidence = open_evidence(args.evidence_path)
     path = args.parsed_responses_output_filepath
     _check_not_edited(args)
+    tested: dict[int, dict[str, Any]] = {}
     if path.exists() and not args.overwrite:
-        if not read_manifest(path, STAGE).arguments["from_top_tokens"]:
+        tested = load_yaml(path) or {}
+        if not read_manifest(path, STAGE).arguments["from_top_tokens"] and _n_named(tested):
             log.info("kept %s: a model wrote these labels (--overwrite replaces them)", path)
             return
     labels = top_token_labels(evidence.iter_latents())
+    for latent in tested.keys() & labels.keys():
+        if "score" in tested[latent]:  # the intruder test needs no label
+            labels[latent]["score"] = tested[latent]["score"]
     write_yaml(path, labels)
     sources = {"evidence": file_checksum(args.evidence_path)["xxh3"]}
     output = Output(path, STAGE, {"task": None, "from_top_tokens": True}, sources)

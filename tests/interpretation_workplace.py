@@ -56,6 +56,15 @@ class Workplace:
             env={},
         )
 
+    def top_tokens(self) -> Finished:
+        return self._call(
+            "interpret_top_sentences_parse_responses",
+            "--from_top_tokens",
+            *("--evidence_path", self.tops / "evidence.parquet"),
+            *("--parsed_responses_output_filepath", self.labels),
+            env={},
+        )
+
     def everything(self, *args: object) -> dict[int, Any]:
         for done in (self.send(*args), self.retrieve(), self.parse()):
             assert done.returncode == 0, done.stderr

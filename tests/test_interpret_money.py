@@ -133,13 +133,7 @@ def test_redirects_are_not_followed(work: Workplace, where: str):
 
 
 def test_top_tokens_serve_without_a_key(work: Workplace):
-    done = work._call(
-        "interpret_top_sentences_parse_responses",
-        "--from_top_tokens",
-        *("--evidence_path", work.tops / "evidence.parquet"),
-        *("--parsed_responses_output_filepath", work.labels),
-        env={},
-    )
+    done = work.top_tokens()
     assert done.returncode == 0, done.stderr
     labels = load_labels(work.labels)
     assert labels[2].text == "topic2" and labels[2].extra["source"] == "top tokens"
@@ -150,13 +144,7 @@ def test_top_tokens_serve_without_a_key(work: Workplace):
     assert "changed by hand" in error_of(work.parse())
     assert work.parse("--overwrite").returncode == 0
     paid_for = work.labels.read_bytes()
-    again = work._call(
-        "interpret_top_sentences_parse_responses",
-        "--from_top_tokens",
-        *("--evidence_path", work.tops / "evidence.parquet"),
-        *("--parsed_responses_output_filepath", work.labels),
-        env={},
-    )
+    again = work.top_tokens()
     assert again.returncode == 0 and "a model wrote these labels" in again.stderr
     assert work.labels.read_bytes() == paid_for
 

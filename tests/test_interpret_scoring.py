@@ -126,7 +126,11 @@ def test_the_intruder_test_needs_no_label(tmp_path: Path):
     assert "no latent is left" in error_of(
         work.send("--task", "detect", "--labels_path", work.labels)
     )
-    # Some are named later: their scores stay, and those of the others.
+    # Words from the evidence may name them, and Claude some of them later: their scores stay, and those of the others.
+    words = work.top_tokens()
+    assert words.returncode == 0, words.stderr
+    named = yaml.safe_load(work.labels.read_text())
+    assert named[3]["common_semantic"] == "topic3" and named[3]["score"]["intruder"]["n"] == 5
     assert work.send("--latents", "2,4").returncode == 0
     work.retrieve()
     for task in (("--task", "explain"), ()):
