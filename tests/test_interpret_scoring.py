@@ -126,7 +126,7 @@ def test_the_intruder_test_needs_no_label(tmp_path: Path):
     assert "no latent is left" in error_of(
         work.send("--task", "detect", "--labels_path", work.labels)
     )
-    # Words from the evidence may name them, and Claude some of them later: their scores stay, and those of the others.
+    # Words from the evidence may name them, and Claude some of them later: all scores stay.
     words = work.top_tokens()
     assert words.returncode == 0, words.stderr
     named = yaml.safe_load(work.labels.read_text())
