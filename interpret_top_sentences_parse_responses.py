@@ -18,7 +18,7 @@ from saint.label_report import build_report, show_report
 from saint.labels import top_token_labels
 from saint.ledger import Ledger, read_response_ids
 from saint.manifests import Output, file_checksum, fingerprint, read_manifest
-from saint.prompts import TASKS, label_hash
+from saint.prompts import LABELLED_TASKS, TASKS, label_hash
 from saint.responses import count, load_yaml, write_yaml
 from saint.runtime import (
     UserError,
@@ -28,9 +28,11 @@ from saint.runtime import (
     run_stage,
     write_json,
 )
-from saint.scoring import outcomes, score
+from saint.scoring import Outcomes, outcomes, pooled, score
 
 STAGE = "interpret_top_sentences_parse_responses"
+# A latent that was measured but not named: what readers have always taken for "no label".
+_UNLABELLED = {"common_semantic": "", "certainty": None}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -84,13 +86,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     keys = read_keys(ledger, reading)
     labels = _labels(args, reading, keys)
     controls = _add_scores(labels, reading, keys)
-    _write(args, labels, reading)
+    _write(args, labels, reading, controls)
     tally = count(reading.kinds)
     log.info(
         "%d responses: %s; %d labels in %s",
         len(reading.kinds),
         ", ".join(f"{n} {kind}" for kind, n in sorted(tally.items())),
-        len(labels),
+        _n_named(labels),
         args.parsed_responses_output_filepath,
     )
     if args.report:
@@ -108,16 +110,24 @@ def _beside(args: argparse.Namespace, ending: str) -> Path:
 def _labels(
     args: argparse.Namespace, reading: Reading, keys: dict[str, dict[str, Any]]
 ) -> dict[int, dict[str, Any]]:
-    """Make labels of the explain answers; without any, take those that are in the output file."""
+    """Make labels of the explain answers; without any, take those that are in the output file.
+
+    What was measured before is kept where it still holds: the score of a label of the same text,
+    and that of the intruder test, which asks about the latent itself.
+    """
     path = args.parsed_responses_output_filepath
     earlier = load_yaml(path) or {} if path.exists() else {}
     explained = [r for r in reading.kept.values() if r.request.task == "explain"]
     if not explained:
-        if not earlier:
+        if not earlier and any(r.request.task in LABELLED_TASKS for r in reading.kept.values()):
             raise UserError(f"{path} does not exist: there are no labels that scores could join")
         return {int(latent): row for latent, row in earlier.items()}
     _check_not_edited(args)
-    labels: dict[int, dict[str, Any]] = {}
+    labels: dict[int, dict[str, Any]] = {
+        latent: {**_UNLABELLED, "score": {"intruder": row["score"]["intruder"]}}
+        for latent, row in earlier.items()
+        if "intruder" in (row.get("score") or {})
+    }
     for response in explained:
         if response.answer.kind != "label":
             continue
@@ -128,7 +138,9 @@ def _labels(
             row["n_excerpts"] = n_firing
         latent = response.request.latent
         before = earlier.get(latent, {})
-        if before.get("common_semantic") == row["common_semantic"] and "score" in before:
+        if before.get("common_semantic") != row["common_semantic"]:
+            before = labels.get(latent, {})
+        if "score" in before:
             row["score"] = before["score"]
         labels[latent] = row
     return labels
@@ -147,9 +159,9 @@ def _check_not_edited(args: argparse.Namespace) -> None:
 
 def _add_scores(
     labels: dict[int, dict[str, Any]], reading: Reading, keys: dict[str, dict[str, Any]]
-) -> dict[str, list[list[tuple[int, bool]]]]:
-    """Add each latent's measured scores; returns the results of the shuffled-label controls."""
-    controls: dict[str, list[list[tuple[int, bool]]]] = {}
+) -> dict[str, dict[int, Outcomes]]:
+    """Add each latent's measured scores; returns task -> latent -> results of its control."""
+    controls: dict[str, dict[int, Outcomes]] = {}
     for response in reading.kept.values():
         task, latent = response.request.task, response.request.latent
         truth = keys.get(response.custom_id, {}).get("truth")
@@ -157,16 +169,31 @@ def _add_scores(
             continue
         results = outcomes(task, response.answer.fields, truth)
         if task.endswith("_control"):
-            controls.setdefault(task.removesuffix("_control"), []).append(results)
-        elif latent in labels:
-            text = labels[latent]["common_semantic"]
-            if response.request.label in (None, label_hash(text)):
-                scores = labels[latent].setdefault("score", {})
-                scores[task] = score(task, results, seed=latent)
+            controls.setdefault(task.removesuffix("_control"), {})[latent] = results
+            continue
+        if task == "intruder":
+            labels.setdefault(latent, dict(_UNLABELLED))
+        text = labels.get(latent, {}).get("common_semantic")
+        if text is not None and response.request.label in (None, label_hash(text)):
+            scores = labels[latent].setdefault("score", {})
+            scores[task] = score(task, results, seed=latent)
+    for task, found in controls.items():
+        for latent, results in found.items():
+            if task in (labels.get(latent, {}).get("score") or {}):
+                labels[latent]["score"][task]["control"] = pooled(task, [results])["mean"]
     return controls
 
 
-def _write(args: argparse.Namespace, labels: dict[int, dict[str, Any]], reading: Reading) -> None:
+def _n_named(labels: dict[int, dict[str, Any]]) -> int:
+    return sum(bool(row["common_semantic"]) for row in labels.values())
+
+
+def _write(
+    args: argparse.Namespace,
+    labels: dict[int, dict[str, Any]],
+    reading: Reading,
+    controls: dict[str, dict[int, Outcomes]],
+) -> None:
     path = args.parsed_responses_output_filepath
     failures = {
         response.custom_id: {
@@ -182,8 +209,13 @@ def _write(args: argparse.Namespace, labels: dict[int, dict[str, Any]], reading:
     write_yaml(path, dict(sorted(labels.items(), key=lambda item: (-_sure(item[1]), item[0]))))
     sources = {"responses": fingerprint(sorted(r.custom_id for r in reading.kept.values()))}
     output = Output(path, STAGE, {"task": args.task, "from_top_tokens": False}, sources)
-    counts = {"labels": len(labels), **count(reading.kinds)}
-    output.finish(facts={}, counts=counts, files=[path.name, _beside(args, ".failures.yaml").name])
+    counts = {"labels": _n_named(labels), **count(reading.kinds)}
+    pools = {task: pooled(task, list(found.values())) for task, found in controls.items()}
+    output.finish(
+        facts={"controls": pools},
+        counts=counts,
+        files=[path.name, _beside(args, ".failures.yaml").name],
+    )
 
 
 def _sure(row: dict[str, Any]) -> float:
@@ -197,11 +229,16 @@ def _write_top_token_labels(args: argparse.Namespace) -> None:
     evidence = open_evidence(args.evidence_path)
     path = args.parsed_responses_output_filepath
     _check_not_edited(args)
+    tested: dict[int, dict[str, Any]] = {}
     if path.exists() and not args.overwrite:
-        if not read_manifest(path, STAGE).arguments["from_top_tokens"]:
+        tested = load_yaml(path) or {}
+        if not read_manifest(path, STAGE).arguments["from_top_tokens"] and _n_named(tested):
             log.info("kept %s: a model wrote these labels (--overwrite replaces them)", path)
             return
     labels = top_token_labels(evidence.iter_latents())
+    for latent in tested.keys() & labels.keys():
+        if "score" in tested[latent]:  # the intruder test needs no label
+            labels[latent]["score"] = tested[latent]["score"]
     write_yaml(path, labels)
     sources = {"evidence": file_checksum(args.evidence_path)["xxh3"]}
     output = Output(path, STAGE, {"task": None, "from_top_tokens": True}, sources)

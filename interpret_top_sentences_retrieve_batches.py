@@ -18,7 +18,14 @@ import anthropic
 from anthropic.types.messages import MessageBatch
 
 from saint.anthropic_api import api_errors, describe, open_client, total_requests
-from saint.batches import Limits, Tally, add_batch_flags, create_batches, prepare_batches
+from saint.batches import (
+    Limits,
+    Tally,
+    add_batch_flags,
+    create_batches,
+    prepare_batches,
+    say_what_is_out,
+)
 from saint.ledger import Ledger, parse_custom_id, read_response_ids
 from saint.manifests import Output, fingerprint
 from saint.prompts import TASKS
@@ -70,9 +77,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     ledger = Ledger(args.response_ids_filepath)
     if not ledger.path.exists():
         read_response_ids(args.response_ids_filepath)  # says what is wrong with it
-    client = open_client()
+    client = open_client(args.timeout_s)
     if ledger.state().batches:  # a killed send may have left the list behind
         ledger.write_response_ids()
+    try:
+        _fetch_all(args, ledger, client)
+    except KeyboardInterrupt:
+        say_what_is_out(ledger)
+        raise
+
+
+def _fetch_all(args: argparse.Namespace, ledger: Ledger, client: anthropic.Anthropic) -> None:
     pause, problems, last_counts = args.poll_interval_s, {}, {}
     with progress(None, unit="request", description="answered") as bar:
         while True:

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from itertools import islice
 from typing import Any
 
 import anthropic
+import yaml
 
 from saint.anthropic_api import have_key, open_client
 from saint.batches import (
@@ -27,9 +28,10 @@ from saint.batches import (
     create_batches,
     estimate,
     prepare_batches,
+    say_what_is_out,
 )
 from saint.labels import Label, load_labels
-from saint.ledger import Ledger, State
+from saint.ledger import Ledger, State, parse_custom_id
 from saint.manifests import Output
 from saint.prices import Quote, batch_price, check_budget
 from saint.prompts import (
@@ -39,7 +41,7 @@ from saint.prompts import (
     prompt_facts,
     request_params,
 )
-from saint.questions import Source, choose_latents, open_source, questions
+from saint.questions import Question, Source, choose_latents, open_source, questions
 from saint.reconciliation import reconcile, settle_open_intents
 from saint.responses import parse_answer
 from saint.runtime import UserError, atomic_path, log, log_arguments, run_stage
@@ -55,10 +57,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     log_arguments(args)
     ledger = Ledger(args.response_ids_filepath)
     if args.cancel:
-        _cancel(ledger)
+        _cancel(args, ledger)
         return
     source, labels = _open(args)
-    client = open_client() if have_key() or not args.dry_run else None
+    client = open_client(args.timeout_s) if have_key() or not args.dry_run else None
     options = PromptOptions(**{f.name: getattr(args, f.name) for f in fields(PromptOptions)})
     config = _config(args, source, options)
     latents = choose_latents(
@@ -70,7 +72,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         if client and not args.dry_run:
             found = reconcile(client, ledger)
             settle_open_intents(ledger, found, assume_lost=args.assume_lost, settle_s=args.settle_s)
-        rows = _rows(args, source, labels, latents, options, ledger.state(), fresh=fresh)
+        asked = questions(
+            args.task, source, latents, options, labels=labels, n_controls=args.n_controls
+        )
+        if args.task in LABELLED_TASKS:
+            asked = _only_unseen(asked, _shown(ledger, latents))
+        rows = _rows(args, asked, ledger.state(), fresh=fresh)
         if args.dry_run:
             _dry_run(args, ledger, rows, client)
             return
@@ -78,7 +85,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             _send(args, ledger, rows, client, config if fresh else None)
         except KeyboardInterrupt:
-            _say_what_is_out(ledger)
+            say_what_is_out(ledger)
+            raise
+        except UserError:
+            ledger.remove_unsent_requests()
             raise
     _finish(args, ledger, config, source)
 
@@ -108,20 +118,43 @@ def _config(args: argparse.Namespace, source: Source, options: PromptOptions) ->
     return {**facts, "made_from": source.kind, "ranking": ranking, "source": source.fingerprint}
 
 
+def _shown(ledger: Ledger, latents: list[int]) -> dict[int, set[int]]:
+    """Latent -> the sentences from which its label was made, as the ledger's requests say."""
+    shown: dict[int, set[int]] = {}
+    wanted = set(latents)
+    for intent in ledger.state().intents.values():
+        if intent.task == "explain" and intent.is_paid_for and not intent.superseded:
+            for row in ledger.read_requests(intent.id):
+                request = parse_custom_id(row["custom_id"])
+                if request and request.latent in wanted:
+                    shown.setdefault(request.latent, set()).update(row["key"]["shown"])
+    if len(shown) < len(latents):
+        log.warning(
+            "%d of %d labels were not made by this ledger's requests: whether they have seen "
+            "their test excerpts is not known",
+            len(latents) - len(shown),
+            len(latents),
+        )
+    return shown
+
+
+def _only_unseen(asked: Iterable[Question], shown: dict[int, set[int]]) -> Iterator[Question]:
+    """Pass questions on; raises UserError where a label would be tested on what it was made of."""
+    for question in asked:
+        seen = shown.get(question.latent, set()) & set(question.prompt.key["tested"])
+        if seen:
+            raise UserError(
+                f"latent {question.latent} would be tested on sentence {min(seen)}, which its "
+                "label was made from: nothing was sent. Make the labels from this evidence file "
+                "first (--task explain --overwrite)"
+            )
+        yield question
+
+
 def _rows(
-    args: argparse.Namespace,
-    source: Source,
-    labels: dict[int, Label],
-    latents: list[int],
-    options: PromptOptions,
-    state: State,
-    *,
-    fresh: bool,
+    args: argparse.Namespace, asked: Iterable[Question], state: State, *, fresh: bool
 ) -> Iterator[dict[str, Any]]:
     """Yield {"unit", "attempt", "params", "key"} of what has no answer yet."""
-    asked = questions(
-        args.task, source, latents, options, labels=labels, n_controls=args.n_controls
-    )
     for question in asked:
         status = None if fresh else state.status.get(question.unit)
         attempt = state.attempts.get(question.unit, 0) + 1
@@ -145,6 +178,23 @@ def _quote(
     )
 
 
+class _Readable(yaml.SafeDumper):
+    """YAML with texts of several lines as blocks."""
+
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        """Return the node of a string."""
+        style = "|" if "\n" in text else None
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Readable.add_representer(str, _Readable.represent_text)
+
+
+def readable(request: dict[str, Any]) -> str:
+    """Return a request, just as it is sent, in YAML."""
+    return yaml.dump(request, Dumper=_Readable, sort_keys=False, allow_unicode=True, width=10**6)
+
+
 def _dry_run(
     args: argparse.Namespace,
     ledger: Ledger,
@@ -158,7 +208,7 @@ def _dry_run(
             request = {"custom_id": f"{row['unit']}-{row['attempt']}-0", "params": row["params"]}
             file.write(json.dumps(request, ensure_ascii=False) + "\n")
             if tally.n < _N_SHOWN:
-                print(f"--- {row['unit']}\n{row['params']['messages'][0]['content']}\n")
+                print(f"--- {row['unit']}\n{readable(request)}")
             tally.add(row["params"])
     log.info("%s; requests are in %s, nothing was sent", _quote(args, tally, client, 0), path)
 
@@ -181,12 +231,8 @@ def _send(
     if not tally.n:
         log.info("every latent of this selection has been sent already")
         return
-    try:
-        quote = _quote(args, tally, client, len(first))
-        check_budget(quote, args.max_cost_usd, args.model)
-    except UserError:
-        ledger.remove_unsent_requests()
-        raise
+    quote = _quote(args, tally, client, len(first))
+    check_budget(quote, args.max_cost_usd, args.model)
     log.info("%s", quote)
     if config is not None:
         ledger.append("run", task=args.task, config=config)
@@ -219,23 +265,11 @@ def _smoke_test(
     log.info("live test of %s: %s", row["unit"], text)
 
 
-def _say_what_is_out(ledger: Ledger) -> None:
-    state = ledger.state()
-    running = [b for b, intent in state.batches.items() if not intent.retrieved]
-    if any(intent.kind == "batch" for intent in state.unresolved):
-        log.warning("one batch was being created and may exist: --cancel looks for it, too")
-    log.warning(
-        "%d batches are out and go on (%s): retrieve them, or add --cancel to this command",
-        len(running),
-        ", ".join(running) or "none",
-    )
-
-
-def _cancel(ledger: Ledger) -> None:
+def _cancel(args: argparse.Namespace, ledger: Ledger) -> None:
     if not ledger.path.exists():
         raise UserError(f"{ledger.path} does not exist: there is nothing to cancel")
     with ledger.sender_lock():
-        client = open_client()
+        client = open_client(args.timeout_s)
         for item in reconcile(client, ledger):
             log.warning("warning: not cancelled: %s", item)
         n = cancel_batches(client, ledger)

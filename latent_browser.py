@@ -155,7 +155,7 @@ def write_browser(args: argparse.Namespace) -> None:
         "wrote %s: %s latents, %s labels, %.1f MB; open it in a browser",
         args.html,
         f"{evidence.n_latents:,}",
-        f"{len(labels):,}",
+        f"{sum(bool(label.text) for label in labels.values()):,}",
         len(text.encode()) / 1e6,
     )
 
@@ -177,7 +177,7 @@ def look_at_prompt(args: argparse.Namespace) -> None:
         sae,
         args.prompt,
         maxima=largest_activations(sae, args.evidence_path),
-        names={latent: label.text for latent, label in labels.items()},
+        names={latent: label.text for latent, label in labels.items() if label.text},
     )
     width = shutil.get_terminal_size((160, 24)).columns if sys.stdout.isatty() else 1000
     print(terminal_table(found, per_token=args.latents_per_token, width=width))

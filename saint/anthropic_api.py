@@ -32,8 +32,11 @@ def _key() -> str:
     return os.environ.get("ANTHROPIC_API_KEY") or os.environ.get("ANTHROPIC_AUTH_TOKEN") or ""
 
 
-def open_client() -> anthropic.Anthropic:
-    """Return a client of `ANTHROPIC_BASE_URL`; raises UserError without a usable key."""
+def open_client(timeout_s: float) -> anthropic.Anthropic:
+    """Return a client of `ANTHROPIC_BASE_URL`; raises UserError without a usable key.
+
+    timeout_s: longest silence of the server, in any call.
+    """
     key = _key()
     if not key:
         raise UserError(
@@ -46,6 +49,7 @@ def open_client() -> anthropic.Anthropic:
         )
     try:
         return anthropic.Anthropic(
+            timeout=timeout_s,
             max_retries=_READ_RETRIES,
             http_client=anthropic.DefaultHttpxClient(follow_redirects=False),
         )

@@ -18,7 +18,14 @@ import anthropic
 
 from saint.anthropic_api import api_errors, describe, fail, never_sent
 from saint.ledger import Ledger, new_intent_id
-from saint.prices import CHARS_PER_TOKEN, LIVE_FACTOR, PRICES_DATE, Quote, dollars
+from saint.prices import (
+    CHARS_PER_OWN_TOKEN,
+    LIVE_FACTOR,
+    PRICES_DATE,
+    TOKENS_PER_OWN_TOKEN,
+    Quote,
+    dollars,
+)
 from saint.responses import record
 from saint.runtime import UserError, log, positive_int
 
@@ -64,6 +71,12 @@ def add_batch_flags(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=8,
         help="waits for a rate limit (429), which certainly made no batch [8]",
+    )
+    group.add_argument(
+        "--timeout_s",
+        type=float,
+        default=600,
+        help="seconds without a sign of life after which a call has failed [600]",
     )
 
 
@@ -138,11 +151,15 @@ def estimate(
     price: tuple[float, float] | None,
     n_live: int,
 ) -> Quote:
-    """Quote prepared requests: tokens counted by the API on a sample, or estimated from characters.
+    """Quote prepared requests: tokens counted by the API on a sample, or by a ratio to our own.
 
     n_live: requests among them that are sent live, at twice the batch price.
     """
-    ratio, basis = CHARS_PER_TOKEN, f"at {CHARS_PER_TOKEN:g} characters a token, not counted"
+    ratio = CHARS_PER_OWN_TOKEN / TOKENS_PER_OWN_TOKEN
+    basis = (
+        f"not counted by the API but taken as {TOKENS_PER_OWN_TOKEN:g} times the tokens of our own "
+        f"tokenizer, {CHARS_PER_OWN_TOKEN:g} characters each"
+    )
     counted = _count_sample(client, tally.sample) if client else None
     if counted:
         ratio = sum(map(prompt_chars, tally.sample)) / counted
@@ -279,3 +296,18 @@ def cancel_batches(client: anthropic.Anthropic, ledger: Ledger) -> int:
         log.info("cancelling %s: what it had already answered stays and is billed", batch_id)
         cancelled += 1
     return cancelled
+
+
+def say_what_is_out(ledger: Ledger) -> None:
+    """After Ctrl-C: name the batches that go on, and how they are cancelled."""
+    state = ledger.state()
+    running = [b for b, intent in state.batches.items() if not intent.retrieved]
+    if any(intent.kind == "batch" for intent in state.unresolved):
+        log.warning("one batch was being created and may exist: --cancel looks for it, too")
+    log.warning(
+        "%d batches are out and go on (%s): retrieve them, or cancel them with "
+        "interpret_top_sentences_send_batches.py --response_ids_filepath %s --cancel",
+        len(running),
+        ", ".join(running) or "none",
+        ledger.response_ids_path,
+    )

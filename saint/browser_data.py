@@ -297,7 +297,7 @@ class PageBuilder:
             "meta": {name: self.evidence.meta.get(name) for name in facts}
             | {
                 "n_latents": n,
-                "n_labels": len(self.labels),
+                "n_labels": sum(bool(label.text) for label in self.labels.values()),
                 "latents_per_chunk": LATENTS_PER_CHUNK,
                 "sentences_per_chunk": SENTENCES_PER_CHUNK,
             },

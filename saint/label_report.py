@@ -9,7 +9,7 @@ from typing import Any
 
 from saint.prices import LIVE_FACTOR, PRICES_DATE, batch_price, dollars
 from saint.prompts import SCORING_TASKS
-from saint.scoring import pooled
+from saint.scoring import Outcomes, pooled
 
 _HEDGES = re.compile(
     r"\b(including|particularly|primarily|especially|specifically|predominantly|typically|often"
@@ -30,16 +30,17 @@ def build_report(
     labels: Mapping[int, Mapping[str, Any]],
     kinds: Mapping[str, int],
     usage: Mapping[tuple[str, bool], Sequence[int]],
-    controls: Mapping[str, Sequence[Sequence[tuple[int, bool]]]],
+    controls: Mapping[str, Mapping[int, Outcomes]],
     explained: Sequence[str],
 ) -> dict[str, Any]:
     """Add up what the labels are like.
 
     kinds: responses by what became of them. explained: what became of each explained latent.
     usage: (model, live) -> tokens in and out. controls: task -> results of each latent that was
-    tested with another one's label.
+    tested with another one's label (intruder: with other latents' excerpts).
     """
-    texts = [str(row["common_semantic"]) for row in labels.values()]
+    # A latent that was measured and not labelled has an empty one.
+    texts = [text for row in labels.values() if (text := str(row["common_semantic"]))]
     words = [len(text.split()) for text in texts]
     same = Counter(content_words(text) for text in texts)
     return {
@@ -52,7 +53,9 @@ def build_report(
         "near_duplicate_share": _share(sum(n for n in same.values() if n > 1), len(texts)),
         "mean_certainty": _mean([row.get("certainty") for row in labels.values()]),
         "scores": {task: _scores(labels, task) for task in SCORING_TASKS},
-        "shuffled_label_controls": {task: pooled(task, rows) for task, rows in controls.items()},
+        "shuffled_label_controls": {
+            task: pooled(task, list(found.values())) for task, found in controls.items()
+        },
         "cost": _costs(usage),
     }
 

@@ -27,8 +27,9 @@ _STOP_WORDS = frozenset(
 class Label:
     """One latent's label.
 
-    certainty: 0..1, the model's own word, None where there is none. score: the measured balanced
-    accuracy of detection on held-out excerpts (0.5 is chance), None where it was not measured.
+    text: "" where a latent was measured (by the intruder test) and has no label. certainty: 0..1,
+    the model's own word, None where there is none. score: the measured balanced accuracy of
+    detection on held-out excerpts (0.5 is chance), None where it was not measured.
     extra: whatever else the file says ("rationale", "source", "scores" of each task, …).
     """
 
@@ -37,11 +38,17 @@ class Label:
     score: float | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def intruder(self) -> float | None:
+        """How often the odd one out of five was found (0.2 is chance): a score of the latent."""
+        return _measured(self.extra.get("scores"), "intruder")
+
 
 def load_labels(path: Path) -> dict[int, Label]:
     """Read `parsed_responses.yaml` in the order of the file (certainty descending).
 
-    Raises UserError when the file is missing, is no mapping of latents, or an entry has no label.
+    Raises UserError when the file is missing, is no mapping of latents, or an entry has no
+    common_semantic (which is empty for a latent that has a score and no label).
     """
     rows = load_yaml(path)
     if rows is None:
@@ -54,17 +61,23 @@ def load_labels(path: Path) -> dict[int, Label]:
         if not isinstance(text, str) or not str(key).isdecimal():
             raise UserError(f"{path}: the entry {key!r} is not a latent with a common_semantic")
         scores = row.get("score") or {}
-        detect = scores.get("detect") if isinstance(scores, dict) else None
         extra = {name: value for name, value in row.items() if name not in _KNOWN}
         if scores:
             extra["scores"] = scores
         labels[int(key)] = Label(
             text,
             _number(row.get("certainty")),
-            _number(detect.get("balanced_accuracy")) if isinstance(detect, dict) else None,
+            _measured(scores, "detect"),
             extra,
         )
     return labels
+
+
+def _measured(scores: Any, task: str) -> float | None:
+    found = scores.get(task) if isinstance(scores, dict) else None
+    if not isinstance(found, dict):
+        return None
+    return _number(found.get("balanced_accuracy", found.get("accuracy")))
 
 
 def _number(value: object) -> float | None:

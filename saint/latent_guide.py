@@ -59,7 +59,8 @@ class Card:
     """What a person should see of a latent before choosing it.
 
     density: share of tokens on which it fires, None where unknown. unit: its largest seen
-    activation. windows: (tokens, activations in units) of its strongest examples. promoted: tokens
+    activation. intruder: how often the odd one out of its excerpts was found, None where it was not
+    measured. windows: (tokens, activations in units) of its strongest examples. promoted: tokens
     that its direction makes likelier when read straight through the unembedding.
     """
 
@@ -68,6 +69,7 @@ class Card:
     label: str
     certainty: float | None
     score: float | None
+    intruder: float | None
     density: float | None
     unit: float
     windows: list[tuple[list[str], list[float]]]
@@ -76,11 +78,15 @@ class Card:
 
 @dataclass
 class Guide:
-    """Labels and evidence of one SAE. Read-only but for an index that is made once, on demand."""
+    """Labels and evidence of one SAE. Read-only but for an index that is made once, on demand.
+
+    intruder: latent, labelled or not -> how often the odd one out of its excerpts was found.
+    """
 
     labels: dict[int, Label] = field(default_factory=dict)
     evidence: Evidence | None = None
     densities: list[float] | None = None
+    intruder: dict[int, float] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
     _tokens: dict[str, list[tuple[int, float]]] | None = None
 
@@ -143,7 +149,9 @@ def make_guide(
                 f"{dictionary.name} has {n_latents}"
             )
         densities = evidence.summary().column("density").to_pylist()
-    return Guide(labels, evidence, densities)
+    named = {latent: label for latent, label in labels.items() if label.text}
+    intruder = {i: label.intruder for i, label in labels.items() if label.intruder is not None}
+    return Guide(named, evidence, densities, intruder)
 
 
 def _index_tokens(evidence: Evidence, tokenizer: Tokenizer) -> dict[str, list[tuple[int, float]]]:
@@ -328,6 +336,7 @@ def make_card(studio: Studio, guides: list[Guide], sae: int, latent: int) -> Car
         label.text if label else "",
         label.certainty if label else None,
         label.score if label else None,
+        guide.intruder.get(latent),
         density,
         unit,
         windows,

@@ -89,6 +89,11 @@ class Intent:
     retrieved: bool = False
     superseded: bool = False
 
+    @property
+    def is_paid_for(self) -> bool:
+        """Whether the API accepted it, as far as anybody knows."""
+        return self.resolution in ("created", "answered")
+
 
 @dataclass
 class State:

@@ -387,11 +387,21 @@ def fuzz_prompt(
     return Prompt(_with_label(label, lines), _key([(e, truth) for e, truth, _ in chosen]))
 
 
-def intruder_prompt(row: Mapping[str, Any], options: PromptOptions) -> Prompt | None:
-    """Ask for the odd one out of each set; the key's "truth" holds its letter per set."""
+def intruder_prompt(
+    row: Mapping[str, Any], options: PromptOptions, strangers: Sequence[Mapping[str, Any]] = ()
+) -> Prompt | None:
+    """Ask for the odd one out of each set; the key's "truth" holds its letter per set.
+
+    strangers: rows of SET_SIZE - 1 other latents. One excerpt of each makes a set, so that nothing
+    is shared and the intruder is found by chance only: a control.
+    """
     fires, silent = _test_examples(row)
-    rng = _rng(row, "intruder")
+    rng = _rng(row, "intruder_control" if strangers else "intruder")
     rng.shuffle(fires)
+    if strangers:
+        sets_of_strangers = list(zip(*(_test_examples(s)[0] for s in strangers), strict=False))
+        rng.shuffle(sets_of_strangers)
+        fires = [example for members in sets_of_strangers for example in members]
     n_sets = min(len(fires) // (SET_SIZE - 1), len(silent), options.n_test // (SET_SIZE - 1))
     if n_sets < 1:
         return None

@@ -16,6 +16,7 @@ from saint.manifests import file_checksum
 from saint.prompts import (
     LABELLED_TASKS,
     RANKINGS,
+    SET_SIZE,
     Prompt,
     PromptOptions,
     detect_prompt,
@@ -133,7 +134,7 @@ def choose_latents(
         raise UserError(f"--latents: there is no latent {unknown[0]}")
     chosen = [i for i in chosen if counts[i] >= min_sentences]
     if labels is not None:
-        chosen = [i for i in chosen if i in labels]
+        chosen = [i for i in chosen if i in labels and labels[i].text]
     if not chosen:
         raise UserError("no latent is left to ask about: see --latents and --min_sentences")
     return chosen
@@ -162,7 +163,7 @@ def questions(
     """Yield the questions of a task in the order of the latents, where the evidence suffices.
 
     labels: needed by detect and fuzz. n_controls: so many latents are also tested with the label
-    of another latent, which should score 0.5.
+    of another latent, which should score 0.5 (intruder: with excerpts of others, 0.2).
     """
     if source.evidence is None:
         if task != "explain":
@@ -170,6 +171,7 @@ def questions(
         yield from _from_sentences(source, latents, options)
         return
     controls = _controls(labels or {}, latents, n_controls) if task in LABELLED_TASKS else {}
+    strangers = _strangers(latents, n_controls) if task == "intruder" else {}
     texts = _ranked_texts(source, set(latents), options) if task == "explain" else {}
     for row in source.evidence.iter_latents(latents):
         latent = row["latent"]
@@ -179,6 +181,10 @@ def questions(
                 yield Question(task, latent, None, prompt)
         elif task == "intruder":
             yield from _question(task, latent, None, intruder_prompt(row, options))
+            if latent in strangers:
+                others = [source.evidence.latent(i) for i in strangers[latent]]
+                prompt = intruder_prompt(row, options, others)
+                yield from _question("intruder_control", latent, None, prompt)
         elif labels:
             ask = detect_prompt if task == "detect" else fuzz_prompt
             yield from _question(
@@ -198,10 +204,23 @@ def _question(
 
 def _controls(labels: Mapping[int, Label], latents: list[int], n: int) -> dict[int, str]:
     """Give n latents, chosen by hash, the label of the next one, if its text is another."""
-    order = sorted(latents, key=lambda i: hashlib.sha256(f"saint control {i}".encode()).digest())
+    order = _by_hash(latents)
     pairs = zip(order, order[1:] + order[:1], strict=True)
     swapped = {a: labels[b].text for a, b in pairs if labels[a].text != labels[b].text}
     return dict(list(swapped.items())[:n])
+
+
+def _strangers(latents: list[int], n: int) -> dict[int, list[int]]:
+    """Give n latents, chosen by hash, the next few, one for each excerpt that shares a pattern."""
+    order, n_others = _by_hash(latents), SET_SIZE - 1
+    if len(order) <= n_others:
+        return {}
+    twice = order + order[:n_others]
+    return {i: twice[place + 1 : place + 1 + n_others] for place, i in enumerate(order[:n])}
+
+
+def _by_hash(latents: list[int]) -> list[int]:
+    return sorted(latents, key=lambda i: hashlib.sha256(f"saint control {i}".encode()).digest())
 
 
 def _ranked_texts(

@@ -9,6 +9,8 @@ import numpy as np
 
 from saint.prompts import SET_SIZE
 
+# Of each excerpt or set of a test: its class, and whether the answer was right.
+Outcomes = Sequence[tuple[int, bool]]
 _DRAWS = 2000
 _LEVEL = 0.95
 
@@ -28,7 +30,7 @@ def outcomes(task: str, fields: Mapping[str, Any], truth: Sequence[Any]) -> list
     return [(t, (i in chosen) == bool(t)) for i, t in enumerate(truth, start=1)]
 
 
-def score(task: str, results: Sequence[tuple[int, bool]], *, seed: int) -> dict[str, Any]:
+def score(task: str, results: Outcomes, *, seed: int) -> dict[str, Any]:
     """Accuracy averaged over the classes, with a 95 % bootstrap interval.
 
     Resampling within a class draws from (right + 1/2) / (n + 1) rather than right / n: the plain
@@ -55,7 +57,7 @@ def score(task: str, results: Sequence[tuple[int, bool]], *, seed: int) -> dict[
     return found | ({"chance": 1 / SET_SIZE} if name == "accuracy" else {})
 
 
-def pooled(task: str, per_latent: Sequence[Sequence[tuple[int, bool]]]) -> dict[str, Any]:
+def pooled(task: str, per_latent: Sequence[Outcomes]) -> dict[str, Any]:
     """Mean score over latents with a 95 % bootstrap interval over latents."""
     values = np.array([next(iter(score(task, results, seed=0).values())) for results in per_latent])
     if not values.size:

@@ -13,6 +13,7 @@ from pathlib import Path
 from saint.completions import Effect, Pair, Reading
 from saint.dose import MAX_LOSS, MIN_DISTINCT_SHARE, DoseReport, distinct_pairs
 from saint.latent_guide import Card, Guide, Hit
+from saint.prompts import SET_SIZE
 from saint.steering import Setting
 
 # One hue per chosen latent, in the order of the mix; red is kept for surprise.
@@ -202,6 +203,8 @@ def _card(card: Card, hit: Hit | None, n_saes: int) -> str:
         facts.append(f"label tested: {card.score:.0%} right")
     elif card.certainty is not None:
         facts.append(f"label certainty {card.certainty:.0%}, untested")
+    if card.intruder is not None:
+        facts.append(f"odd one out found in {card.intruder:.0%} (chance {1 / SET_SIZE:.0%})")
     if card.density is not None:
         facts.append(f"on {card.density:.2%} of tokens" if card.density else "never seen firing")
     windows = "".join(window_html(*window) for window in card.windows)

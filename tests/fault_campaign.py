@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 from interpretation_data import row, write_evidence
-from mock_batches import MockApi
+from mock_batches import FAULTS, MockApi
 from program import Finished, finished, start
 
 from saint.ledger import Ledger
@@ -20,11 +20,15 @@ _SETTLE_S = 0.4
 # More than a stage has fsyncs, renames and socket calls, counted before and after.
 _LAST_EVENT = 160
 _MAX_RUNS = 80
+_MAX_ROUNDS = 1000
+_TIMEOUT_S = 1.0
+# What must have happened before a campaign ends: faults of the server, and fates of requests.
+KINDS = FAULTS | {"row:expired", "row:errored", "row:canceled", "rows:out of order", "batch:slow"}
 
 
 @dataclass
 class Tally:
-    """What happened. Each of the last four must stay 0."""
+    """What happened. Each of the last four must stay 0, and `missing` be empty in the end."""
 
     kills: int = 0
     runs: int = 0
@@ -39,6 +43,11 @@ class Tally:
     lost_ids: int = 0
     not_recorded: int = 0
 
+    @property
+    def missing(self) -> list[str]:
+        """Kinds of faults that did not happen yet."""
+        return sorted(KINDS - set(+self.faults))
+
 
 class Round:
     """One directory, one server: kills and faults until everything is answered."""
@@ -51,8 +60,11 @@ class Round:
             fault_rate=0.12,
             accept_delay_s=0.004,
             polls_until_ended=2,
-            random_kinds={"expired": 0.06, "errored": 0.06, "canceled": 0.02},
+            random_kinds={"expired": 0.06, "errored": 0.06, "canceled": 0.04},
+            patience_s=0.9 * _TIMEOUT_S,
         )
+        due = sorted(FAULTS & set(tally.missing))
+        self.api.faults = self.rng.sample(due, min(8, len(due)))
         write_evidence(directory / "evidence.parquet", [row(i, n=8) for i in range(n_latents)])
         self.ids = directory / "response_ids.yaml"
         self.output = directory / "output"
@@ -79,6 +91,7 @@ class Round:
 
     def _run(self, kill: str | None, stage: str, *args: object) -> Finished | None:
         """Run a stage; None when it was killed. kill: at a random "time", or "event"."""
+        args = (*args, "--timeout_s", _TIMEOUT_S)
         self.tally.runs += 1
         assert self.tally.runs < _MAX_RUNS * (self.tally.rounds + 1), "no end in sight"
         event = self.rng.randrange(2, _LAST_EVENT) if kill == "event" else None
@@ -128,6 +141,11 @@ class Round:
         tally.batches += len(api.batches)
         tally.requests += sum(len(batch.requests) for batch in api.batches.values())
         tally.faults += api.injected
+        for batch in api.batches.values():
+            ids = [row["custom_id"] for row in batch.results]
+            tally.faults["rows:out of order"] += ids != [r["custom_id"] for r in batch.requests]
+            tally.faults["batch:slow"] += batch.polls >= api.polls_until_ended
+            tally.faults.update(f"row:{row['result']['type']}" for row in batch.results)
         tally.paid_twice += sum(n - 1 for n in paid.values())
         tally.unanswered += self.n_latents - len(paid)
         listed = yaml.safe_load(self.ids.read_text())
@@ -146,9 +164,13 @@ class Round:
 def campaign(
     directory: Path, n_kills: int, *, seed: int = 0, kills_per_round: int = 5, n_latents: int = 10
 ) -> Tally:
-    """Play rounds until n_kills processes were killed, at random times and at random calls."""
+    """Play rounds until n_kills processes were killed, at random times and at random calls.
+
+    And until every kind of fault has happened: rounds without kills follow where one is missing.
+    """
     tally = Tally()
-    while tally.kills < n_kills:
+    while tally.kills < n_kills or tally.missing:
+        assert tally.rounds < _MAX_ROUNDS, f"never happened: {tally.missing}"
         place = directory / f"round_{tally.rounds}"
         place.mkdir(parents=True)
         left = min(kills_per_round, n_kills - tally.kills)

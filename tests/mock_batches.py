@@ -60,6 +60,7 @@ class MockApi:
     log: list[tuple[str, str]] = field(default_factory=list)
     strangers_asked: list[str] = field(default_factory=list)
     injected: Counter[str] = field(default_factory=Counter)
+    patience_s: float = 0.0  # a client that is silent for less was killed
     archived: bool = False
     age: timedelta = timedelta(0)
 
@@ -188,20 +189,30 @@ class MockApi:
             for fault in self.faults:
                 if fault.startswith(where + ":"):
                     self.faults.remove(fault)
-                    self.injected[fault] += 1
-                    return fault.split(":")[1]
+                    return self._count(where, fault.split(":")[1])
             if where in _FAULTS and self.rng.random() < self.fault_rate:
-                kind = self.rng.choice(_FAULTS[where])
-                self.injected[f"{where}:{kind}"] += 1
-                return kind
+                return self._count(where, self.rng.choice(_FAULTS[where]))
         return None
+
+    def wait_for(self, fault: str) -> None:
+        """Wait until a fault has happened: the server may notice later that its client left."""
+        deadline = time.monotonic() + 30
+        while not self.injected[fault]:
+            assert time.monotonic() < deadline, f"{fault} never happened"
+            time.sleep(0.01)
+
+    def _count(self, where: str, kind: str) -> str:
+        if not kind.startswith("hang"):  # these are counted when the client has given up
+            self.injected[f"{where}:{kind}"] += 1
+        return kind
 
 
 _FAULTS = {
-    "create": ["429", "500", "529", "drop_before", "drop_after"],
-    "read": ["429", "500", "529", "drop_before"],
-    "results": ["cut", "broken", "twice", "500"],
+    "create": "429 500 529 drop_before drop_after hang_before hang_after".split(),
+    "read": ["429", "500", "529", "drop_before", "hang_before"],
+    "results": ["cut", "broken", "twice", "500", "hang_before"],
 }
+FAULTS = frozenset(f"{where}:{kind}" for where, kinds in _FAULTS.items() for kind in kinds)
 
 
 class _Server(ThreadingHTTPServer):
@@ -255,17 +266,31 @@ class _Handler(BaseHTTPRequestHandler):
             return self._error(401, "authentication_error", f"invalid key {given}")
         return self.path[len(BASE_PATH) + 3 :].split("?")[0]
 
+    def _next_fault(self, where: str) -> str | None:
+        self.where = where
+        return self.api.next_fault(where)
+
     def _fail(self, fault: str | None) -> bool:
-        if fault == "drop_before":
-            self.close_connection = True
-            self.connection.close()
+        if fault in ("drop_before", "hang_before"):
+            self._break_off(fault)
         elif fault == "redirect":
             port = self.api.stranger.server_address[1]
             self._json({}, 307, {"Location": f"http://localhost:{port}{self.path}"})
-            return True
         elif fault and fault.isdigit():
             self._error(int(fault), "mock_error", f"mock {fault}")
-        return fault == "drop_before" or bool(fault and fault.isdigit())
+        else:
+            return False
+        return True
+
+    def _break_off(self, fault: str) -> None:
+        """Drop the connection; "hang": say nothing until the client drops it, and count that."""
+        if fault.startswith("hang"):
+            began = time.monotonic()
+            assert not self.connection.recv(1), "the client goes on talking"
+            if time.monotonic() - began >= self.api.patience_s:  # else it was killed
+                self.api.injected[f"{self.where}:{fault}"] += 1
+        self.close_connection = True
+        self.connection.close()
 
     def do_POST(self) -> None:
         length = int(self.headers.get("Content-Length", 0))
@@ -278,12 +303,17 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/messages/batches":
             self._create(body)
         elif path == "/messages/count_tokens":
-            self._json({"input_tokens": self.api.tokens(body)})
+            if not self._fail(self._next_fault("count")):
+                self._json({"input_tokens": self.api.tokens(body)})
         elif path == "/messages":
-            if not self._fail(self.api.next_fault("live")):
+            fault = self._next_fault("live")
+            if not self._fail(fault):
                 with self.api.lock:
                     self.api.live_requests.append(body)
-                self._json(self.api.message(body, self.api.answer(body)))
+                if fault == "hang_after":
+                    self._break_off(fault)
+                else:
+                    self._json(self.api.message(body, self.api.answer(body)))
         elif match := re.fullmatch(r"/messages/batches/([\w-]+)/cancel", path):
             batch = self.api.batches[match[1]]
             batch.canceling = True
@@ -293,7 +323,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _create(self, body: dict[str, Any]) -> None:
         api = self.api
-        fault = api.next_fault("create")
+        fault = self._next_fault("create")
         if self._fail(fault):
             return
         ids = [request["custom_id"] for request in body["requests"]]
@@ -303,8 +333,8 @@ class _Handler(BaseHTTPRequestHandler):
             batch = Batch(f"msgbatch_{len(api.batches):04d}", body["requests"], datetime.now(UTC))
             api.batches[batch.id] = batch
         time.sleep(api.accept_delay_s)
-        if fault == "drop_after":
-            self._fail("drop_before")
+        if fault in ("drop_after", "hang_after"):
+            self._break_off(fault)
         else:
             self._json(api.describe(batch))
 
@@ -316,7 +346,7 @@ class _Handler(BaseHTTPRequestHandler):
         match = re.fullmatch(r"/messages/batches/([\w-]+)(/results)?", path)
         if match and match[2]:
             self._results(api.batches[match[1]])
-        elif self._fail(api.next_fault("read")):
+        elif self._fail(self._next_fault("read")):
             return
         elif match and match[1] in api.batches:
             batch = api.batches[match[1]]
@@ -352,7 +382,7 @@ class _Handler(BaseHTTPRequestHandler):
         )
 
     def _results(self, batch: Batch) -> None:
-        fault = self.api.next_fault("results")
+        fault = self._next_fault("results")
         if self._fail(fault) or not batch.ended:
             return
         lines = [json.dumps(row).encode() + b"\n" for row in batch.results]
@@ -369,6 +399,6 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "cut":
             self.wfile.write(body[: self.api.rng.randrange(len(body))])
             self.wfile.flush()
-            self._fail("drop_before")
+            self._break_off(fault)
         else:
             self.wfile.write(body)

@@ -28,7 +28,7 @@ pa.array([0])  # imports pandas
 ssl.SSLContext.load_verify_locations = lambda *args, **kwargs: None  # type: ignore[method-assign]
 
 os.environ["ANTHROPIC_API_KEY"] = "warm-up"
-client = open_client()
+client = open_client(60)
 resources = (client.messages.batches, client.messages.create)
 try:
     client.copy(base_url="http://127.0.0.1:9", max_retries=0).messages.batches.retrieve("none")

@@ -13,9 +13,16 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from interpretation_data import example, row
-from test_interpret_stages import Workplace, error_of
+from interpretation_data import (
+    example,
+    row,
+    write_dataset,
+    write_evidence,
+    write_top_sentences,
+)
+from interpretation_workplace import Workplace, error_of
 
+from saint.labels import load_labels
 from saint.prompts import (
     PromptOptions,
     detect_prompt,
@@ -44,7 +51,10 @@ def judge(accuracy: float, seed: int = 0):
             letters = []
             for part in text.split("Set ")[1:]:
                 rows = dict(re.findall(r"^([A-E])\. (.*)$", part, re.MULTILINE))
+                topics = re.findall(r"«(topic\d+)»", part)
                 odd = next(letter for letter, line in rows.items() if "«topic" not in line)
+                if len(set(topics)) > 1:  # no pattern is shared
+                    odd = rng.choice("ABCDE")
                 wrong = [letter for letter in rows if letter != odd]
                 letters.append(odd if rng.random() < accuracy else rng.choice(wrong))
             return json.dumps({"intruders": letters})
@@ -75,15 +85,69 @@ def test_a_judge_of_known_accuracy_is_measured_as_such(tmp_path: Path, accuracy:
     assert scores["detect"]["mean"] == pytest.approx(accuracy, abs=0.09)
     assert scores["fuzz"]["mean"] == pytest.approx(accuracy, abs=0.13)
     assert scores["intruder"]["mean"] == pytest.approx(accuracy, abs=0.26)
-    for task in ("detect", "fuzz"):
+    # 240, 120 and 30 decisions.
+    for task, chance, width in (("detect", 0.5, 0.13), ("fuzz", 0.5, 0.16), ("intruder", 0.2, 0.3)):
         control = report["shuffled_label_controls"][task]
-        assert control["latents"] == 6 and control["mean"] == pytest.approx(0.5, abs=0.13)
+        assert control["latents"] == 6 and control["mean"] == pytest.approx(chance, abs=width)
     labels = yaml.safe_load(work.labels.read_text())
     found = labels[3]["score"]["detect"]
     assert found["n"] == 40 and found["ci_low"] <= found["balanced_accuracy"] <= found["ci_high"]
     assert found["ci_low"] < found["ci_high"]
     assert len(work.api.live_requests) == 3
+    controlled = [r for r in labels.values() if "control" in r["score"]["intruder"]]
+    assert len(controlled) == 6 and all(
+        0 <= r["score"]["intruder"]["control"] <= 1 for r in controlled
+    )
     work.api.close()
+
+
+def test_the_intruder_test_needs_no_label(tmp_path: Path):
+    work = Workplace(tmp_path, n_latents=6)
+    work.api.answer = judge(1.0)
+    assert work.send("--task", "intruder", "--n_controls", 2).returncode == 0
+    assert work.retrieve().returncode == 0
+    done = work.parse("--report")
+    assert done.returncode == 0 and "0 labels" in done.stderr, done.stderr
+    found = yaml.safe_load(work.labels.read_text())
+    assert sorted(found) == list(range(6))
+    for record in found.values():
+        # No word stands in for the label that is not there.
+        assert record["common_semantic"] == "" and record["certainty"] is None
+        measured = record["score"]["intruder"]
+        assert measured["accuracy"] == 1 and measured["ci_low"] < 1 == measured["ci_high"]
+        assert measured["chance"] == 0.2 and measured["n"] == 5
+    assert sum("control" in r["score"]["intruder"] for r in found.values()) == 2
+    report = json.loads((work.output / "parsed_responses.report.json").read_text())
+    assert report["labels"] == 0 and report["scores"]["intruder"]["latents"] == 6
+    assert report["shuffled_label_controls"]["intruder"]["latents"] == 2
+    label = load_labels(work.labels)[3]
+    assert label.text == "" and label.intruder == 1.0 and label.score is None
+    # There is nothing that detection could test.
+    assert "no latent is left" in error_of(
+        work.send("--task", "detect", "--labels_path", work.labels)
+    )
+    # Words from the evidence may name them, and Claude some of them later: all scores stay.
+    words = work.top_tokens()
+    assert words.returncode == 0, words.stderr
+    named = yaml.safe_load(work.labels.read_text())
+    assert named[3]["common_semantic"] == "topic3" and named[3]["score"]["intruder"]["n"] == 5
+    assert work.send("--latents", "2,4").returncode == 0
+    work.retrieve()
+    for task in (("--task", "explain"), ()):
+        assert work.parse(*task).returncode == 0
+        named = yaml.safe_load(work.labels.read_text())
+        assert {i for i, r in named.items() if r["common_semantic"]} == {2, 4}
+        assert list(named)[:2] == [2, 4] and named[2]["common_semantic"] == "the word topic2"
+        assert all(r["score"]["intruder"]["accuracy"] == 1 for r in named.values())
+    work.api.close()
+
+
+def test_strangers_share_no_pattern():
+    others = [row(i) for i in (4, 5, 6, 7)]
+    prompt = intruder_prompt(row(3), PromptOptions(), others)
+    assert prompt is not None and "topic3" not in prompt.text
+    for part in prompt.text.split("Set ")[1:]:
+        assert sorted(re.findall(r"«topic(\d)»", part)) == ["4", "5", "6", "7"]
 
 
 def test_scores_belong_to_the_label_they_measured(tmp_path: Path):
@@ -113,6 +177,46 @@ def test_scores_belong_to_the_label_they_measured(tmp_path: Path):
 
 def _the_word(params: dict[str, Any]) -> dict[str, Any]:
     return {"content": params["messages"][0]["content"].replace("any word", "the word")}
+
+
+def _swapped(latent: int) -> dict[str, Any]:
+    """The evidence of another run, whose test split is what the first one's explainer saw."""
+    other = {"explain": "test", "test": "explain", "": ""}
+    examples = [e | {"split": other[e["split"]]} for e in row(latent)["examples"]]
+    return row(latent) | {"examples": examples}
+
+
+@pytest.mark.parametrize("made_from", ["the same file", "another file", "the YAML"])
+def test_no_label_is_tested_on_what_it_was_made_from(tmp_path: Path, made_from: str):
+    work = Workplace(tmp_path, n_latents=3)
+    work.api.answer = judge(1.0)
+    evidence = work.tops / "evidence.parquet"
+    aside = evidence.rename(work.tops / "aside.parquet")
+    if made_from == "the YAML":
+        work.api.answer = lambda _: json.dumps({"common_semantic": "words", "certainty": 0.9})
+        write_top_sentences(work.yaml, 3)
+        labels = work.everything("--dataset_dir", write_dataset(tmp_path / "data", 50))
+    else:
+        labels = work.everything("--evidence_path", aside)
+    assert len(labels) == 3
+    rows = [row(i) if made_from != "another file" else _swapped(i) for i in range(3)]
+    write_evidence(evidence, rows)
+    before, asked = work.files(), len(work.api.log)
+    for task in ("detect", "fuzz"):
+        for dry in ((), ("--dry_run",)):
+            done = work.send("--task", task, "--labels_path", work.labels, *dry)
+            if made_from == "the same file":
+                assert done.returncode == 0 and "not known" not in done.stderr
+            else:
+                assert "latent 0 would be tested on sentence" in error_of(done)
+    if made_from != "the same file":
+        assert work.files() == before and len(work.api.log) == asked
+    # Labels of which this ledger knows nothing are tested, and it says so.
+    work.ids = work.tops / "other_ids.yaml"
+    work.api.answer = lambda _: '{"fires": [1]}'
+    done = work.send("--task", "detect", "--labels_path", work.labels)
+    assert done.returncode == 0 and "3 of 3 labels were not made by this ledger" in done.stderr
+    work.api.close()
 
 
 def test_tests_need_labels_and_evidence(tmp_path: Path):

@@ -27,6 +27,7 @@ from saint.runtime import UserError
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
+UNNAMED = 11  # has an intruder score and no label
 LABEL = 'names of <b>zebras</b> & "others"'
 
 
@@ -41,11 +42,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = open_evidence(root / "top" / "evidence.parquet").iter_latents()
     labelled = next(row["latent"] for row in rows if row["latent"] > 128 and is_telling(row))
     scores = {"detect": {"balanced_accuracy": 0.9, "ci_low": 0.8, "ci_high": 0.95, "n": 40}}
+    intruder = {"accuracy": 0.6, "ci_low": 0.3, "ci_high": 0.8, "n": 5, "chance": 0.2}
     labels = {
         labelled: {"common_semantic": LABEL, "certainty": 0.8, "score": scores},
         13: {"common_semantic": "plain words", "certainty": 0.5},
         9: {"common_semantic": "swords", "certainty": 0.9},
         12: {"common_semantic": "wordsmiths", "certainty": 0.7},
+        UNNAMED: {"common_semantic": "", "certainty": None, "score": {"intruder": intruder}},
     }
     (root / "labels.yaml").write_text(yaml.safe_dump(labels))
     latent_browser.main(arguments(root))
@@ -191,6 +194,15 @@ def page(browser: Any, made: Path) -> Iterator[Any]:
     yield tab
     context.close()
     assert not [error for error in errors if not error.startswith(("data:", "blob:"))]
+
+
+def test_a_latent_that_was_tested_but_not_named(page: Any, made: Path) -> None:
+    summary = chunks(made)["summary"]["extra"]
+    assert summary["meta"]["n_labels"] == 4 and summary["labels"].split("\n")[UNNAMED] == ""
+    page.evaluate(f"location.hash = '#/latent/{UNNAMED}'")
+    article = page.locator(f"article[data-latent='{UNNAMED}']")
+    assert "intruder score 0.60 (0.30–0.80)" in article.locator(".badges").inner_text()
+    assert article.locator("h1").inner_text() not in ("", "null", "undefined")
 
 
 def test_search_open_and_read_the_top_window(page: Any, made: Path) -> None:

@@ -141,6 +141,16 @@ def test_cards_hold_windows_in_units_and_escape_everything(studio, evidence):
     html = cards_html([(card, None)], n_saes=1)
     assert "<script>" not in html and "<b>nuclear" not in html and "&lt;b&gt;nuclear" in html
     assert "80% right" in html
+    assert "odd one out" not in html
+
+
+def test_a_latent_that_was_tested_but_not_named_shows_its_score_and_is_no_label(studio, evidence):
+    scores = {"scores": {"intruder": {"accuracy": 0.6, "ci_low": 0.3, "ci_high": 0.8, "n": 5}}}
+    guide = make_guide({6: Label("", extra=scores)}, evidence, studio.dictionaries[0])
+    assert not guide.labels and guide.clearest(3, studio.tokenizer) == []
+    assert search_labels(studio, [guide], "latent") == []
+    html = cards_html([(make_card(studio, [guide], 0, 6), None)], n_saes=1)
+    assert "latent 6" in html and "odd one out found in 60% (chance 20%)" in html
 
 
 def test_clear_latents_come_tested_first_and_common_ones_last(studio, evidence):

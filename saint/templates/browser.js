@@ -341,8 +341,9 @@ function badges(i, extra) {
   const interval = (task) => (task?.ci_low === undefined ? "" : ` (${task.ci_low.toFixed(2)}–${task.ci_high.toFixed(2)})`);
   const score = known("score", i);
   if (score !== null) badge("detection score", score.toFixed(2) + interval(extra?.scores?.detect), score >= 0.75 ? "good" : score < 0.6 ? "poor" : "");
-  const fuzz = extra?.scores?.fuzz;
+  const fuzz = extra?.scores?.fuzz, intruder = extra?.scores?.intruder;
   if (fuzz?.balanced_accuracy !== undefined) badge("fuzzing score", fuzz.balanced_accuracy.toFixed(2) + interval(fuzz));
+  if (intruder?.accuracy !== undefined) badge("intruder score", intruder.accuracy.toFixed(2) + interval(intruder), intruder.ci_low > intruder.chance ? "good" : "poor");
   if (known("certainty", i) !== null) badge("own certainty", known("certainty", i).toFixed(2));
   if (extra?.source) badge("label from", extra.source);
   return list.children.length ? list : null;
