@@ -15,12 +15,15 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from saint.runtime import UserError, atomic_path
 
-_SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu_step.cpp", "cpu_encoder.cpp"))
+_SOURCES = tuple(
+    Path(__file__).with_name(name) for name in ("cpu_step.cpp", "cpu_encoder.cpp", "cpu_tally.cpp")
+)
 _HEADER = Path(__file__).with_name("cpu_kernels.h")
 _FLAGS = (
     "-O3",
@@ -72,15 +75,29 @@ def library() -> ctypes.CDLL:
         raise UserError(f"the compiled kernels cannot be used: {error}") from None
     loaded.saint_norm.restype = ctypes.c_double
     loaded.saint_rescore.restype = ctypes.c_int64
+    loaded.saint_reduce_by_sentence.restype = ctypes.c_int64
     return loaded
 
 
-def _call(name: str, *arguments: Tensor | int | float | ctypes.Structure) -> float:
+@cache
+def is_available() -> bool:
+    """Whether this machine can have the kernels."""
+    try:
+        library()
+    except UserError:
+        return False
+    return True
+
+
+def _call(name: str, *arguments: Tensor | np.ndarray | int | float | ctypes.Structure) -> float:
     """Call a kernel; tensors must be contiguous, on the CPU, float32, int32 or uint8."""
     converted = []
     for argument in arguments:
         if isinstance(argument, Tensor):
             converted.append(ctypes.c_void_p(_pointer(argument)))
+        elif isinstance(argument, np.ndarray):
+            assert argument.flags.c_contiguous
+            converted.append(ctypes.c_void_p(argument.ctypes.data))
         elif isinstance(argument, ctypes.Structure):
             converted.append(ctypes.byref(argument))
         elif isinstance(argument, float):
@@ -309,3 +326,16 @@ def update(
 ) -> None:
     """Take one Adam step on scale · gradient and give the decoder directions unit norm again."""
     _call("saint_update", gradient, parameters, step, float(scale), grad_b_pre)
+
+
+def reduce_by_sentence(
+    values: np.ndarray, indices: np.ndarray, offsets: np.ndarray, n_latents: int
+) -> tuple[np.ndarray, ...]:
+    """Return sentences, latents, n_tokens, sums and maxima, as `top_sentences.Pairs` has them."""
+    n, k = values.shape
+    arrays = [np.ascontiguousarray(offsets, np.int64)]
+    arrays += [np.ascontiguousarray(values), np.ascontiguousarray(indices, np.int32)]
+    outputs = tuple(np.empty(n * k, dtype) for dtype in (*[np.int64] * 3, np.float64, np.float32))
+    sizes = (len(offsets) - 1, n_latents, k)
+    n_pairs = int(_call("saint_reduce_by_sentence", *sizes, *arrays, *outputs))
+    return tuple(column[:n_pairs] for column in outputs)

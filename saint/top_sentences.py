@@ -10,11 +10,13 @@ on the order in which shards or ranks are merged. This runs on the CPU, beside t
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from saint import cpu_kernels
 from saint.runtime import atomic_path
 
 EMPTY = -1
@@ -50,7 +52,7 @@ def priority(hashes: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Pairs:
-    """(sentence, latent) pairs with any activation above 0, sorted by latent, then sentence.
+    """(sentence, latent) pairs with any activation above 0, each once.
 
     sentences: (n,), index of the sentence in its chunk. latents: (n,). n_tokens: (n,),
     on how many the latent fires. sums: (n,) float64, added up in token order. maxima: (n,) float32.
@@ -248,13 +250,17 @@ class TopN:
             rows = self._threshold[start : start + 1024]
             np.maximum(rows, np.where(known, edges.view(np.float32), 0), out=rows)
 
-    def _compact(self) -> None:
-        """Drop waiting rows under the thresholds, and rank them all if that is not enough."""
+    def _drop(self) -> None:
+        """Drop waiting rows under the thresholds."""
         self._raise_thresholds()
         latents, values, ids, payload = self._joined()
         kept = values >= self._threshold[latents]
         self._waiting = [(latents[kept], values[kept], ids[kept], payload[kept])]
         self._n_waiting = len(self._waiting[0][0])
+
+    def _compact(self) -> None:
+        """Drop waiting rows under the thresholds, and rank them all if that is not enough."""
+        self._drop()
         if self._n_waiting > 3 * self._limit // 4:
             self.merge()
 
@@ -265,6 +271,7 @@ class TopN:
         """Merge the waiting rows into the kept ones."""
         if not self._n_waiting:
             return
+        self._drop()
         held = np.nonzero(self.ids != EMPTY)
         kept = (held[0].astype(np.int32), self.values[held], self.ids[held], self.payload[held])
         self._waiting.append(kept)
@@ -308,6 +315,7 @@ class Tally:
         self.n_firing_tokens = np.zeros(n_latents, np.int64)
         self.n_firing_sentences = np.zeros(n_latents, np.int64)
         self.maxima = np.zeros(n_latents, np.float32)
+        self._compiled = cpu_kernels.is_available()
         self._latent_hashes = mix(mix(np.array([seed])) + np.arange(n_latents, dtype=np.uint64))
 
     @property
@@ -322,18 +330,21 @@ class Tally:
             1, (1 << max(0, 32 - (self.n_latents - 1).bit_length())) // chunk.values.shape[1]
         )
         for part in chunk.split(min(limit, _CHUNK_TOKENS)):
-            pairs = reduce_by_sentence(part.values, part.indices, part.offsets)
+            pairs = self._reduce(part)
             self._count(pairs)
             self._rank(part, pairs)
 
+    def _reduce(self, part: Chunk) -> Pairs:
+        arrays = part.values, part.indices, part.offsets
+        if self._compiled:
+            return Pairs(*cpu_kernels.reduce_by_sentence(*arrays, self.n_latents))
+        return reduce_by_sentence(*arrays)
+
     def _count(self, pairs: Pairs) -> None:
-        if not len(pairs.latents):
-            return
-        starts = run_starts(pairs.latents)
-        firing = pairs.latents[starts]
-        self.n_firing_sentences[firing] += run_lengths(starts, len(pairs.latents))
-        first = np.cumsum(pairs.n_tokens) - pairs.n_tokens
-        self.n_firing_tokens[firing] += run_lengths(first[starts], int(pairs.n_tokens.sum()))
+        n = self.n_latents
+        self.n_firing_sentences += np.bincount(pairs.latents, minlength=n)
+        n_tokens = np.bincount(pairs.latents, weights=pairs.n_tokens, minlength=n)
+        self.n_firing_tokens += n_tokens.astype(np.int64)
         higher = np.flatnonzero(pairs.maxima > self.maxima.take(pairs.latents))
         np.maximum.at(self.maxima, pairs.latents[higher], pairs.maxima[higher])
 
@@ -356,8 +367,8 @@ class Tally:
 
     def finish(self) -> None:
         """Merge what waits; call before reading the results."""
-        for top in self.tops.values():
-            top.merge()
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(TopN.merge, self.tops.values()))
 
     def state(self) -> dict[str, np.ndarray]:
         """Return all results for `absorb` on another rank."""

@@ -17,7 +17,7 @@ from tiny_store import TinyStore, make_store
 
 import capture_top_activating_sentences as stage
 from sae import standardise
-from saint import sparse_activations, top_sentences
+from saint import cpu_kernels, sparse_activations, top_sentences
 from saint.activation_store import open_store
 from saint.evidence import KINDS, open_evidence
 from saint.manifests import read_manifest
@@ -359,14 +359,22 @@ def test_mix_is_splitmix64() -> None:
 
 
 @pytest.mark.parametrize("n_latents", [40, 1 << 20])
-def test_pairs_equal_a_loop_with_32_and_64_bit_keys(n_latents: int) -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_pairs_equal_a_loop_with_32_and_64_bit_keys(n_latents: int, compiled: bool) -> None:
+    if compiled and not cpu_kernels.is_available():
+        pytest.skip("no C++ compiler")
     rng = np.random.default_rng(0)
     lengths = rng.integers(1, 40, 300)
     offsets = np.concatenate([[0], lengths.cumsum()])
     step = n_latents // 8
     indices = (rng.integers(0, step, (offsets[-1], 8)) + step * np.arange(8)).astype(np.int32)
     values = rng.random(indices.shape, np.float32).clip(0.3) - np.float32(0.3)
-    pairs = top_sentences.reduce_by_sentence(values, indices, offsets)
+    if compiled:
+        parts = cpu_kernels.reduce_by_sentence(values, indices, offsets, n_latents)
+        order = np.lexsort((parts[0], parts[1]))
+        pairs = top_sentences.Pairs(*(column[order] for column in parts))
+    else:
+        pairs = top_sentences.reduce_by_sentence(values, indices, offsets)
     expected: dict[tuple[int, int], list[float]] = {}
     for sentence in range(len(lengths)):
         for row in range(offsets[sentence], offsets[sentence + 1]):
@@ -376,4 +384,5 @@ def test_pairs_equal_a_loop_with_32_and_64_bit_keys(n_latents: int) -> None:
     keys = sorted(expected)
     assert list(zip(pairs.latents.tolist(), pairs.sentences.tolist(), strict=True)) == keys
     np.testing.assert_allclose(pairs.sums, [sum(expected[key]) for key in keys], rtol=1e-12)
+    assert pairs.n_tokens.tolist() == [len(expected[key]) for key in keys]
     assert pairs.maxima.tolist() == [max(expected[key]) for key in keys]
