@@ -221,7 +221,7 @@ class _Tools:
     """The tabs below: looking closer, finding the dose, keeping and sharing."""
 
     def __init__(self, desk: Desk, mix: gr.HTML, fields: list[Any]) -> None:
-        prompts, chat, seed = fields[0], fields[-1], fields[-2]
+        prompts, chat = fields[0], fields[-1]
         with gr.Tabs():
             with gr.Tab("Look inside a prompt"):
                 look = gr.Button("Show the first prompt, token by token", elem_id="look")
@@ -230,16 +230,18 @@ class _Tools:
                 view.pressed(shown(desk.choose), mix, mix, **_QUIET)
             with gr.Tab("Find the dose"):
                 gr.HTML(
-                    "<div class='saint'><p class='muted'>Turns the first latent of the mix up step "
-                    "by step on a few prompts, and looks for the strongest dose that leaves the "
-                    "text fluent.</p></div>"
+                    "<div class='saint'><p class='muted'>Turns one latent of the mix up step by "
+                    "step on a few prompts, and looks for the strongest dose that leaves the text "
+                    "fluent.</p></div>"
                 )
+                which = gr.Dropdown([], label="Latent of the mix", elem_id="dose_latent")
                 with gr.Row():
-                    start = gr.Button("Sweep the first latent", elem_id="sweep")
+                    start = gr.Button("Sweep this latent", elem_id="sweep")
                     end = gr.Button("Stop", scale=0, min_width=90)
                 plot = gr.HTML("", elem_id="dose")
-                inputs = [mix, prompts, seed]
-                sweeping = start.click(shown(desk.sweep_first), inputs, plot, **_BUSY, **_MODEL)
+                mix.change(shown(desk.dose_choices), [mix, which], which, **_QUIET)
+                inputs = [which, *fields]
+                sweeping = start.click(shown(desk.sweep_chosen), inputs, plot, **_BUSY, **_MODEL)
                 end.click(None, cancels=[sweeping], **_QUIET)
             with gr.Tab("Keep and share"):
                 self._keep(desk, mix, fields)

@@ -1,9 +1,7 @@
-"""Steering: the edit against a dense float64 formula, neutrality, measurements, the terminal."""
+"""Steering: the edit against a dense float64 formula, neutrality, measurements."""
 
 import json
 import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_steering import D_MODEL, N_LATENTS, make_sae, make_studio, one_thread, write_setup
 
-import llama_3_inference_text_completion as terminal
 from llama_3 import HookPoint, Llama, LlamaArgs, generate, load_llama
 from sae import SAEConfig, TopKSparseAutoencoder
 from saint.completions import complete_pairs, generate_ids, read, stream_pairs
@@ -303,7 +300,9 @@ def test_bad_notation_is_one_clear_error(text):
         ({"settings": (Setting(64),)}, "0 to 63"),
         ({"settings": (Setting(3, sae=1),)}, "SAE 1"),
         ({"settings": (Setting(3), Setting(3))}, "twice"),
+        ({"settings": tuple(map(Setting, range(33)))}, "33 steered latents: at most 32"),
         ({"prompts": ("word " * 130,), "max_new_tokens": 256}, "context"),
+        ({"prompts": ("word " * 30,) * 8, "max_new_tokens": 256}, "tokens: at most 3072"),
     ],
 )
 def test_bad_requests_are_refused_before_any_work(studio, changes, message):
@@ -337,7 +336,7 @@ def test_dose_proposal_stops_at_the_first_break():
 
 
 def test_sweep_measures_the_text_under_the_plain_model(studio):
-    request = dose_request([PROMPT, "the court"], max_new_tokens=8)
+    request = dose_request(Request((PROMPT, "the court")), max_new_tokens=8)
     reports = list(sweep(studio, Setting(3, "scale", 2.0), request, (0.5, 2.0)))
     points = reports[-1].points
     assert [p.strength for p in points] == [0.0, 0.5, 2.0] and len(reports) == 3
@@ -372,66 +371,3 @@ def test_three_billion_parameters_and_a_65k_sae_fit():
     assert sum(weights.values()) < 8.2e9
     assert sum(weights.values()) + cache + logits < 10 * 2**30
     assert encoder < 2 * 2**30
-
-
-def run(setup, *flags):
-    model_dir, sae_path = setup
-    command = [sys.executable, "llama_3_inference_text_completion.py", "--device", "cpu"]
-    command += ["--dtype", "float32", "--llama_model_dir", str(model_dir)]
-    command += ["--sae_model_path", str(sae_path), *flags]
-    return subprocess.run(
-        command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120, env=ENVIRONMENT
-    )
-
-
-def test_terminal_prints_what_the_library_computes(setup, studio):
-    flags = ("--prompt", PROMPT, "--steer", "3=+1.5", "5=off", "--max_new_tokens", "5", "--json")
-    done = run(setup, *flags)
-    assert done.returncode == 0, done.stderr
-    record = json.loads(done.stdout)
-    request = request_from_json(record["request"])
-    assert request.settings == (Setting(3, "add", 1.5), Setting(5, "ablate", 0.0))
-    # The saved SAE is the fixture's, so the texts are too.
-    (pair,) = complete_pairs(studio, request)
-    assert record["pairs"][0]["steered"]["text"] == pair.steered.text
-    assert record["pairs"][0]["effects"][0]["realised"] == pytest.approx(pair.effects[0].realised)
-
-
-def test_terminal_errors_are_one_line(setup):
-    done = run(setup, "--prompt", "a", "--steer", "64=+1")
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert done.stderr.strip().splitlines()[-1] == "error: latent 64: this SAE has 0 to 63"
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (("--steer", "abc"), "expected LATENT"),
-        (("--sae_layer_idx", "3"), "layer"),
-        (("--sae_layer_idx", "1", "2"), "2 values for 1 SAEs"),
-        (("--labels_path", "nowhere.yaml"), "nowhere.yaml"),
-        (("--evidence_path", "nowhere.parquet"), "nowhere.parquet"),
-        (("--sae_model_path", "nowhere.pt"), "nowhere.pt"),
-        (("--request", "nowhere.json"), "nowhere.json"),
-    ],
-)
-def test_terminal_refuses_bad_flags(setup, flags, message):
-    argv = ["--llama_model_dir", str(setup[0]), "--sae_model_path", str(setup[1]), "--prompt", "a"]
-    with pytest.raises((UserError, OSError), match=message):
-        terminal.main([*argv, *flags])
-
-
-def test_older_checkpoints_take_what_they_do_not_know_from_flags(setup, tmp_path, capsys):
-    sae = make_sae()
-    names = {"encoder.weight": sae.W_enc, "encoder.bias": sae.b_enc, "b_pre": sae.b_pre}
-    torch.save({**names, "decoder.weight": sae.W_dec.T.contiguous()}, tmp_path / "old.pt")
-    argv = ["--llama_model_dir", str(setup[0]), "--sae_model_path", str(tmp_path / "old.pt")]
-    argv += ["--prompt", PROMPT, "--steer", "3=+1", "--max_new_tokens", "2", "--json"]
-    with pytest.raises(UserError, match="--sae_layer_idx"):
-        terminal.main([*argv, "--k", "8"])
-    terminal.main(
-        [*argv, "--k", "8", "--sae_layer_idx", "1", "--hook_point", "attn_norm", "--no_bos"]
-    )
-    (pair,) = json.loads(capsys.readouterr().out)["pairs"]
-    # No maximum is known: the strength is the raw activation.
-    assert pair["effects"][0]["target"] - pair["effects"][0]["present"] == pytest.approx(1.0)
