@@ -89,7 +89,7 @@ class Limits:
     prompt_chars: int = 4000
     new_tokens: int = 256
     settings: int = 32
-    tokens: int = 3072
+    tokens: int = 2560
 
 
 @dataclass(frozen=True)

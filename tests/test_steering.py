@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_steering import D_MODEL, N_LATENTS, make_sae, make_studio, one_thread, write_setup
 
-from llama_3 import HookPoint, Llama, LlamaArgs, generate, load_llama
-from sae import SAEConfig, TopKSparseAutoencoder
+from llama_3 import HookPoint, generate, load_llama
+from saint import kernels
 from saint.completions import complete_pairs, generate_ids, read, stream_pairs
 from saint.dose import DosePoint, distinct_pairs, dose_request, propose, sweep
 from saint.runtime import UserError
-from saint.steering import Request, Setting, build_edits, parse_setting, request_from_json
+from saint.steering import Limits, Request, Setting, build_edits, parse_setting, request_from_json
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 REPOSITORY = Path(__file__).parent.parent
@@ -302,7 +303,7 @@ def test_bad_notation_is_one_clear_error(text):
         ({"settings": (Setting(3), Setting(3))}, "twice"),
         ({"settings": tuple(map(Setting, range(33)))}, "33 steered latents: at most 32"),
         ({"prompts": ("word " * 130,), "max_new_tokens": 256}, "context"),
-        ({"prompts": ("word " * 30,) * 8, "max_new_tokens": 256}, "tokens: at most 3072"),
+        ({"prompts": ("word " * 20,) * 8, "max_new_tokens": 256}, "tokens: at most 2560"),
     ],
 )
 def test_bad_requests_are_refused_before_any_work(studio, changes, message):
@@ -357,17 +358,32 @@ def test_reading_is_the_plain_models_whatever_was_steered(studio):
 
 
 def test_three_billion_parameters_and_a_65k_sae_fit():
-    """Weights, the cache and the largest temporaries of the demo, from tensor sizes."""
-    args = LlamaArgs(3072, 28, 24, 8, 128, 8192, 128256, tied=True)
-    meta = torch.device("meta")
-    with torch.device("meta"):
-        model = Llama(args, device=meta, dtype=torch.bfloat16)
-    sae = TopKSparseAutoencoder(SAEConfig(3072, 65536, 64, layer=22), device="meta")
-    weights = {id(w): w.numel() * w.element_size() for m in (model, sae) for w in m.parameters()}
-    batch, length = 8, 512 + 256
-    cache = 2 * 2 * args.n_layers * batch * length * args.n_kv_heads * args.head_dim * 2
-    logits = 4 * batch * args.vocab_size * 4
-    encoder = batch * length * sae.config.n_latents * 4
-    assert sum(weights.values()) < 8.2e9
-    assert sum(weights.values()) + cache + logits < 10 * 2**30
-    assert encoder < 2 * 2**30
+    """The benchmark's sum for the demo at its limits, its large parts counted here again."""
+    memory = runpy.run_path(str(Path(__file__).parent.parent / "benchmarks" / "memory.py"))
+    limits = Limits()
+    parts = memory["demo_bytes"](memory["SHAPE"], memory["DICTIONARY"], limits)
+    layer = 3072 * 128 * (24 + 8 + 8 + 24) + 3 * 3072 * 8192 + 2 * 3072
+    model = 2 * (128256 * 3072 + 28 * layer + 3072)
+    sae = 4 * (2 * 65536 * 3072 + 65536 + 3072)
+    caches = 2 * (2 * 28 * 8 * 128 * limits.tokens * 2)  # plain and steered; keys and values
+    encoder = kernels.BLOCK_ELEMENTS * 4
+    named = ("model (bf16)", "SAE (float32)", "caches of both runs", "pre-activations, one block")
+    assert [parts[name] for name in named] == [model, sae, caches, encoder]
+    residual = 4 * 3072 * limits.tokens
+    assert parts["peak"] >= model + sae + caches + encoder + 6 * residual
+    assert parts["peak"] >= model + sae + 2 * 128256 * 3072  # the embedding's copy while loading
+    assert parts["peak"] + memory["CUDA_CONTEXT"] < 10e9
+
+
+def test_caches_are_as_large_as_the_limit_counts_and_no_larger(studio, monkeypatch):
+    sizes, zeros = [], torch.zeros
+    monkeypatch.setattr(
+        "llama_3.generation.torch.zeros", lambda *a, **k: sizes.append(a[0]) or zeros(*a, **k)
+    )
+    request = Request((PROMPT, "the court"), (Setting(3),), max_new_tokens=5)
+    longest = max(len(studio.encode(prompt, chat=False)) for prompt in request.prompts)
+    tokens = len(request.prompts) * (longest + 5)
+    complete_pairs(replace(studio, limits=Limits(tokens=tokens)), request)
+    assert [shape[2] * shape[3] for shape in sizes if len(shape) == 6] == [tokens, tokens]
+    with pytest.raises(UserError, match=f"are {tokens} tokens: at most {tokens - 1}"):
+        complete_pairs(replace(studio, limits=Limits(tokens=tokens - 1)), request)

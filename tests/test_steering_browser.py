@@ -1,6 +1,7 @@
 """The steering page in a real browser, used as a visitor uses it."""
 
 import base64
+import json
 from collections.abc import Iterator
 
 import pytest
@@ -20,7 +21,9 @@ from tiny_steering import LABELS, one_thread
 
 import saint.completions
 import saint.steering
+from saint.dose import dose_request, sweep
 from saint.steering_desk import DEFAULT_STRENGTH, TEMPERATURE, TOP_P
+from saint.studio import EXAMPLE_PROMPTS
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -107,6 +110,23 @@ def test_closing_the_tab_ends_the_work(site, browser):
     assert site.brake.steps - start < 2 * 40, "it ran to its end"
 
 
+def test_a_waiting_visitor_sees_the_place_in_the_queue(site, browser, tab):
+    site.brake.seconds = 0.15
+    tab.click("#run")
+    tab.wait_for_selector("#result .caret")
+    with open_tab(site, browser) as second, open_tab(site, browser) as third:
+        for page, place in ((second, "queue: 1/1"), (third, "queue: 2/2")):
+            sync_api.expect(page.get_by_text("queue:")).to_have_count(0)
+            page.click("#run")
+            status = page.locator("#result").get_by_text(place)
+            status.scroll_into_view_if_needed()
+            sync_api.expect(status).to_be_in_viewport()  # nothing clips it
+        site.brake.seconds = 0.0
+        for page in (second, third):
+            page.wait_for_selector("#result .done")
+            sync_api.expect(page.locator("#result")).not_to_contain_text("queue")
+
+
 def test_labels_and_model_text_are_never_markup(site, tab):
     choose(tab, "bold")
     assert LABELS[9] in tab.inner_text("#results .card")
@@ -117,17 +137,54 @@ def test_labels_and_model_text_are_never_markup(site, tab):
     assert tab.evaluate("window.hacked") is None and tab.locator("#result img").count() == 0
 
 
-def test_modes_remove_prompt_view_dose_and_export(site, tab):
+def dials(tab):
+    return tab.locator("#mix .dial .name").all_inner_texts()
+
+
+def test_chosen_latents_can_be_removed_one_by_one(tab):
+    for query in ("nuclear", "court", "bold"):
+        choose(tab, query)
+    names = dials(tab)
+    assert [name.partition(" (#")[0] for name in names] == [LABELS[3], LABELS[5], LABELS[9]]
+    tab.get_by_role("button", name="remove latent 5").click()
+    assert dials(tab) == [names[0], names[2]]
+    compare(tab)
+    rows = tab.locator("#result table.effects tbody th").all_inner_texts()
+    assert rows == [names[0], names[2]]
+    choose(tab, "court")
+    assert dials(tab) == [names[0], names[2], names[1]]
+
+
+def test_dose_of_the_latent_that_is_picked(site, tab):
+    for query in ("nuclear", "court"):
+        choose(tab, query)
+    tab.click("#settings button")
+    tab.get_by_label("only new").check()
+    tab.get_by_role("tab", name="Find the dose").click()
+    which = field(tab, "dose_latent")
+    sync_api.expect(which).to_have_value(f"{LABELS[3]} (#3)")
+    which.click()
+    tab.get_by_role("option", name=LABELS[5]).click()
+    tab.click("#sweep")
+    tab.wait_for_selector("#dose .doseplot")
+    tab.wait_for_function("document.querySelectorAll('#dose tbody tr').length === 9")
+    assert LABELS[5] in tab.inner_text("#dose .verdict")
+    prompts = (PROMPT, *(p for p in EXAMPLE_PROMPTS if p != PROMPT))
+    request = dose_request(saint.steering.Request(prompts, where="generated"))
+    *_, report = sweep(site.desk.studio, saint.steering.Setting(5), request)
+    concepts = tab.locator("#dose tbody tr td:nth-child(2)").all_inner_texts()
+    assert concepts == [f"{point.concept:.2f}×" for point in report.points]
+    tab.get_by_role("button", name="remove latent 5").click()
+    sync_api.expect(which).to_have_value(f"{LABELS[3]} (#3)")
+
+
+def test_modes_remove_prompt_view_and_export(site, tab):
     choose(tab)
     tab.select_option("#mix select", "scale")
     assert "multiplies" in tab.inner_text("#mix .says")
     tab.select_option("#mix select", "add")
     tab.click("#look")
     tab.wait_for_selector("#view table.heat")
-    tab.get_by_role("tab", name="Find the dose").click()
-    tab.click("#sweep")
-    tab.wait_for_selector("#dose .doseplot")
-    tab.wait_for_function("document.querySelectorAll('#dose tbody tr').length === 9")
     tab.get_by_role("tab", name="Keep and share").click()
     tab.click("#export")
     href = tab.get_attribute("#download a", "href")
@@ -165,6 +222,48 @@ def test_json_and_presets_bring_settings_back(site, tab):
     tab.wait_for_selector("#mix .dial")
     assert "nuclear weapons" in tab.inner_text("#mix .dial")
     sync_api.expect(field(tab, "seed")).to_have_value("17")
+
+
+def test_json_that_is_pasted_fills_the_fields(tab):
+    request = saint.steering.Request(
+        (PROMPT, "the court"), (saint.steering.Setting(5, "scale", 2.0),), "prompt", seed=23
+    )
+    tab.get_by_role("tab", name="Keep and share").click()
+    editor = tab.locator("#json .cm-content")
+    editor.fill(json.dumps({"request": request.to_json()}))
+    tab.click("#load")
+    tab.wait_for_selector("#mix .dial")
+    assert dials(tab) == [f"{LABELS[5]} (#5)"]
+    assert tab.locator("#mix select").input_value() == "scale"
+    assert field(tab, "prompts").input_value() == f"{PROMPT}\nthe court"
+    tab.click("#settings button")
+    sync_api.expect(field(tab, "seed")).to_have_value("23")
+    sync_api.expect(tab.get_by_label("only the prompt's")).to_be_checked()
+    editor.fill("nothing")
+    tab.click("#load")
+    sync_api.expect(tab.get_by_text("the settings are not JSON")).to_be_visible()
+    assert dials(tab) == [f"{LABELS[5]} (#5)"]
+
+
+def test_presets_can_be_deleted(tab):
+    tab.get_by_role("tab", name="Keep and share").click()
+    for name in ("one", "two"):
+        kept = tab.evaluate("localStorage.saint_presets")
+        field(tab, "preset_name").fill(name)
+        tab.click("#preset_save")
+        tab.wait_for_function("kept => localStorage.saint_presets !== kept", arg=kept)
+    choice = field(tab, "preset_choice")
+    choice.click()
+    tab.get_by_role("option", name="one").click()
+    kept = tab.evaluate("localStorage.saint_presets")
+    tab.click("#preset_delete")
+    tab.wait_for_function("kept => localStorage.saint_presets !== kept", arg=kept)
+    tab.reload()
+    tab.wait_for_selector("#mix .dials > *")
+    tab.get_by_role("tab", name="Keep and share").click()
+    choice.click()
+    sync_api.expect(tab.get_by_role("option", name="two")).to_be_visible()
+    assert tab.get_by_role("option").all_inner_texts() == ["two"]
 
 
 @pytest.mark.parametrize("width", [360, 1200])

@@ -86,7 +86,7 @@ def test_finding(setup, loaded, find):
     if find == "label":
         assert [(row["latent"], row["label"]) for row in rows] == [(3, LABELS[3])]
     else:
-        hits = {"token": search_token, "text": search_text}[find](*loaded, query)
+        hits = (search_token if find == "token" else search_text)(loaded[0], loaded[1], query)
         assert [row["latent"] for row in rows] == [hit.latent for hit in hits] and rows
         assert [row["reason"] for row in rows] == [hit.reason for hit in hits]
     shown = succeed(setup, f"--find_{find}", query).splitlines()
