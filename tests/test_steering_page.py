@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -202,6 +203,26 @@ def test_full_memory_is_a_message_that_says_what_to_reduce(client, monkeypatch):
     monkeypatch.setattr("saint.steering_desk.stream_pairs", full)
     with pytest.raises(Exception, match="fewer or shorter prompts, or ask for fewer new tokens"):
         client.predict(steer_request(), api_name="/steer")
+
+
+@pytest.mark.parametrize(
+    ("program", "says"),
+    [
+        ("llama_3_inference_text_completion_gradio.py", "load fewer SAEs"),
+        ("llama_3_inference_text_completion.py", "use fewer or shorter prompts"),
+    ],
+)
+def test_full_memory_ends_a_program_with_one_line(monkeypatch, tmp_path, capsys, program, says):
+    model_dir, sae_path = write_setup(tmp_path)
+    argv = [program, "--llama_model_dir", str(model_dir), "--sae_model_path", str(sae_path)]
+    monkeypatch.setattr("sys.argv", argv)
+    full = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory.\nAnd much more."))
+    monkeypatch.setattr("saint.studio.load_studio", full)
+    with pytest.raises(SystemExit) as exit_:
+        runpy.run_path(str(REPOSITORY / program), run_name="__main__")
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert exit_.value.code == 1 and last.startswith(f"error: the GPU's memory is full: {says}")
+    assert last.endswith(": CUDA out of memory.")
 
 
 def fetch(url, data=None, headers=None):
