@@ -141,12 +141,14 @@ def test_api_work_ends_with_its_client(site, client, endpoint, data, how):
 def test_dose_of_any_latent_honours_where_and_chat(site, client):
     studio, ask = site.desk.studio, ("1:5=set:1", [PROMPT], 3)
     wanted = Request((PROMPT,), (Setting(5, "set", 1.0, 1),), "generated", seed=3, chat=True)
+    answers = []
     for where, chat in (("generated", True), ("prompt", True), ("generated", False)):
         varied = dose_request(replace(wanted, where=where, chat=chat))
         *_, expected = sweep(studio, wanted.settings[0], varied)
         answer = client.predict(*ask, where, chat, api_name="/dose")
         assert answer == json.loads(json.dumps(expected.to_json()))
-    assert site.brake.seconds == 0.0
+        answers.append([(point["surprise"], point["concept"]) for point in answer["points"]])
+    assert len(set(map(str, answers))) == 3 and answers[0][0] == answers[1][0]
 
 
 def test_too_many_settings_are_refused_everywhere(site, client):
