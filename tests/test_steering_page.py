@@ -294,6 +294,8 @@ def test_sharing_asks_for_the_printed_one_time_password(tmp_path, monkeypatch, c
 def test_no_public_link_is_one_clear_line(tmp_path, monkeypatch, capsys, failure):
     url, main = share(write_setup(tmp_path))
     monkeypatch.setattr("gradio.networking.setup_tunnel", Mock(side_effect=failure))
+    serving = Mock(side_effect=AssertionError("it serves without a public link"))
+    monkeypatch.setattr(demo, "threading", Mock(Event=lambda: Mock(wait=serving)))
     with pytest.raises(SystemExit) as exit_:
         run_stage(main)
     assert exit_.value.code == 1
