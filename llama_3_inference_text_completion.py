@@ -14,7 +14,6 @@ import json
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
-from dataclasses import replace
 from pathlib import Path
 
 from llama_3 import CheckpointError, load_args
@@ -169,8 +168,7 @@ def _sweep_doses(studio: Studio, guides: list[Guide], request: Request) -> list[
     studio.check(request)
     reports = []
     bar = progress(len(request.settings) * len(DEFAULT_STRENGTHS), unit="dose", description="sweep")
-    varied = dose_request(request.prompts, seed=request.seed)
-    varied = replace(varied, where=request.where, chat=request.chat)
+    varied = dose_request(request)
     for setting in request.settings:
         steps = []
         for step in sweep(studio, setting, varied):
@@ -224,4 +222,9 @@ def _print_hits(hits: list, guides: list[Guide], *, as_json: bool) -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main, expected=(CheckpointError,))
+    run_stage(
+        main,
+        expected=(CheckpointError,),
+        after_interrupt="nothing was written",
+        when_full="use fewer or shorter prompts, or a lower --max_new_tokens",
+    )

@@ -10,9 +10,12 @@ served to this machine only; `--share` or another `--host` asks every visitor fo
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import secrets
+import threading
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from typing import TYPE_CHECKING
 
 from llama_3 import CheckpointError
@@ -57,6 +60,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--max_prompts", type=positive_int, default=Limits.prompts,
         help=f"prompts at a time [{Limits.prompts}]",
     )  # fmt: skip
+    limits.add_argument(
+        "--max_total_tokens", type=positive_int, default=Limits.tokens,
+        help="prompts times (tokens of the longest + new tokens): what the caches' memory grows "
+        f"with [{Limits.tokens}]",
+    )  # fmt: skip
     return parser
 
 
@@ -87,7 +95,7 @@ def launch(
 ) -> tuple[gradio.Blocks, Desk]:
     """Start serving in the background; port None takes a free one.
 
-    Raises OSError when the port is taken.
+    Raises OSError when the port is taken, UserError when there is no public link to share.
     """
     # Before gradio is imported: nothing is reported to anybody.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -96,22 +104,29 @@ def launch(
 
     desk = Desk(studio, guides)
     page = build_page(desk)
-    page.launch(
-        server_name=host,
-        server_port=port,
-        share=share,
-        auth=auth,
-        theme=theme(),
-        css=css(),
-        quiet=True,
-        prevent_thread_lock=True,
-        ssr_mode=False,
-        run_history=False,
-        enable_monitoring=False,
-        footer_links=["api"],
-        # Visitors have nothing to upload.
-        max_file_size=1,
-    )
+    with redirect_stdout(io.StringIO()):  # what Gradio says there, we say in our own words
+        page.launch(
+            server_name=host,
+            server_port=port,
+            share=share,
+            auth=auth,
+            theme=theme(),
+            css=css(),
+            quiet=True,
+            prevent_thread_lock=True,
+            ssr_mode=False,
+            run_history=False,
+            enable_monitoring=False,
+            footer_links=["api"],
+            # Visitors have nothing to upload.
+            max_file_size=1,
+        )
+    if share and not page.share_url:
+        page.close(verbose=False)
+        raise UserError(
+            "--share: Gradio's servers gave no public link: check the internet connection, or "
+            "use --host to listen on an address of this machine"
+        )
     return page, desk
 
 
@@ -120,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     log_arguments(argparse.Namespace(**vars(args) | {"auth": args.auth and "(given)"}))
     auth = choose_auth(args.auth, host=args.host, share=args.share)
-    limits = Limits(args.max_prompts, new_tokens=args.max_new_tokens)
+    limits = Limits(args.max_prompts, new_tokens=args.max_new_tokens, tokens=args.max_total_tokens)
     studio, guides = load_studio(args, limits)
     page, _ = launch(studio, guides, host=args.host, port=args.port, share=args.share, auth=auth)
     if auth is not None and args.auth is None:
@@ -129,8 +144,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     if page.share_url:
         print(f"public link {page.share_url}", flush=True)
     log.info("ctrl-C stops the page")
-    page.block_thread()
+    try:
+        threading.Event().wait()
+    finally:
+        page.close(verbose=False)
 
 
 if __name__ == "__main__":
-    run_stage(main, expected=(CheckpointError,))
+    run_stage(
+        main,
+        expected=(CheckpointError,),
+        after_interrupt="the page is closed",
+        when_full="load fewer SAEs, or use --dtype bfloat16 or --device cpu",
+    )

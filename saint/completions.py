@@ -12,7 +12,6 @@ from torch import Tensor
 
 from llama_3 import Edit, HookPoint, Llama, Sampling, generate
 from sae import standardise
-from saint.runtime import UserError
 from saint.steering import Dictionary, Request, Setting, Studio, build_edits
 
 _UNEMBED_ROWS = 64
@@ -93,8 +92,7 @@ def stream_pairs(studio: Studio, request: Request) -> Iterator[Progress]:
     cancels. The two runs have the same shapes, so settings that change nothing ("add 0", "scale
     1") give the same text bit for bit. Raises UserError before any work for a bad request.
     """
-    studio.check(request)
-    prompts = [studio.encode(prompt, chat=request.chat) for prompt in request.prompts]
+    prompts = studio.encode_prompts(request)
     edits = build_edits(
         studio, request.settings, where=request.where, prompt_lengths=[len(p) for p in prompts]
     )
@@ -160,16 +158,7 @@ def generate_ids(
     request: Request,
     edits: Mapping[HookPoint, Edit] | None,
 ) -> Iterator[list[int | None]]:
-    """Return an iterator of one id per prompt and step, as `llama_3.generate`.
-
-    Raises UserError, before the first step, for a request past the model's context.
-    """
-    longest, context = max(map(len, prompts)), studio.model.args.max_seq_len
-    if longest + request.max_new_tokens > context:
-        raise UserError(
-            f"{longest} prompt tokens and {request.max_new_tokens} new ones exceed the model's "
-            f"context of {context} tokens"
-        )
+    """Return an iterator of one id per prompt and step, as `llama_3.generate`."""
     return generate(
         studio.model,
         prompts,

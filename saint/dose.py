@@ -45,11 +45,12 @@ class DoseReport:
         return asdict(self) | {"setting": str(self.setting), "max_loss": MAX_LOSS}
 
 
-def dose_request(prompts: Sequence[str], *, max_new_tokens: int = 24, seed: int = 0) -> Request:
-    """Return the request that a sweep varies: sampled text, since greedy text loops by itself."""
-    return Request(
-        tuple(prompts), max_new_tokens=max_new_tokens, temperature=1.0, top_p=0.95, seed=seed
-    )
+def dose_request(request: Request, *, max_new_tokens: int = 24) -> Request:
+    """Return the request that a sweep of `request`'s latents varies.
+
+    Prompts, where, chat and seed stay; the text is sampled, since greedy text loops by itself.
+    """
+    return replace(request, settings=(), max_new_tokens=max_new_tokens, temperature=1.0, top_p=0.95)
 
 
 def sweep(
@@ -73,8 +74,7 @@ def sweep(
 
 
 def _measure(studio: Studio, request: Request, setting: Setting, strength: float) -> DosePoint:
-    studio.check(replace(request, settings=(setting,)))
-    prompts = [studio.encode(prompt, chat=request.chat) for prompt in request.prompts]
+    prompts = studio.encode_prompts(replace(request, settings=(setting,)))
     lengths = [len(prompt) for prompt in prompts]
     edits = build_edits(studio, request.settings, where=request.where, prompt_lengths=lengths)
     rows = [list(prompt) for prompt in prompts]

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 # Pre-activations of one block: 2^26 float32 are 256 MB.
-_BLOCK_ELEMENTS = 1 << 26
+BLOCK_ELEMENTS = 1 << 26
 MIN_NORMALISER = 1e-12
 
 
@@ -24,7 +24,7 @@ def encode(a: Tensor, w_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Ten
     Returns values (n_tokens, k) float32 and indices (n_tokens, k) int64, in no particular order.
     """
     n_tokens, n_latents = a.shape[0], w_enc.shape[0]
-    rows = max(1, _BLOCK_ELEMENTS // n_latents)
+    rows = max(1, BLOCK_ELEMENTS // n_latents)
     values = a.new_empty(n_tokens, k)
     indices = torch.empty(n_tokens, k, dtype=torch.int64, device=a.device)
     for start in range(0, n_tokens, rows):

@@ -30,14 +30,24 @@ class UserError(ValueError):
     """Something the person at the keyboard can mend; shown as one line, without a traceback."""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device's memory is full; told by name, since torch may not be imported."""
+    return type(error).__name__ == "OutOfMemoryError"
+
+
 def run_stage(
-    main: Callable[[], None], *, expected: tuple[type[BaseException], ...] = ()
+    main: Callable[[], None],
+    *,
+    expected: tuple[type[BaseException], ...] = (),
+    after_interrupt: str = "the same command resumes",
+    when_full: str = "lower --micro_batch_size (training) or --batch_tokens (capture, evaluation)",
 ) -> NoReturn:
     """Run a stage's `main` as a program: expected errors become one line and exit code 1.
 
     expected: error classes of libraries that the stage calls, beside `UserError` and `OSError`
     (missing files, full disk). Anything else keeps its traceback: it is a bug. Ctrl-C and SIGTERM
-    exit with 130 and 143: every stage resumes from what is on disk.
+    exit with 130 and 143. after_interrupt: what is so after Ctrl-C; most stages resume from what is
+    on disk. when_full: what to do when the GPU's memory does not suffice.
     """
     rank = int(os.environ.get("RANK", "0"))
     logging.basicConfig(
@@ -57,16 +67,13 @@ def run_stage(
         print(prefix + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(1)
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's: it may not be imported
+        if not is_out_of_memory(error):
             raise
-        print(
-            "error: the GPU's memory is full: lower --micro_batch_size (training) or "
-            f"--batch_tokens (capture, evaluation): {str(error).splitlines()[0]}",
-            file=sys.stderr,
-        )
+        reason = str(error).splitlines()[0]
+        print(f"error: the GPU's memory is full: {when_full}: {reason}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print("interrupted: the same command resumes", file=sys.stderr)
+        print(f"interrupted: {after_interrupt}", file=sys.stderr)
         sys.exit(130)
     finally:
         _leave_process_group()

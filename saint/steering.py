@@ -79,12 +79,17 @@ def parse_setting(text: str) -> Setting:
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may ask for."""
+    """What one request may ask for.
+
+    tokens: number of prompts times (tokens of the longest one + new tokens), which is what the
+    caches grow with: the default holds a 3B model and one large SAE within 10 GB.
+    """
 
     prompts: int = 8
     prompt_chars: int = 4000
     new_tokens: int = 256
     settings: int = 32
+    tokens: int = 2560
 
 
 @dataclass(frozen=True)
@@ -113,10 +118,13 @@ class Request:
 
 
 def request_from_json(record: Any) -> Request:
-    """Read what `Request.to_json` wrote; absent fields take their defaults, others are ignored.
+    """Read what `Request.to_json` wrote, or a record that has it as "request" (the page's JSON).
 
-    Raises UserError, naming the field, for values of the wrong kind.
+    Absent fields take their defaults, others are ignored. Raises UserError, naming the field, for
+    values of the wrong kind.
     """
+    if isinstance(record, Mapping):
+        record = record.get("request", record)
     if not isinstance(record, Mapping):
         raise UserError("the settings are not a JSON object")
     kinds = {"where": str, "max_new_tokens": int, "temperature": float, "top_p": float, "seed": int}
@@ -191,12 +199,32 @@ class Studio:
             raise UserError("a prompt is empty: write some text for the model to continue")
         return ids
 
+    def encode_prompts(self, request: Request) -> list[list[int]]:
+        """Check a request and return its prompts' token ids.
+
+        Raises UserError, before any work, for what this studio cannot or will not do.
+        """
+        self.check(request)
+        prompts = [self.encode(prompt, chat=request.chat) for prompt in request.prompts]
+        longest, context = max(map(len, prompts)), self.model.args.max_seq_len
+        length = longest + request.max_new_tokens
+        if length > context:
+            raise UserError(
+                f"{longest} prompt tokens and {request.max_new_tokens} new ones exceed the model's "
+                f"context of {context} tokens"
+            )
+        if length * len(prompts) > self.limits.tokens:
+            raise UserError(
+                f"{len(prompts)} prompts with room for {length} tokens each, new ones included, "
+                f"are {length * len(prompts)} tokens: at most {self.limits.tokens} at a time"
+            )
+        return prompts
+
     def check(self, request: Request) -> None:
-        """Raise UserError for what this studio cannot or will not do."""
+        """Raise UserError for what is wrong with a request whatever its prompts' tokens are."""
         limits = self.limits
         counted = (
             (len(request.prompts), limits.prompts, "prompts"),
-            (len(request.settings), limits.settings, "steered latents"),
             (request.max_new_tokens, limits.new_tokens, "new tokens"),
             (max(map(len, request.prompts), default=0), limits.prompt_chars, "characters a prompt"),
         )
@@ -216,7 +244,11 @@ class Studio:
         self.check_settings(request.settings)
 
     def check_settings(self, settings: Sequence[Setting]) -> None:
-        """Raise UserError for an SAE or latent that is not there, or a latent named twice."""
+        """Raise UserError for too many latents, one that is not there, or one named twice."""
+        if len(settings) > self.limits.settings:
+            raise UserError(
+                f"{len(settings)} steered latents: at most {self.limits.settings} at a time"
+            )
         for setting in settings:
             if not 0 <= setting.sae < len(self.dictionaries):
                 raise UserError(

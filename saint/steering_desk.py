@@ -20,10 +20,10 @@ from typing import Any
 import gradio as gr
 
 from saint import latent_guide, steering_html
-from saint.completions import complete_pairs, stream_pairs
+from saint.completions import stream_pairs
 from saint.dose import dose_request, sweep
 from saint.latent_guide import Guide, Hit
-from saint.runtime import UserError, log
+from saint.runtime import UserError, is_out_of_memory, log
 from saint.steering import Request, Setting, Studio, request_from_json
 from saint.steering_vector import export_vector
 from saint.studio import EXAMPLE_PROMPTS, fingerprints
@@ -38,6 +38,9 @@ _MAX_QUERY_CHARS = 2000
 _MAX_LINK_CHARS = 40_000
 _VIEW_LATENTS = 14
 DEFAULT_STRENGTH = 2.0
+OUT_OF_MEMORY = (
+    "The server's memory is full: use fewer or shorter prompts, or ask for fewer new tokens."
+)
 # Small models that always take the likeliest token soon run in circles by themselves.
 TEMPERATURE, TOP_P = 0.7, 0.95
 
@@ -48,6 +51,9 @@ def shown(handler: Callable[..., Any]) -> Callable[..., Any]:
     def message(error: Exception) -> gr.Error:
         if isinstance(error, UserError):
             return gr.Error(str(error), print_exception=False)
+        if is_out_of_memory(error):
+            log.error("the device's memory is full: %s", str(error).splitlines()[0])
+            return gr.Error(OUT_OF_MEMORY, print_exception=False)
         log.error("the page failed", exc_info=error)
         return gr.Error("Something went wrong; the server's log says what.", print_exception=False)
 
@@ -158,8 +164,7 @@ class Desk:
             record = json.loads(text)
         except ValueError:
             raise UserError("the settings are not JSON") from None
-        record = record if isinstance(record, dict) else {}
-        request = request_from_json(record.get("request", record))
+        request = request_from_json(record)
         self.studio.check(request)
         ours = fingerprints(self.studio)
         if record.get("made_with", ours) != ours:
@@ -252,15 +257,25 @@ class Desk:
         wanted = [*settings, *(s for s in found if (s.sae, s.latent) not in named)]
         return latent_guide.activation_rows(self.studio, prompt, wanted, chat=chat)
 
-    def sweep_first(self, mix: Any, prompts: str, seed: float) -> Iterator[str]:
-        """Sweep the first chosen latent's strength and plot concept against fluency."""
+    def dose_choices(self, mix: Any, chosen: Any) -> Any:
+        """The mix's latents to sweep: the chosen one stays where it is still in the mix."""
         settings = self.settings(mix)
-        if not settings:
-            raise UserError("choose a latent first: the sweep turns up the first of the mix")
-        lines = [line.strip() for line in str(prompts or "").splitlines() if line.strip()]
-        # One prompt says little; the examples fill up.
-        lines = (lines + [p for p in EXAMPLE_PROMPTS if p not in lines])[:4]
-        for report in sweep(self.studio, settings[0], dose_request(lines, seed=int(seed or 0))):
+        values = [f"{s.sae}:{s.latent}" for s in settings]
+        names = [steering_html.latent_name(s, self.guides) for s in settings]
+        value = chosen if chosen in values else next(iter(values), None)
+        return gr.Dropdown(choices=list(zip(names, values, strict=True)), value=value)
+
+    def sweep_chosen(self, chosen: Any, *fields: Any) -> Iterator[str]:
+        """Sweep one latent of the mix, "sae:latent", and plot concept against fluency."""
+        request = self.request(*fields)
+        settings = {f"{s.sae}:{s.latent}": s for s in request.settings}
+        if chosen not in settings:
+            raise UserError("choose a latent of your mix first: the sweep turns it up")
+        # One prompt says little; the examples fill up, but they are no questions.
+        examples = [p for p in EXAMPLE_PROMPTS if p not in request.prompts]
+        prompts = request.prompts + (() if request.chat else tuple(examples))
+        varied = dose_request(replace(request, prompts=prompts[:4]))
+        for report in sweep(self.studio, settings[chosen], varied):
             yield _saint(steering_html.dose_html(report, self.guides))
 
     def export(self, mix: Any) -> str:
@@ -331,11 +346,16 @@ def read_link(query: str) -> str:
 def api_endpoints(desk: Desk) -> dict[str, Callable[..., Any]]:
     """Return the named API: plain JSON in, plain JSON out."""
 
-    def steer(request: dict) -> dict:
+    def steer(request: dict) -> Iterator[dict]:
         """Complete `prompts` plainly and steered; `request` as in the copied JSON's "request"."""
         parsed = request_from_json(request)
-        pairs = complete_pairs(desk.studio, parsed)
-        return {"request": parsed.to_json(), "pairs": [pair.to_json() for pair in pairs]}
+        # Gradio ends a generator whose client has left; anything else would run to its end.
+        for progress in stream_pairs(desk.studio, parsed):
+            if progress.pairs is None:
+                yield {"texts": progress.texts}
+            else:
+                pairs = [pair.to_json() for pair in progress.pairs]
+                yield {"request": parsed.to_json(), "pairs": pairs}
 
     def search(query: str, by: str = "label") -> list:
         """Find latents by "label", "token" or "example text"."""
@@ -353,12 +373,18 @@ def api_endpoints(desk: Desk) -> dict[str, Callable[..., Any]]:
         named = [{"sae": s.sae, "latent": s.latent, "activations": v} for s, v in rows]
         return {"tokens": tokens, "latents": named}
 
-    def dose(setting: str, prompts: list | None = None, seed: int = 0) -> dict:
+    def dose(
+        setting: str,
+        prompts: list | None = None,
+        seed: int = 0,
+        where: str = "both",
+        chat: bool = False,
+    ) -> Iterator[dict]:
         """Sweep a latent's strength ("896=+1"); returns the points and the proposed dose."""
         record = {"prompts": prompts or list(EXAMPLE_PROMPTS), "steer": [setting]}
-        wanted = request_from_json(record)
-        varied = dose_request(wanted.prompts, seed=int(seed))
-        return list(sweep(desk.studio, wanted.settings[0], varied))[-1].to_json()
+        wanted = request_from_json(record | {"seed": seed, "where": where, "chat": chat})
+        for report in sweep(desk.studio, wanted.settings[0], dose_request(wanted)):
+            yield report.to_json()
 
     def steering_vector(steer: list) -> dict:
         """Return a steering vector: {"safetensors": base64 text}."""

@@ -103,10 +103,12 @@ def _token(reading: Reading, i: int, settings: Sequence[Setting], generated: boo
             alpha = min(1.0, surprise / _SURPRISING_NATS)
             styles.append(f"box-shadow:inset 0 -2px rgba(220,38,38,{alpha:.2f})")
     kind = "tok" if generated else "tok prompt"
-    return (
-        f"<span class='{kind}' title='{escape('; '.join(notes), quote=True)}' "
-        f"style='{';'.join(styles)}'>{escape(reading.tokens[i])}</span>"
-    )
+    # The space before a word stays plain: at the end of a line it would be all that is coloured.
+    word = reading.tokens[i].lstrip(" ") or reading.tokens[i]
+    space = reading.tokens[i].removesuffix(word)
+    body = f"<span style='{';'.join(styles)}'>{escape(word)}</span>" if styles else escape(word)
+    title = escape("; ".join(notes), quote=True)
+    return f"<span class='{kind}' title='{title}'>{space}{body}</span>"
 
 
 def _fluency(reading: Reading) -> str:

@@ -82,9 +82,9 @@ def build_page(desk: Desk) -> gr.Blocks:
         compare.then(None, tools.query, tools.link, js=_SHARE_JS, **_QUIET)
         _wire_chips(desk, chips, fields)
         restored = gr.State(False)
-        again = page.load(shown(desk.restore), None, [*fields, restored], **_QUIET).then(
-            shown(_compare_if(desk)), [restored, *fields], outputs, **_BUSY, **_MODEL
-        )
+        page.load(shown(desk.restore), None, [*fields, restored], **_QUIET)
+        # Only a link's visitor has something to wait for in the queue.
+        again = restored.change(shown(desk.compare), fields, outputs, **_BUSY, **_MODEL)
         stop.click(None, cancels=[compare, again], **_QUIET)
         for name, function in api_endpoints(desk).items():
             api(shown(function), api_name=name, **_MODEL)
@@ -208,38 +208,31 @@ def _wire_chips(desk: Desk, chips: gr.HTML, fields: list[Any]) -> None:
     chips.pressed(shown(press), None, fields[:2], **_QUIET)
 
 
-def _compare_if(desk: Desk) -> Any:
-    def compare_if(restored: bool, *fields: Any) -> Any:
-        """Bring back a link's pair; without a link, do nothing."""
-        if restored:
-            yield from desk.compare(*fields)
-
-    return compare_if
-
-
 class _Tools:
     """The tabs below: looking closer, finding the dose, keeping and sharing."""
 
     def __init__(self, desk: Desk, mix: gr.HTML, fields: list[Any]) -> None:
-        prompts, chat, seed = fields[0], fields[-1], fields[-2]
+        prompts, chat = fields[0], fields[-1]
         with gr.Tabs():
-            with gr.Tab("Look inside a prompt"):
+            with gr.Tab("Look inside"):
                 look = gr.Button("Show the first prompt, token by token", elem_id="look")
                 view = gr.HTML("", js_on_load=_PRESS, elem_id="view")
                 look.click(shown(desk.view), [prompts, mix, chat], view, **_BUSY, **_MODEL)
                 view.pressed(shown(desk.choose), mix, mix, **_QUIET)
             with gr.Tab("Find the dose"):
                 gr.HTML(
-                    "<div class='saint'><p class='muted'>Turns the first latent of the mix up step "
-                    "by step on a few prompts, and looks for the strongest dose that leaves the "
-                    "text fluent.</p></div>"
+                    "<div class='saint'><p class='muted'>Turns one latent of the mix up step by "
+                    "step on a few prompts, and looks for the strongest dose that leaves the text "
+                    "fluent.</p></div>"
                 )
+                which = gr.Dropdown([], label="Latent of the mix", elem_id="dose_latent")
                 with gr.Row():
-                    start = gr.Button("Sweep the first latent", elem_id="sweep")
+                    start = gr.Button("Sweep this latent", elem_id="sweep")
                     end = gr.Button("Stop", scale=0, min_width=90)
                 plot = gr.HTML("", elem_id="dose")
-                inputs = [mix, prompts, seed]
-                sweeping = start.click(shown(desk.sweep_first), inputs, plot, **_BUSY, **_MODEL)
+                mix.change(shown(desk.dose_choices), [mix, which], which, **_QUIET)
+                inputs = [which, *fields]
+                sweeping = start.click(shown(desk.sweep_chosen), inputs, plot, **_BUSY, **_MODEL)
                 end.click(None, cancels=[sweeping], **_QUIET)
             with gr.Tab("Keep and share"):
                 self._keep(desk, mix, fields)
@@ -274,7 +267,7 @@ def _presets(desk: Desk, fields: list[Any]) -> None:
     with gr.Row():
         save = gr.Button("Save", min_width=80, elem_id="preset_save")
         load = gr.Button("Load", min_width=80, elem_id="preset_load")
-        drop = gr.Button("Delete", min_width=80)
+        drop = gr.Button("Delete", min_width=80, elem_id="preset_delete")
 
     def listed(presets: Any) -> Any:
         return gr.Dropdown(choices=sorted(presets or {}), value=None)

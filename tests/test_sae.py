@@ -32,7 +32,7 @@ def test_encode_keeps_the_k_largest_and_blocks_do_not_matter(monkeypatch):
             [max(0.0, w) for w in wanted], abs=1e-6
         )
         assert sorted(pre[indices[row]].tolist(), reverse=True) == pytest.approx(wanted, abs=1e-6)
-    monkeypatch.setattr(kernels, "_BLOCK_ELEMENTS", 64 * 4)
+    monkeypatch.setattr(kernels, "BLOCK_ELEMENTS", 64 * 4)
     torch.testing.assert_close(sae.encode(x)[0].sort().values, values.sort().values)
     torch.testing.assert_close(
         kernels.gather_dot(x, indices, sae.W_dec.detach()),

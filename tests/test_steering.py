@@ -1,9 +1,8 @@
-"""Steering: the edit against a dense float64 formula, neutrality, measurements, the terminal."""
+"""Steering: the edit against a dense float64 formula, neutrality, measurements."""
 
 import json
 import os
-import subprocess
-import sys
+import runpy
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,13 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_steering import D_MODEL, N_LATENTS, make_sae, make_studio, one_thread, write_setup
 
-import llama_3_inference_text_completion as terminal
-from llama_3 import HookPoint, Llama, LlamaArgs, generate, load_llama
-from sae import SAEConfig, TopKSparseAutoencoder
+from llama_3 import HookPoint, generate, load_llama
+from saint import kernels
 from saint.completions import complete_pairs, generate_ids, read, stream_pairs
 from saint.dose import DosePoint, distinct_pairs, dose_request, propose, sweep
 from saint.runtime import UserError
-from saint.steering import Request, Setting, build_edits, parse_setting, request_from_json
+from saint.steering import Limits, Request, Setting, build_edits, parse_setting, request_from_json
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 REPOSITORY = Path(__file__).parent.parent
@@ -303,7 +301,9 @@ def test_bad_notation_is_one_clear_error(text):
         ({"settings": (Setting(64),)}, "0 to 63"),
         ({"settings": (Setting(3, sae=1),)}, "SAE 1"),
         ({"settings": (Setting(3), Setting(3))}, "twice"),
+        ({"settings": tuple(map(Setting, range(33)))}, "33 steered latents: at most 32"),
         ({"prompts": ("word " * 130,), "max_new_tokens": 256}, "context"),
+        ({"prompts": ("word " * 20,) * 8, "max_new_tokens": 256}, "tokens: at most 2560"),
     ],
 )
 def test_bad_requests_are_refused_before_any_work(studio, changes, message):
@@ -337,7 +337,7 @@ def test_dose_proposal_stops_at_the_first_break():
 
 
 def test_sweep_measures_the_text_under_the_plain_model(studio):
-    request = dose_request([PROMPT, "the court"], max_new_tokens=8)
+    request = dose_request(Request((PROMPT, "the court")), max_new_tokens=8)
     reports = list(sweep(studio, Setting(3, "scale", 2.0), request, (0.5, 2.0)))
     points = reports[-1].points
     assert [p.strength for p in points] == [0.0, 0.5, 2.0] and len(reports) == 3
@@ -358,80 +358,32 @@ def test_reading_is_the_plain_models_whatever_was_steered(studio):
 
 
 def test_three_billion_parameters_and_a_65k_sae_fit():
-    """Weights, the cache and the largest temporaries of the demo, from tensor sizes."""
-    args = LlamaArgs(3072, 28, 24, 8, 128, 8192, 128256, tied=True)
-    meta = torch.device("meta")
-    with torch.device("meta"):
-        model = Llama(args, device=meta, dtype=torch.bfloat16)
-    sae = TopKSparseAutoencoder(SAEConfig(3072, 65536, 64, layer=22), device="meta")
-    weights = {id(w): w.numel() * w.element_size() for m in (model, sae) for w in m.parameters()}
-    batch, length = 8, 512 + 256
-    cache = 2 * 2 * args.n_layers * batch * length * args.n_kv_heads * args.head_dim * 2
-    logits = 4 * batch * args.vocab_size * 4
-    encoder = batch * length * sae.config.n_latents * 4
-    assert sum(weights.values()) < 8.2e9
-    assert sum(weights.values()) + cache + logits < 10 * 2**30
-    assert encoder < 2 * 2**30
+    """The benchmark's sum for the demo at its limits, its large parts counted here again."""
+    memory = runpy.run_path(str(Path(__file__).parent.parent / "benchmarks" / "memory.py"))
+    limits = Limits()
+    parts = memory["demo_bytes"](memory["SHAPE"], memory["DICTIONARY"], limits)
+    layer = 3072 * 128 * (24 + 8 + 8 + 24) + 3 * 3072 * 8192 + 2 * 3072
+    model = 2 * (128256 * 3072 + 28 * layer + 3072)
+    sae = 4 * (2 * 65536 * 3072 + 65536 + 3072)
+    caches = 2 * (2 * 28 * 8 * 128 * limits.tokens * 2)  # plain and steered; keys and values
+    encoder = kernels.BLOCK_ELEMENTS * 4
+    named = ("model (bf16)", "SAE (float32)", "caches of both runs", "pre-activations, one block")
+    assert [parts[name] for name in named] == [model, sae, caches, encoder]
+    residual = 4 * 3072 * limits.tokens
+    assert parts["peak"] >= model + sae + caches + encoder + 6 * residual
+    assert parts["peak"] >= model + sae + 2 * 128256 * 3072  # the embedding's copy while loading
+    assert parts["peak"] + memory["CUDA_CONTEXT"] < 10e9
 
 
-def run(setup, *flags):
-    model_dir, sae_path = setup
-    command = [sys.executable, "llama_3_inference_text_completion.py", "--device", "cpu"]
-    command += ["--dtype", "float32", "--llama_model_dir", str(model_dir)]
-    command += ["--sae_model_path", str(sae_path), *flags]
-    return subprocess.run(
-        command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120, env=ENVIRONMENT
+def test_caches_are_as_large_as_the_limit_counts_and_no_larger(studio, monkeypatch):
+    sizes, zeros = [], torch.zeros
+    monkeypatch.setattr(
+        "llama_3.generation.torch.zeros", lambda *a, **k: sizes.append(a[0]) or zeros(*a, **k)
     )
-
-
-def test_terminal_prints_what_the_library_computes(setup, studio):
-    flags = ("--prompt", PROMPT, "--steer", "3=+1.5", "5=off", "--max_new_tokens", "5", "--json")
-    done = run(setup, *flags)
-    assert done.returncode == 0, done.stderr
-    record = json.loads(done.stdout)
-    request = request_from_json(record["request"])
-    assert request.settings == (Setting(3, "add", 1.5), Setting(5, "ablate", 0.0))
-    # The saved SAE is the fixture's, so the texts are too.
-    (pair,) = complete_pairs(studio, request)
-    assert record["pairs"][0]["steered"]["text"] == pair.steered.text
-    assert record["pairs"][0]["effects"][0]["realised"] == pytest.approx(pair.effects[0].realised)
-
-
-def test_terminal_errors_are_one_line(setup):
-    done = run(setup, "--prompt", "a", "--steer", "64=+1")
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert done.stderr.strip().splitlines()[-1] == "error: latent 64: this SAE has 0 to 63"
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (("--steer", "abc"), "expected LATENT"),
-        (("--sae_layer_idx", "3"), "layer"),
-        (("--sae_layer_idx", "1", "2"), "2 values for 1 SAEs"),
-        (("--labels_path", "nowhere.yaml"), "nowhere.yaml"),
-        (("--evidence_path", "nowhere.parquet"), "nowhere.parquet"),
-        (("--sae_model_path", "nowhere.pt"), "nowhere.pt"),
-        (("--request", "nowhere.json"), "nowhere.json"),
-    ],
-)
-def test_terminal_refuses_bad_flags(setup, flags, message):
-    argv = ["--llama_model_dir", str(setup[0]), "--sae_model_path", str(setup[1]), "--prompt", "a"]
-    with pytest.raises((UserError, OSError), match=message):
-        terminal.main([*argv, *flags])
-
-
-def test_older_checkpoints_take_what_they_do_not_know_from_flags(setup, tmp_path, capsys):
-    sae = make_sae()
-    names = {"encoder.weight": sae.W_enc, "encoder.bias": sae.b_enc, "b_pre": sae.b_pre}
-    torch.save({**names, "decoder.weight": sae.W_dec.T.contiguous()}, tmp_path / "old.pt")
-    argv = ["--llama_model_dir", str(setup[0]), "--sae_model_path", str(tmp_path / "old.pt")]
-    argv += ["--prompt", PROMPT, "--steer", "3=+1", "--max_new_tokens", "2", "--json"]
-    with pytest.raises(UserError, match="--sae_layer_idx"):
-        terminal.main([*argv, "--k", "8"])
-    terminal.main(
-        [*argv, "--k", "8", "--sae_layer_idx", "1", "--hook_point", "attn_norm", "--no_bos"]
-    )
-    (pair,) = json.loads(capsys.readouterr().out)["pairs"]
-    # No maximum is known: the strength is the raw activation.
-    assert pair["effects"][0]["target"] - pair["effects"][0]["present"] == pytest.approx(1.0)
+    request = Request((PROMPT, "the court"), (Setting(3),), max_new_tokens=5)
+    longest = max(len(studio.encode(prompt, chat=False)) for prompt in request.prompts)
+    tokens = len(request.prompts) * (longest + 5)
+    complete_pairs(replace(studio, limits=Limits(tokens=tokens)), request)
+    assert [shape[2] * shape[3] for shape in sizes if len(shape) == 6] == [tokens, tokens]
+    with pytest.raises(UserError, match=f"are {tokens} tokens: at most {tokens - 1}"):
+        complete_pairs(replace(studio, limits=Limits(tokens=tokens - 1)), request)

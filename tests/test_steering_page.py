@@ -1,40 +1,36 @@
-"""The steering page: its API, its sessions, its locks, and the page itself in a real browser."""
+"""The steering page's API, its sessions and its locks."""
 
-import base64
 import json
 import os
 import re
-import shutil
+import runpy
+import signal
 import subprocess
 import sys
 import threading
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
-from playwright import sync_api
-from tiny_steering import LABELS, make_sae, make_studio, one_thread, write_setup
+import torch
+from steering_site import PROMPT, Site, running_site
+from tiny_steering import LABELS, one_thread, write_setup
 
+import llama_3_inference_text_completion_gradio as demo
 import saint.completions
 import saint.steering
-from llama_3_inference_text_completion_gradio import choose_auth, launch
-from saint.runtime import UserError
-from saint.steering_desk import DEFAULT_STRENGTH, TEMPERATURE, TOP_P, Desk
+from llama_3_inference_text_completion_gradio import choose_auth
+from saint.dose import dose_request, sweep
+from saint.runtime import UserError, run_stage
+from saint.steering import Request, Setting
+from saint.steering_desk import link_query, read_link
 
 REPOSITORY = Path(__file__).parent.parent
-PROMPT = "Senior diplomats met to discuss"
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
-FLAGS = (
-    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-).split()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -43,40 +39,10 @@ def threads():
         yield
 
 
-@dataclass
-class Brake:
-    """Makes generation slow and counts its steps; shared with the server's thread."""
-
-    seconds: float = 0.0
-    steps: int = 0
-
-
-@dataclass
-class Site:
-    """A running page."""
-
-    url: str
-    desk: Desk
-    brake: Brake
-
-
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Iterator[Site]:
-    model_dir, _ = write_setup(tmp_path_factory.mktemp("page"))
-    studio, guides = make_studio(model_dir, make_sae(), make_sae(layer=2, seed=4))
-    brake, original = Brake(), saint.completions.generate
-
-    def slow(*args, **kwargs):
-        for step in original(*args, **kwargs):
-            brake.steps += 1
-            time.sleep(brake.seconds)
-            yield step
-
-    saint.completions.generate = slow
-    page, desk = launch(studio, guides, host="127.0.0.1", port=None, share=False, auth=None)
-    yield Site(str(page.local_url).rstrip("/"), desk, brake)
-    page.close()
-    saint.completions.generate = original
+    with running_site(tmp_path_factory.mktemp("page")) as running:
+        yield running
 
 
 @pytest.fixture
@@ -136,6 +102,74 @@ def test_two_clients_at_once_get_what_each_gets_alone(site):
     assert together == [alone[i] for i in (0, 1, 2, 2, 1, 0)]
 
 
+def test_api_sends_progress_and_the_result_last(client):
+    job = client.submit(steer_request(), api_name="/steer")
+    *progress, last = list(job)
+    texts = [update["texts"][0] for update in progress]
+    assert len(texts) >= 8 and all(a[1] <= b[1] for a, b in zip(texts, texts[1:], strict=False))
+    assert texts[-1][1] == last["pairs"][0]["steered"]["text"]
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "data"),
+    [
+        ("steer", [steer_request(max_new_tokens=200)]),
+        ("dose", ["0:3=add:1", [PROMPT] * 2, 0, "both", False]),
+    ],
+)
+@pytest.mark.parametrize("how", ["cancels", "leaves"])
+def test_api_work_ends_with_its_client(site, client, endpoint, data, how):
+    start, site.brake.seconds = site.brake.steps, 0.1
+    if how == "cancels":
+        job = client.submit(*data, api_name=f"/{endpoint}")
+        next(iter(job))
+        job.cancel()
+    else:
+        body = json.dumps({"data": data}).encode()
+        headers = {"Content-Type": "application/json"}
+        _, answer = fetch(f"{site.url}/gradio_api/call/{endpoint}", body, headers)
+        event = json.loads(answer)["event_id"]
+        url = f"{site.url}/gradio_api/call/{endpoint}/{event}"
+        with urllib.request.urlopen(url, timeout=20) as stream:
+            assert b"event: generating" in stream.readline()
+    site.wait_until_idle()
+    site.brake.seconds = 0.0
+    assert site.brake.steps - start < 80, "it ran to its end"  # 400 steps, or 9 strengths of 24
+    assert client.predict(api_name="/info")
+
+
+def test_dose_of_any_latent_honours_where_and_chat(site, client):
+    studio, ask = site.desk.studio, ("1:5=set:1", [PROMPT], 3)
+    wanted = Request((PROMPT,), (Setting(5, "set", 1.0, 1),), "generated", seed=3, chat=True)
+    answers = []
+    for where, chat in (("generated", True), ("prompt", True), ("generated", False)):
+        varied = dose_request(replace(wanted, where=where, chat=chat))
+        *_, expected = sweep(studio, wanted.settings[0], varied)
+        answer = client.predict(*ask, where, chat, api_name="/dose")
+        assert answer == json.loads(json.dumps(expected.to_json()))
+        answers.append([(point["surprise"], point["concept"]) for point in answer["points"]])
+    assert len(set(map(str, answers))) == 3 and answers[0][0] == answers[1][0]
+
+
+def test_too_many_settings_are_refused_everywhere(site, client):
+    desk, n = site.desk, site.desk.studio.limits.settings
+    mix = [{"sae": 0, "latent": i, "mode": "add", "strength": 1.0} for i in range(n + 1)]
+    steer = [f"0:{i}=add:1.0" for i in range(n + 1)]
+    link = read_link(link_query({"request": steer_request(steer=steer)}).partition("=")[2])
+    message = f"{n + 1} steered latents: at most {n} at a time"
+    for act in (
+        lambda: next(desk.compare(PROMPT, mix, "both", 5, 0.0, 1.0, 0, False)),
+        lambda: desk.view(PROMPT, mix, False),
+        lambda: desk.export(mix),
+        lambda: desk.load(link),
+        lambda: client.predict(steer_request(steer=steer), api_name="/steer"),
+        lambda: client.predict(steer, api_name="/steering_vector"),
+    ):
+        with pytest.raises(Exception, match=message):
+            act()
+    assert desk.view(PROMPT, mix[:n], False) and desk.export(mix[:n])
+
+
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
@@ -158,10 +192,39 @@ def test_unexpected_errors_do_not_leak(site, client, monkeypatch):
     def broken(*_args, **_kwargs):
         raise RuntimeError("secret path /etc/shadow")
 
-    monkeypatch.setattr("saint.steering_desk.complete_pairs", broken)
+    monkeypatch.setattr("saint.steering_desk.stream_pairs", broken)
     with pytest.raises(Exception, match="server's log") as caught:
         client.predict(steer_request(), api_name="/steer")
     assert "secret" not in str(caught.value)
+
+
+def test_full_memory_is_a_message_that_says_what_to_reduce(client, monkeypatch):
+    def full(*_args, **_kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr("saint.steering_desk.stream_pairs", full)
+    with pytest.raises(Exception, match="fewer or shorter prompts, or ask for fewer new tokens"):
+        client.predict(steer_request(), api_name="/steer")
+
+
+@pytest.mark.parametrize(
+    ("program", "says"),
+    [
+        ("llama_3_inference_text_completion_gradio.py", "load fewer SAEs"),
+        ("llama_3_inference_text_completion.py", "use fewer or shorter prompts"),
+    ],
+)
+def test_full_memory_ends_a_program_with_one_line(monkeypatch, tmp_path, capsys, program, says):
+    model_dir, sae_path = write_setup(tmp_path)
+    argv = [program, "--llama_model_dir", str(model_dir), "--sae_model_path", str(sae_path)]
+    monkeypatch.setattr("sys.argv", argv)
+    full = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory.\nAnd much more."))
+    monkeypatch.setattr("saint.studio.load_studio", full)
+    with pytest.raises(SystemExit) as exit_:
+        runpy.run_path(str(REPOSITORY / program), run_name="__main__")
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert exit_.value.code == 1 and last.startswith(f"error: the GPU's memory is full: {says}")
+    assert last.endswith(": CUDA out of memory.")
 
 
 def fetch(url, data=None, headers=None):
@@ -197,7 +260,52 @@ def test_auth_is_made_up_exactly_when_others_can_come():
             choose_auth(bad, host="127.0.0.1", share=False)
 
 
-def test_another_host_asks_for_the_printed_password(tmp_path):
+def share(setup, *flags):
+    port = _free_port()
+    argv = ["--llama_model_dir", str(setup[0]), "--sae_model_path", str(setup[1])]
+    argv += ["--device", "cpu", "--share", "--port", str(port), *flags]
+    return f"http://127.0.0.1:{port}", lambda: demo.main(argv)
+
+
+def test_sharing_asks_for_the_printed_one_time_password(tmp_path, monkeypatch, capsys):
+    from gradio_client import Client
+
+    url, main = share(write_setup(tmp_path))
+    tunnel = Mock(return_value="https://example.gradio.live")
+    monkeypatch.setattr("gradio.networking.setup_tunnel", tunnel)
+    visited = []
+
+    def visit():
+        *login, opened, public = capsys.readouterr().out.splitlines()
+        assert (opened, public) == (f"open {url}", "public link https://example.gradio.live")
+        (words,) = re.findall(r"^one-time login: user (\S+), password (\S+)$", "\n".join(login))
+        assert fetch(f"{url}/config")[0] == 401
+        visitor = Client(url, auth=words, verbose=False, analytics_enabled=False)
+        visited.append(visitor.predict(api_name="/info"))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "threading", Mock(Event=lambda: Mock(wait=visit)))
+    with pytest.raises(KeyboardInterrupt):
+        main()
+    assert visited[0]["saes"] and tunnel.call_count == 1
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("no share server"), TimeoutError("no answer")])
+def test_no_public_link_is_one_clear_line(tmp_path, monkeypatch, capsys, failure):
+    url, main = share(write_setup(tmp_path))
+    monkeypatch.setattr("gradio.networking.setup_tunnel", Mock(side_effect=failure))
+    serving = Mock(side_effect=AssertionError("it serves without a public link"))
+    monkeypatch.setattr(demo, "threading", Mock(Event=lambda: Mock(wait=serving)))
+    with pytest.raises(SystemExit) as exit_:
+        run_stage(main)
+    assert exit_.value.code == 1
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.splitlines()[-1].startswith("error: --share: Gradio's")
+    with pytest.raises(urllib.error.URLError):  # nothing listens any more
+        fetch(url)
+
+
+def test_another_host_asks_for_the_printed_password_until_ctrl_c(tmp_path):
     from gradio_client import Client
 
     model_dir, sae_path = write_setup(tmp_path)
@@ -211,8 +319,10 @@ def test_another_host_asks_for_the_printed_password(tmp_path):
         cwd=REPOSITORY,
         env=environment,
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
         text=True,
+        # Where the tests run in a shell's background, SIGINT is ignored by all that it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     try:
         assert process.stdout is not None
@@ -231,10 +341,13 @@ def test_another_host_asks_for_the_printed_password(tmp_path):
             Client(url, auth=("saint", "wrong"), verbose=False, analytics_enabled=False)
         client = Client(url, auth=(login[1], login[2]), verbose=False, analytics_enabled=False)
         assert client.predict(api_name="/info")["saes"][0]["n_labels"] == len(LABELS)
+        process.send_signal(signal.SIGINT)
+        errors = process.communicate(timeout=30)[1].splitlines()
+        assert process.returncode == 130 and errors[-1] == "interrupted: the page is closed"
+        assert not any("Traceback" in line for line in errors)
     finally:
         watchdog.cancel()
-        process.terminate()
-        process.communicate(timeout=30)
+        process.kill()
 
 
 def _free_port():
@@ -243,195 +356,3 @@ def _free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-# --- in a browser --------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if CHROMIUM is None:
-        pytest.skip("no Chromium is installed (apt-get install chromium)")
-    with sync_api.sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield running
-        running.close()
-
-
-@pytest.fixture
-def tab(site, browser):
-    """An open page that has asked nobody but our server for anything."""
-    context = browser.new_context(viewport={"width": 1200, "height": 900})
-    page = context.new_page()
-    page.set_default_timeout(40_000)
-    strangers, problems = [], []
-    page.on("request", lambda r: strangers.append(r.url) if _foreign(r.url) else None)
-    page.on("pageerror", lambda e: problems.append(str(e)))
-    site.brake.seconds = 0.0
-    open_page(page, site.url)
-    yield page
-    context.close()
-    assert strangers == [] and problems == []
-
-
-def _foreign(url):
-    return not url.startswith(("http://127.0.0.1", "http://localhost", "data:", "blob:"))
-
-
-def open_page(page, url):
-    page.goto(url)
-    page.wait_for_selector("#mix .dials > *")
-
-
-def field(page, name):
-    return page.locator(f"#{name} textarea, #{name} input").first
-
-
-def choose(page, query="nuclear"):
-    field(page, "query").fill(query)
-    field(page, "query").press("Enter")
-    page.locator("#results .choose").first.click()
-    page.wait_for_selector("#mix .dial")
-
-
-def compare(page):
-    page.click("#run")
-    page.wait_for_selector("#result .done")
-    return [page.inner_text(f"#result [data-side={side}]") for side in ("plain", "steered")]
-
-
-def test_search_choose_steer_compare_and_reload_the_link(site, tab):
-    choose(tab)
-    assert "nuclear weapons" in tab.inner_text("#results .card")
-    tab.locator("#mix input[type=number]").fill("2.5")
-    tab.locator("#mix input[type=number]").press("Tab")
-    field(tab, "prompts").fill(f"{PROMPT}\nthe court")
-    plain, steered = compare(tab)
-    assert plain.startswith(PROMPT) and plain != steered
-    assert tab.locator("#result .pair").count() == 2
-    request = saint.steering.Request(
-        (PROMPT, "the court"),
-        (saint.steering.Setting(3, "add", 2.5),),
-        temperature=TEMPERATURE,
-        top_p=TOP_P,
-    )
-    pairs = saint.completions.complete_pairs(site.desk.studio, request)
-    texts = tab.locator("#result [data-side=steered] .tok").all_inner_texts()
-    assert "".join(texts[: len(pairs[0].steered.tokens)]) == "".join(pairs[0].steered.tokens)
-    cells = tab.locator("#result table.effects >> nth=0 >> td").all_inner_texts()
-    assert cells[2] == f"{pairs[0].effects[0].realised:.2f}×"
-    tab.wait_for_function("location.search.includes('steer=')")
-    open_page(tab, tab.url)
-    tab.wait_for_selector("#result .done")
-    again = [tab.inner_text(f"#result [data-side={side}]") for side in ("plain", "steered")]
-    assert again == [plain, steered]
-    assert tab.locator("#mix input[type=number]").input_value() == "2.5"
-
-
-def test_stop_leaves_the_text_and_ends_the_work(site, tab):
-    choose(tab)
-    site.brake.seconds = 0.15
-    tab.click("#run")
-    tab.wait_for_selector("#result .caret")
-    tab.wait_for_timeout(700)
-    tab.click("#stop")
-    tab.wait_for_timeout(1500)
-    steps = site.brake.steps
-    tab.wait_for_timeout(1500)
-    assert site.brake.steps == steps
-    assert PROMPT in tab.inner_text("#result")
-    site.brake.seconds = 0.0
-    compare(tab)
-
-
-def test_closing_the_tab_ends_the_work(site, browser):
-    context = browser.new_context()
-    page = context.new_page()
-    page.set_default_timeout(40_000)
-    open_page(page, site.url)
-    site.brake.seconds = 0.15
-    start = site.brake.steps
-    page.click("#run")
-    page.wait_for_selector("#result .caret")
-    context.close()
-    deadline = time.monotonic() + 20
-    while True:
-        steps = site.brake.steps
-        time.sleep(1.5)
-        if site.brake.steps == steps:
-            break
-        assert time.monotonic() < deadline, "generation went on for a closed tab"
-    site.brake.seconds = 0.0
-    assert steps - start < 2 * 40, "it ran to its end"
-
-
-def test_labels_and_model_text_are_never_markup(site, tab):
-    choose(tab, "bold")
-    assert LABELS[9] in tab.inner_text("#results .card")
-    assert LABELS[9] in tab.inner_text("#mix .dial")
-    assert tab.locator("#results b, #mix b").count() == 0
-    field(tab, "prompts").fill("<img src=x onerror=window.hacked=1> the")
-    assert "<img" in compare(tab)[0]
-    assert tab.evaluate("window.hacked") is None and tab.locator("#result img").count() == 0
-
-
-def test_modes_remove_prompt_view_dose_and_export(site, tab):
-    choose(tab)
-    tab.select_option("#mix select", "scale")
-    assert "multiplies" in tab.inner_text("#mix .says")
-    tab.select_option("#mix select", "add")
-    tab.click("#look")
-    tab.wait_for_selector("#view table.heat")
-    tab.get_by_role("tab", name="Find the dose").click()
-    tab.click("#sweep")
-    tab.wait_for_selector("#dose .doseplot")
-    tab.wait_for_function("document.querySelectorAll('#dose tbody tr').length === 9")
-    tab.get_by_role("tab", name="Keep and share").click()
-    tab.click("#export")
-    href = tab.get_attribute("#download a", "href")
-    from safetensors.torch import load
-
-    vector = load(base64.b64decode(href.split(",")[1]))["vector"]
-    dictionary = site.desk.studio.dictionaries[0]
-    assert vector.tolist() == pytest.approx(
-        (DEFAULT_STRENGTH * dictionary.units[3] * dictionary.sae.W_dec[3]).tolist(), rel=1e-5
-    )
-    tab.click("#mix .remove")
-    assert "Nothing chosen" in tab.inner_text("#mix")
-
-
-def test_json_and_presets_bring_settings_back(site, tab):
-    choose(tab)
-    tab.click("#settings button")
-    field(tab, "seed").fill("17")
-    compare(tab)
-    tab.get_by_role("tab", name="Keep and share").click()
-    tab.wait_for_function("document.querySelector('#json').innerText.includes('steered')")
-    assert '"seed": 17' in tab.inner_text("#json")
-    field(tab, "preset_name").fill("mine")
-    kept = tab.evaluate("localStorage.saint_presets")
-    tab.click("#preset_save")
-    tab.wait_for_function("kept => localStorage.saint_presets !== kept", arg=kept)
-    open_page(tab, site.url)
-    assert "Nothing chosen" in tab.inner_text("#mix")
-    tab.get_by_role("tab", name="Keep and share").click()
-    field(tab, "preset_choice").click()
-    tab.get_by_role("option", name="mine").click()
-    tab.click("#settings button")
-    sync_api.expect(field(tab, "seed")).to_have_value("0")
-    tab.click("#preset_load")
-    tab.wait_for_selector("#mix .dial")
-    assert "nuclear weapons" in tab.inner_text("#mix .dial")
-    sync_api.expect(field(tab, "seed")).to_have_value("17")
-
-
-@pytest.mark.parametrize("width", [360, 1200])
-def test_nothing_overflows_the_window(site, browser, width):
-    context = browser.new_context(viewport={"width": width, "height": 800})
-    page = context.new_page()
-    page.set_default_timeout(40_000)
-    open_page(page, site.url)
-    choose(page)
-    compare(page)
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
-    context.close()

@@ -1,0 +1,243 @@
+"""Peak memory at Llama 3.2-3B's widths and 65,536 latents: capture, one training step, the demo.
+
+    python benchmarks/memory.py --layers 2           # a CPU with little memory
+    python benchmarks/memory.py --layers 28 --device cuda
+
+Random weights, written in the formats that the stages read; every part runs in a process of its
+own. On a GPU a part's peak is `torch.cuda.max_memory_allocated`, and its host memory beside it; on
+a CPU there is only host memory. Host memory is the peak of RssAnon, sampled every 5 ms: the page
+cache, through which weights are mapped, does not count.
+
+The demo steers at the limit of tokens that its `Limits` allow, with a latent that is scaled, so
+that the encoder runs. What the demo needs at full depth is computed from tensor sizes, and so is
+the same at the measured depth, beside what was measured. The last line is JSON. GB are 10^9 bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import itertools
+import json
+import multiprocessing
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import capture_activations
+import llama_3_inference_text_completion as terminal
+from llama_3 import CheckpointError, Llama, LlamaArgs
+from sae import SAEConfig, TopKSparseAutoencoder, save_sae, standardise
+from saint import kernels
+from saint.completions import stream_pairs
+from saint.runtime import Workers, log, pick_device, positive_int, run_stage
+from saint.steering import Limits, Request, Setting
+from saint.studio import load_studio
+from saint.training_step import Moments, make_step
+
+SHAPE = LlamaArgs(3072, 28, 24, 8, 128, 8192, 128256, tied=True)
+DICTIONARY = SAEConfig(3072, 65536, 64, layer=22)
+CUDA_CONTEXT = 500_000_000  # assumed: driver, cuBLAS; outside of torch's count
+_NEW_TOKENS = 4
+
+
+def weight_bytes(shape: LlamaArgs, dictionary: SAEConfig) -> dict[str, int]:
+    """Bytes of the bf16 model and the float32 SAE, tied weights once."""
+    meta = torch.device("meta")
+    with meta:
+        model = Llama(shape, device=meta, dtype=torch.bfloat16)
+        sae = TopKSparseAutoencoder(dictionary, device=meta)
+    both = {"model (bf16)": model, "SAE (float32)": sae}
+    return {
+        name: sum(p.numel() * p.element_size() for p in set(module.parameters()))
+        for name, module in both.items()
+    }
+
+
+def demo_bytes(shape: LlamaArgs, dictionary: SAEConfig, limits: Limits) -> dict[str, int]:
+    """Bytes on the device while the demo works at its limits; "peak" is the worst moment.
+
+    Loading copies one tensor at a time beside its place. While two runs generate, each has its
+    caches, and one at a time works on a whole prompt (the steered layer and the MLP are the widest
+    places) or samples from logits.
+    """
+    rows, d = limits.tokens, shape.dim
+    parts = weight_bytes(shape, dictionary)
+    weights = sum(parts.values())
+    parts["copy of the embedding, loading"] = shape.vocab_size * d * 2
+    parts["caches of both runs"] = (
+        2 * 2 * shape.n_layers * rows * shape.n_kv_heads * shape.head_dim * 2
+    )
+    block = min(rows, max(1, kernels.BLOCK_ELEMENTS // dictionary.n_latents))
+    parts["pre-activations, one block"] = block * dictionary.n_latents * 4
+    # float32 x, z, z - b_pre, two shifts and their sum, beside bf16 before, after and the residual.
+    parts["steering"] = rows * d * (6 * 4 + 3 * 2)
+    parts["MLP"] = rows * (2 * shape.ffn_dim + 3 * d) * 2
+    # bf16 and float32 logits, probabilities, order, cumulative sums and masks.
+    parts["logits and sampling"] = limits.prompts * shape.vocab_size * (2 + 6 * 4 + 2 * 8)
+    steered = parts["steering"] + parts["pre-activations, one block"]
+    working = parts["caches of both runs"] + max(
+        steered, parts["MLP"], parts["logits and sampling"]
+    )
+    parts["peak"] = weights + max(parts["copy of the embedding, loading"], working)
+    return parts
+
+
+# --- the parts, each in a process of its own -----------------------------------------------------
+
+
+@torch.no_grad()
+def write_files(args: argparse.Namespace) -> dict[str, float]:
+    """Write a random model with Llama 3's number of tokens, an SAE and some sentences."""
+    shape = replace(SHAPE, n_layers=args.layers)
+    model_dir = args.work_dir / "model"
+    model_dir.mkdir()
+    names = {"dim": "dim", "n_layers": "n_layers", "n_heads": "n_heads", "ffn_dim": "ffn_dim"}
+    names |= {"n_kv_heads": "n_kv_heads", "vocab_size": "vocab_size", "norm_eps": "norm_eps"}
+    params = {name: getattr(shape, field) for name, field in names.items()}
+    (model_dir / "params.json").write_text(json.dumps(params | {"max_seq_len": 8192}))
+    n_ranks = shape.vocab_size - 256
+    tokens = itertools.chain.from_iterable(
+        itertools.product(range(256), repeat=n) for n in (1, 2, 3)
+    )
+    lines = [
+        base64.b64encode(bytes(token)) + b" %d" % rank
+        for rank, token in enumerate(itertools.islice(tokens, n_ranks))
+    ]
+    (model_dir / "tokenizer.model").write_bytes(b"\n".join(lines))
+    model = Llama(shape, device=torch.device("cpu"), dtype=torch.bfloat16)
+    for name, weight in model.named_parameters():
+        weight.fill_(1.0) if "norm" in name else weight.normal_(std=0.02)
+    torch.save(model.state_dict(), model_dir / "consolidated.00.pth")
+    del model
+    sae = TopKSparseAutoencoder(replace(DICTIONARY, layer=hooked_layer(args)))
+    sae.initialise(torch.zeros(DICTIONARY.d_model), seed=0)
+    sae.max_activations = torch.ones(DICTIONARY.n_latents)
+    save_sae(args.work_dir / "trained_sae.pt", sae)
+    pq.write_table(pa.table({"text": ["a b c d e f g h " * 4] * 64}), args.work_dir / "s.parquet")
+    return {}
+
+
+def hooked_layer(args: argparse.Namespace) -> int:
+    """Layer 22 where the model has so many, else its last."""
+    return min(DICTIONARY.layer or 0, args.layers - 1)
+
+
+def capture(args: argparse.Namespace) -> dict[str, float]:
+    """Capture 64 sentences, as the stage does."""
+    flags = {"model_dir": "model", "dataset_dir": "s.parquet", "output_dir": "activations"}
+    argv = [f"--{name}={args.work_dir / path}" for name, path in flags.items()]
+    argv += ["--num_samples=64", f"--layers={hooked_layer(args)}", "--dtype=bfloat16"]
+    capture_activations.main([*argv, f"--device={args.device}"])
+    return {}
+
+
+def train(args: argparse.Namespace) -> dict[str, float]:
+    """Take one step at full size, with the kernels that training would choose."""
+    device = pick_device(args.device)
+    sae = TopKSparseAutoencoder(DICTIONARY, device=device)
+    sae.initialise(torch.zeros(DICTIONARY.d_model), seed=0)
+    step = make_step("auto", sae, Moments(sae), Workers(0, 1, device))
+    x = standardise(torch.randn(args.batch_size, DICTIONARY.d_model, device=device))[0]
+    losses = step.accumulate(x, DICTIONARY.k, None, 1.0)
+    step.apply(1e-4, 1.0)
+    state = 3 * weight_bytes(SHAPE, DICTIONARY)["SAE (float32)"]
+    return {"loss": float(losses.loss), "weights and moments": state / 1e9}
+
+
+def demo(args: argparse.Namespace) -> dict[str, float]:
+    """Load model and SAE from files and write one pair of completions at the limit of tokens."""
+    argv = [f"--llama_model_dir={args.work_dir / 'model'}", f"--device={args.device}"]
+    argv += [f"--sae_model_path={args.work_dir / 'trained_sae.pt'}", "--dtype=bfloat16"]
+    studio, _ = load_studio(terminal.build_parser().parse_args(argv))
+    limits = studio.limits
+    words = limits.tokens // limits.prompts - _NEW_TOKENS - 1  # BOS is one of the tokens
+    prompt = " ".join("a" for _ in range(words))
+    settings = (Setting(0, "scale", 2.0), Setting(1, "add", 1.0))
+    request = Request((prompt,) * limits.prompts, settings, max_new_tokens=_NEW_TOKENS)
+    n_rows = sum(map(len, studio.encode_prompts(request))) + limits.prompts * _NEW_TOKENS
+    *_, last = stream_pairs(studio, request)
+    assert last.pairs is not None and n_rows == limits.tokens
+    computed = demo_bytes(replace(SHAPE, n_layers=args.layers), DICTIONARY, limits)["peak"]
+    return {"tokens": n_rows, "computed at this depth": computed / 1e9}
+
+
+def measured(part: Callable[[argparse.Namespace], dict], args: argparse.Namespace) -> dict:
+    """Run one part in this process; returns its peaks in GB with what it reports itself."""
+    peak, done, before = 0, threading.Event(), _private_bytes()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.is_set():
+            peak = max(peak, _private_bytes())
+            time.sleep(0.005)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        reported = part(args)
+    finally:
+        done.set()
+        watcher.join()
+    peaks = {"host": peak / 1e9, "host before": before / 1e9}
+    if pick_device(args.device).type == "cuda":
+        peaks["GPU"] = torch.cuda.max_memory_allocated() / 1e9
+    return {name: round(value, 3) for name, value in (peaks | reported).items()}
+
+
+def _private_bytes() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--layers", type=positive_int, default=2, help="of 28 blocks [2]")
+    parser.add_argument("--batch_size", type=positive_int, default=256, help="tokens a step [256]")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N [auto]")
+    parser.add_argument("--work_dir", type=Path, help="where to put 3 GB [a temporary one]")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+    result: dict[str, dict] = {}
+    with tempfile.TemporaryDirectory(prefix="saint_memory_", dir=args.work_dir) as directory:
+        args.work_dir = Path(directory)
+        for part in (write_files, capture, train, demo):
+            spawn = multiprocessing.get_context("spawn")
+            with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+                result[part.__name__] = pool.submit(measured, part, args).result()
+            log.info("%s, in GB: %s", part.__name__, result[part.__name__])
+    parts = demo_bytes(SHAPE, DICTIONARY, Limits())
+    for name, n_bytes in (parts | {"CUDA's context (assumed)": CUDA_CONTEXT}).items():
+        print(f"{name:<34}{n_bytes / 1e9:7.2f} GB")
+    total = round((parts["peak"] + CUDA_CONTEXT) / 1e9, 2)
+    print(f"computed for the demo on a GPU, all 28 layers: {total} GB")
+    summary = {"layers": args.layers, "measured": result, "computed_gpu_gb": total}
+    if "GPU" not in result["demo"]:
+        beyond = result["demo"]["host"] - result["demo"]["computed at this depth"]
+        decoder = 4 * DICTIONARY.n_latents * DICTIONARY.d_model / 1e9
+        host = summary["computed_host_gb"] = round(beyond + decoder, 2)
+        print(
+            f"computed for its host: {host} GB: {decoder:.2f} for the decoder, transposed while "
+            f"loading, and {beyond:.2f} measured here beyond tensors; CUDA's libraries not counted"
+        )
+    print(json.dumps(summary))
+
+
+if __name__ == "__main__":
+    run_stage(main, expected=(CheckpointError,))
