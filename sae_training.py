@@ -28,7 +28,7 @@ from torch import Tensor
 
 from sae import SAEConfig, TopKSparseAutoencoder, load_sae, normalise_decoder, save_sae
 from saint.batched_rows import BatchedRows, open_batched_rows
-from saint.manifests import Output, State, file_checksum
+from saint.manifests import Output, State, file_checksum, manifest_path, read_manifest
 from saint.runtime import (
     UserError,
     Workers,
@@ -235,6 +235,17 @@ def read_mean(path: Path, d_model: int) -> Tensor:
     return mean.float()
 
 
+def refuse_another_mean(path: Path, rows: BatchedRows) -> None:
+    """Raise UserError where preprocessing made the mean from other rows: another layer's, say."""
+    if not manifest_path(path, rows.manifest.stage, single_file=True).exists():
+        return  # not preprocessing's: anyone's tensor will do
+    made_from = read_manifest(path, rows.manifest.stage).sources
+    if made_from != rows.manifest.sources:
+        theirs, ours = (s["layer_dir"] for s in (made_from, rows.manifest.sources))
+        other = "another store" if theirs == ours else f"{theirs}, the rows are of {ours}"
+        raise UserError(f"--b_pre_path {path} is the mean of {other}")
+
+
 @torch.no_grad()
 def copy_weights(sae: TopKSparseAutoencoder, path: Path) -> None:
     """Start from another SAE's weights, its decoder directions normalised."""
@@ -281,6 +292,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = open_batched_rows(args.data_dir)
     recipe = resolve_recipe(args, rows, workers)
     read_mean(args.b_pre_path, rows.facts["d_model"])
+    refuse_another_mean(args.b_pre_path, rows)
     files = RunFiles(args.model_save_path, args.keep_last_n)
     output = plan_output(args, rows, recipe, files, workers)
     if workers.on_main(lambda: output.begin(overwrite=args.overwrite)) is State.DONE:

@@ -428,6 +428,11 @@ def test_bad_training_input_is_one_clear_line(root, tmp_path):
 
     torch.save(torch.zeros(5), tmp_path / "mean.pt")
     assert "has shape (5,), the activations need (32,)" in train(b_pre_path=tmp_path / "mean.pt")
+    shutil.copyfile(root / "acts_mean.pt", tmp_path / "mean.pt")
+    record = (root / "acts_mean.pt.manifest.json").read_text().replace('"layer_2"', '"layer_1"')
+    (tmp_path / "mean.pt.manifest.json").write_text(record)
+    found = train(b_pre_path=tmp_path / "mean.pt")
+    assert found.endswith("mean.pt is the mean of layer_1, the rows are of layer_2")
     assert "--batch_size 100000 is larger" in train(batch_size=100000)
     assert "--k 65 is larger than --n_latents 64" in train(k=65)
     assert "does not exist" in train(data_dir=tmp_path / "nowhere")
