@@ -26,6 +26,7 @@ from saint.manifests import (
     manifest_path,
     read_manifest,
     recorded_arguments,
+    verify_file,
 )
 from saint.row_format import row_bytes
 from saint.row_statistics import (
@@ -131,8 +132,7 @@ def preprocess(
         n_workers=args.num_processes,
         in_place=args.in_place,
     )
-    plan = make_plan(shuffle)
-    assert plan.n_rows == store.n_tokens, "a row was lost or doubled"
+    plan = plan_or_name_damage(shuffle)
     n_train = sum(file.n_rows for file in plan.files if file.split == "train")
     if n_train < args.batch_size:
         for out in (output, mean_output):
@@ -143,6 +143,24 @@ def preprocess(
     with naming_full_disk(output.path):
         require_space(output.path, space_needed(plan), "make room")
         finish(run_shuffle(plan), output, mean_output, started)
+
+
+def plan_or_name_damage(shuffle: Shuffle) -> Plan:
+    """Plan from the shards' offsets, which have not been verified: that comes with their rows.
+
+    Raises UserError naming a damaged shard where the offsets make no sense.
+    """
+    problem: Exception | None = None
+    try:
+        plan = make_plan(shuffle)
+        if plan.n_rows == shuffle.store.n_tokens:
+            return plan
+    except (ValueError, IndexError, OverflowError, MemoryError) as error:
+        problem = error
+    for shard in shuffle.shards:
+        if not shuffle.is_replaced(shard):
+            verify_file(*shuffle.recorded(shard))
+    raise AssertionError("a row was lost or doubled") from problem
 
 
 def refuse_what_is_lost(*outputs: Output) -> None:

@@ -263,9 +263,8 @@ def cpu_multiplies_bf16() -> bool:
     """Whether this CPU has bf16 matrix instructions (AVX512-BF16 or AMX); others emulate them."""
     import torch
 
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and (
-        "avx512_bf16" in _cpu_flags() or "amx_bf16" in _cpu_flags()
-    )
+    named = "avx512_bf16" in _cpu_flags() or "amx_bf16" in _cpu_flags()
+    return named and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _cpu_flags() -> str:

@@ -412,6 +412,10 @@ def test_corrupt_shards_are_found_and_named(root, tmp_path):
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     assert "shard_00001.safetensors is corrupt" in preprocess(store)
+    start = 8 + int.from_bytes(whole[:8], "little")
+    for byte in (b"\x07", b"\xff"):  # the offsets come first: other ones, and negative ones
+        shard.write_bytes(whole[: start + 8] + 8 * byte + whole[start + 16 :])
+        assert "shard_00001.safetensors is corrupt" in preprocess(store)
     shard.write_bytes(whole[:-10])
     assert "shard_00001.safetensors has" in preprocess(store)
     shard.unlink()
