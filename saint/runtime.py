@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -174,6 +175,10 @@ class Workers:
         return value
 
 
+# Ranks wait while one verifies or writes what may be terabytes.
+_PATIENCE = timedelta(hours=2)
+
+
 def start_workers(
     device: str, *, model_parallel_size: int = 1, data_parallel: bool = True
 ) -> Workers:
@@ -204,7 +209,8 @@ def start_workers(
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        backend = "nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=_PATIENCE)
     if model_parallel_size > 1:
         from fairscale.nn.model_parallel.initialize import initialize_model_parallel
 
