@@ -26,7 +26,6 @@ from saint.manifests import (
     manifest_path,
     read_manifest,
     recorded_arguments,
-    verify_file,
 )
 from saint.row_format import row_bytes
 from saint.row_statistics import (
@@ -47,7 +46,7 @@ from saint.runtime import (
     save_torch,
 )
 from saint.sentences import HELD_OUT_FRACTION, HELD_OUT_SEED
-from saint.shuffle import Plan, Shuffle, make_plan
+from saint.shuffle import Shuffle, make_plan
 from saint.shuffle_passes import Result, clean_up, run_shuffle
 
 _FILE_BYTES = 500_000_000
@@ -132,7 +131,7 @@ def preprocess(
         n_workers=args.num_processes,
         in_place=args.in_place,
     )
-    plan = plan_or_name_damage(shuffle)
+    plan = make_plan(shuffle)
     n_train = sum(file.n_rows for file in plan.files if file.split == "train")
     if n_train < args.batch_size:
         for out in (output, mean_output):
@@ -141,26 +140,8 @@ def preprocess(
             f"--batch_size {args.batch_size} is larger than the {n_train} training rows"
         )
     with naming_full_disk(output.path):
-        require_space(output.path, space_needed(plan), "make room")
+        require_space(output.path, plan.disk_bytes, "make room")
         finish(run_shuffle(plan), output, mean_output, started)
-
-
-def plan_or_name_damage(shuffle: Shuffle) -> Plan:
-    """Plan from the shards' offsets, which have not been verified: that comes with their rows.
-
-    Raises UserError naming a damaged shard where the offsets make no sense.
-    """
-    problem: Exception | None = None
-    try:
-        plan = make_plan(shuffle)
-        if plan.n_rows == shuffle.store.n_tokens:
-            return plan
-    except (ValueError, IndexError, OverflowError, MemoryError) as error:
-        problem = error
-    for shard in shuffle.shards:
-        if not shuffle.is_replaced(shard):
-            verify_file(*shuffle.recorded(shard))
-    raise AssertionError("a row was lost or doubled") from problem
 
 
 def refuse_what_is_lost(*outputs: Output) -> None:
@@ -180,21 +161,6 @@ def refuse_what_is_lost(*outputs: Output) -> None:
                 "preprocessed in place; put it back, or start over with "
                 "capture_activations.py --overwrite"
             )
-
-
-def space_needed(plan: Plan) -> int:
-    """Return the bytes of disk that the shuffle still takes at most."""
-    shuffle = plan.shuffle
-    per_row = sum(t.nbytes for t in shuffle.memory(1).values())
-    largest = max(file.n_rows for file in plan.files)
-    shard_bytes = max(shuffle.store.shard_path(i).stat().st_size for i in shuffle.shards)
-    if shuffle.in_place:
-        return shuffle.n_workers * max(largest * per_row, shard_bytes)
-    n_bytes = plan.n_rows * per_row
-    if not plan.fits_in_memory:
-        n_bytes += plan.n_permuting * largest * per_row
-    held = (path.stat().st_blocks * 512 for path in shuffle.output_dir.iterdir())
-    return max(0, n_bytes - sum(held))
 
 
 def finish(result: Result, output: Output, mean_output: Output, started: float) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from saint.activation_store import INDEX_TENSORS, ActivationStore
 from saint.batched_rows import SPLITS, Split, rows_name
-from saint.manifests import verify_size
+from saint.manifests import verify_file, verify_size
 from saint.row_format import StoredRows, read_tensors
 from saint.row_statistics import RowStatistics
 from saint.runtime import UserError
@@ -215,12 +215,41 @@ class Plan:
             )
         return min(s.n_workers, allowed // each)
 
+    @property
+    def disk_bytes(self) -> int:
+        """What the shuffle still takes of the disk at most."""
+        s = self.shuffle
+        per_row = sum(t.nbytes for t in s.memory(1).values())
+        largest = max(file.n_rows for file in self.files) * per_row
+        if s.in_place:
+            shard_bytes = max(s.store.shard_path(i).stat().st_size for i in s.shards)
+            return s.n_workers * max(largest, shard_bytes)
+        n_bytes = self.n_rows * per_row
+        if not self.fits_in_memory:
+            n_bytes += self.n_permuting * largest
+        held = (path.stat().st_blocks * 512 for path in s.output_dir.iterdir())
+        return max(0, n_bytes - sum(held))
+
 
 def make_plan(shuffle: Shuffle) -> Plan:
     """Count, from the sentences alone, how many rows of each shard go to each file.
 
-    Raises UserError when a shard is missing or has another size than it should.
+    Raises UserError when a shard is missing or damaged, as far as can be seen without its rows.
     """
+    problem: Exception | None = None
+    try:
+        plan = _make_plan(shuffle)
+        if plan.n_rows == shuffle.store.n_tokens:
+            return plan
+    except (ValueError, IndexError, OverflowError, MemoryError) as error:
+        problem = error
+    for shard in shuffle.shards:  # offsets that make no sense: whose?
+        if not shuffle.is_replaced(shard):
+            verify_file(*shuffle.recorded(shard))
+    raise AssertionError("a row was lost or doubled") from problem
+
+
+def _make_plan(shuffle: Shuffle) -> Plan:
     n_files = sum(shuffle.n_files.values())
     counts = np.zeros((len(shuffle.shards), n_files), np.int64)
     for shard in shuffle.shards:
