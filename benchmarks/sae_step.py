@@ -50,7 +50,8 @@ def rows_like_activations(n: int, d_model: int, device: torch.device) -> Tensor:
 def dense_step(args: argparse.Namespace, x: Tensor) -> Callable[[], float]:
     """Return the first version's step: dense products, scatter, AdamW, two normalisation passes.
 
-    With AuxK (`--n_dead`), its dead latents' scatter and product are dense too.
+    With AuxK (`--n_dead`), its dead latents' scatter and product are dense too, and on all tokens,
+    as the peers'; SAINT's takes one in so many (`aux_every` in the result).
     """
     encoder = nn.Linear(args.d_model, args.n_latents, device=x.device)
     decoder = nn.Linear(args.n_latents, args.d_model, bias=False, device=x.device)
@@ -99,7 +100,7 @@ def saint_step(args: argparse.Namespace, x: Tensor) -> tuple[str, Callable[[], f
     if args.n_dead:
         dead = torch.arange(args.n_dead, device=x.device)
         k_aux = min(args.n_dead, 1 << (args.d_model.bit_length() - 1))
-        aux = AuxK(dead, k_aux, 1 / 32, every=aux_every(args.n_dead, args.n_latents))
+        aux = AuxK(dead, k_aux, 1 / 32, every=aux_every(args.n_dead, args.n_latents, len(x)))
 
     def step() -> float:
         losses = kernels.accumulate(x, args.k, aux, 1.0)
@@ -272,6 +273,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         result["ratio"] = round(result["dense_s"] / result["saint_s"], 2)
     names = ("d_model", "n_latents", "k", "batch_size", "n_dead")
     settings = {name: getattr(args, name) for name in names}
+    settings["aux_every"] = aux_every(args.n_dead, args.n_latents, args.batch_size)
     settings |= {"device": str(device), "kernels": kernels, "threads": torch.get_num_threads()}
     print(json.dumps(settings | result))
 

@@ -90,7 +90,10 @@ def is_available() -> bool:
 
 
 def _call(name: str, *arguments: Tensor | np.ndarray | int | float | ctypes.Structure) -> float:
-    """Call a kernel; tensors must be contiguous, on the CPU, float32, int32 or uint8."""
+    """Call a kernel; tensors must be contiguous, on the CPU, float32, int32 or uint8.
+
+    NumPy's arrays must be contiguous; their dtypes are the caller's to get right.
+    """
     converted = []
     for argument in arguments:
         if isinstance(argument, Tensor):
@@ -334,7 +337,7 @@ def reduce_by_sentence(
     """Return sentences, latents, n_tokens, sums and maxima, as `top_sentences.Pairs` has them."""
     n, k = values.shape
     arrays = [np.ascontiguousarray(offsets, np.int64)]
-    arrays += [np.ascontiguousarray(values), np.ascontiguousarray(indices, np.int32)]
+    arrays += [np.ascontiguousarray(values, np.float32), np.ascontiguousarray(indices, np.int32)]
     outputs = tuple(np.empty(n * k, dtype) for dtype in (*[np.int64] * 3, np.float64, np.float32))
     sizes = (len(offsets) - 1, n_latents, k)
     n_pairs = int(_call("saint_reduce_by_sentence", *sizes, *arrays, *outputs))

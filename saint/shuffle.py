@@ -241,6 +241,8 @@ def make_plan(shuffle: Shuffle) -> Plan:
         plan = _make_plan(shuffle)
         if plan.n_rows == shuffle.store.n_tokens:
             return plan
+    except UserError:
+        raise
     except (ValueError, IndexError, OverflowError, MemoryError) as error:
         problem = error
     for shard in shuffle.shards:  # offsets that make no sense: whose?

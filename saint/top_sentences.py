@@ -1,10 +1,11 @@
 """Exact top sentences per latent, streamed: no loop over sentences or latents, bounded memory.
 
-A chunk of tokens becomes (sentence, latent) pairs by one sort of 32-bit integers and a segmented
-reduction. Each ranking counts values per latent in logarithmic bins, which bounds the N-th value
-from below: a pair under the bound is dropped, the few others wait, and one sort at the end ranks
-them. All orders are total (value, then the smaller sentence_id), so that the result does not depend
-on the order in which shards or ranks are merged. This runs on the CPU, beside the encoder.
+A chunk of tokens becomes (sentence, latent) pairs in one pass in C++, or without a compiler by one
+sort of 32-bit integers and a segmented reduction. Each ranking counts values per latent in
+logarithmic bins, which bounds the N-th value from below: a pair under the bound is dropped, the few
+others wait, and one sort at the end ranks them. All orders are total (value, then the smaller
+sentence_id), so that the result does not depend on the order in which shards or ranks are merged.
+This runs on the CPU, beside the encoder.
 """
 
 from __future__ import annotations
@@ -367,7 +368,7 @@ class Tally:
 
     def finish(self) -> None:
         """Merge what waits; call before reading the results."""
-        with ThreadPoolExecutor() as pool:
+        with ThreadPoolExecutor(2) as pool:  # each takes memory of its own
             list(pool.map(TopN.merge, self.tops.values()))
 
     def state(self) -> dict[str, np.ndarray]:

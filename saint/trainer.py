@@ -118,7 +118,7 @@ class Trainer:
             dead,
             min(self.recipe.k_aux, len(dead)),
             self.recipe.aux_coefficient,
-            every=aux_every(len(dead), n_latents),
+            every=aux_every(len(dead), n_latents, self.recipe.batch_size),
             first=first + self.step,
         )
 
@@ -157,12 +157,13 @@ class Trainer:
         self.skipped_steps |= set(state["skipped_steps"])
 
 
-def aux_every(n_dead: int, n_latents: int) -> int:
+def aux_every(n_dead: int, n_latents: int, batch_size: int) -> int:
     """Return one in how many tokens AuxK takes: 2,048 dead of 65,536 latents make it 8.
 
-    Its five dense products then cost at most 1/48 of one product with all latents and tokens.
+    Its five dense products then cost at most 1/48 of one product with all latents and tokens; but
+    it takes 16 tokens at least, so that no step is without it.
     """
-    return -(-5 * 48 * n_dead // n_latents)
+    return max(1, min(-(-5 * 48 * n_dead // n_latents), batch_size // 16))
 
 
 def combine(parts: Sequence[tuple[float, Losses]]) -> Losses:

@@ -1,4 +1,4 @@
-"""One optimiser step from micro-batches, in the three ways that `--kernels` names.
+"""One optimiser step from micro-batches, in the ways that `--kernels` names.
 
 Each step object is given micro-batches (`accumulate`) and then moves the weights once (`apply`).
 All keep Adam's moments alike, so that a checkpoint does not depend on the kernels.
@@ -87,7 +87,7 @@ def make_step(kernels: str, sae: TopKSparseAutoencoder, moments: Moments, worker
     if kernels == "triton":
         try:
             from saint.triton_step import TritonStep  # not everywhere, and seconds to import
-        except ModuleNotFoundError as error:
+        except ImportError as error:
             raise UserError(f"--kernels triton: {error} (pip install triton)") from None
         return TritonStep(sae, moments, workers)
     on_cpu = workers.device.type == "cpu"

@@ -321,6 +321,9 @@ class Encoder:
             block = slice(start, start + n_rows)
             outputs = (values[block], indices[block], unsure[block])
             self._select(a[block], w_enc, b_enc, weights, outputs)
+        # Comparisons with NaN are false: a latent that has one would never be found.
+        finite = torch.isfinite(weights.norms.sum() + b_enc.sum())
+        unsure.masked_fill_(~finite, 1)
         self.n_tokens += len(a)
         rows = torch.nonzero(unsure).squeeze(1)
         if len(rows):

@@ -80,6 +80,15 @@ def test_near_ties_are_decided_in_float32():
     assert many == {"debug/candidates_per_token": 600, "debug/float32_tokens_ratio": 1}
 
 
+def test_a_latent_that_is_not_finite_is_chosen_as_everywhere():
+    a, w, bias = torch.randn(4, 64), torch.randn(300, 64), torch.zeros(300)
+    for tensor, place in ((w, (5, 3)), (bias, (7,))):
+        tensor[place] = float("nan")
+        values, _ = Encoder()(a.to(DEVICE), w.to(DEVICE), bias.to(DEVICE), 4)
+        assert not values.isfinite().all()
+        tensor[place] = 0.0
+
+
 def test_candidates_outside_their_bounds_send_the_token_to_float32():
     torch.manual_seed(0)
     a, w = torch.randn(4, 64, device=DEVICE), torch.randn(300, 64, device=DEVICE)
