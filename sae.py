@@ -191,8 +191,10 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} does not exist: train an SAE first (sae_training.py)")
     try:
         record = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise UserError(f"{path} is not a readable SAE checkpoint: {str(error)[:120]}") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError):
+        raise UserError(
+            f"{path} is not a readable SAE checkpoint: damaged, or not sae_training.py's"
+        ) from None
     if not isinstance(record, dict):
         raise UserError(f"{path} is not an SAE checkpoint")
     return record

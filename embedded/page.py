@@ -75,7 +75,8 @@ def showcase(studio: Studio, latents: Sequence[int]) -> tuple[Pair, Setting]:
     the text stays fluent and does not run in circles.
     """
     tried: list[tuple[float, Pair, Setting]] = []
-    for latent in latents:
+    for number, latent in enumerate(latents, 1):
+        log.info("steering by latent %d, %d of the %d tried", latent, number, len(latents))
         setting = Setting(latent, "add", _STRENGTH)
         request = Request(EXAMPLE_PROMPTS, (setting,), max_new_tokens=_NEW_TOKENS)
         for pair in complete_pairs(studio, request):

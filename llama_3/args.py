@@ -68,6 +68,8 @@ def load_args(model_dir: Path) -> LlamaArgs:
         if path.is_file():
             with naming(path):
                 return parse(read_json(path))
+    if not Path(model_dir).exists():
+        raise CheckpointError(f"{model_dir} does not exist: a directory of Llama weights is needed")
     raise CheckpointError(f"{model_dir}: no model here (neither params.json nor config.json)")
 
 
