@@ -6,7 +6,8 @@ for a code c in [-127, 127]. The second is s · (c/255)⁴ for a code c in [0, 2
 the moment was above 0 (Adam divides by its root).
 
 Rounding is stochastic and right on average, since with β₂ = 0.999 the nearest code would never
-move; and it depends on step, tensor, row and column alone, so that a resumed run has the same bits. In 32-bit unsigned arithmetic `mix` is "lowbias32" (github.com/skeeto/hash-prospector);
+move; and it depends on step, tensor, row and column alone, so that a resumed run has the same bits.
+In 32-bit unsigned arithmetic `mix` is "lowbias32" (github.com/skeeto/hash-prospector);
 h = mix(mix(mix(2 · step + tensor) ^ row) + column), tensor 0 for W_enc and 1 for W_dec. The first
 moment's uniform number is ((h >> 16) + ½) / 2¹⁶, the second's ((h & 0xffff) + ½) / 2¹⁶. A value x
 between neighbours `below` and `above` becomes `above` where
@@ -33,9 +34,9 @@ _WORD = 0xFFFFFFFF
 class Moments:
     """Adam's state: two moments of each parameter, and the steps taken.
 
-    kind: one of KINDS. "int8" holds codes of W_enc, W_dec in `first` (int8) and `second` (uint8), and
-    in `scales` their (2, n_latents) scales, the first moment's and the second's; all else is float32,
-    and without codes `scales` is empty.
+    kind: one of KINDS. "int8" holds codes of W_enc and W_dec, int8 in `first`, uint8 in `second`,
+    and in `scales` their (2, n_latents) scales, the first moment's and the second's; all else is
+    float32, and without codes `scales` is empty.
     """
 
     def __init__(self, sae: TopKSparseAutoencoder, kind: str = "float32"):
