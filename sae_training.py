@@ -269,10 +269,13 @@ def plan_output(
         if not args.model_load_path.exists():
             raise UserError(f"--model_load_path {args.model_load_path} does not exist")
         sources["model_load_path"] = file_checksum(args.model_load_path)["xxh3"]
+    arguments = asdict(recipe)
+    if recipe.moments == "float32":  # so that runs from before there was a choice go on
+        del arguments["moments"]
     return Output(
         path=args.model_save_path,
         stage=STAGE,
-        arguments=asdict(recipe),
+        arguments=arguments,
         sources=sources,
         own_patterns=files.patterns(),
         settings={

@@ -41,10 +41,11 @@ from llama_3 import CheckpointError, Llama, LlamaArgs
 from sae import SAEConfig, TopKSparseAutoencoder, save_sae, standardise
 from saint import kernels
 from saint.completions import stream_pairs
+from saint.moments import Moments
 from saint.runtime import Workers, log, pick_device, positive_int, run_stage
 from saint.steering import Limits, Request, Setting
 from saint.studio import load_studio
-from saint.training_step import Moments, make_step
+from saint.training_step import make_step
 
 SHAPE = LlamaArgs(3072, 28, 24, 8, 128, 8192, 128256, tied=True)
 DICTIONARY = SAEConfig(3072, 65536, 64, layer=22)

@@ -24,7 +24,7 @@ from saint.runtime import UserError, atomic_path
 _SOURCES = tuple(
     Path(__file__).with_name(name) for name in ("cpu_step.cpp", "cpu_encoder.cpp", "cpu_tally.cpp")
 )
-_HEADER = Path(__file__).with_name("cpu_kernels.h")
+_HEADERS = tuple(Path(__file__).with_name(name) for name in ("cpu_kernels.h", "cpu_moments.h"))
 _FLAGS = (
     "-O3",
     "-march=native",
@@ -57,7 +57,7 @@ def library() -> ctypes.CDLL:
     if compiler is None:
         raise UserError("no C++ compiler here (c++, g++ or $CXX)")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
-    texts = [path.read_text() for path in (*_SOURCES, _HEADER)]
+    texts = [path.read_text() for path in (*_SOURCES, *_HEADERS)]
     parts = (*texts, version.stdout, *_FLAGS, _cpu_name())
     name = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
     try:
@@ -90,7 +90,7 @@ def is_available() -> bool:
 
 
 def _call(name: str, *arguments: Tensor | np.ndarray | int | float | ctypes.Structure) -> float:
-    """Call a kernel; tensors must be contiguous, on the CPU, float32, int32 or uint8.
+    """Call a kernel; tensors must be contiguous, on the CPU, of the types below.
 
     NumPy's arrays must be contiguous; their dtypes are the caller's to get right.
     """
@@ -110,9 +110,12 @@ def _call(name: str, *arguments: Tensor | np.ndarray | int | float | ctypes.Stru
     return getattr(library(), name)(*converted, ctypes.c_int64(torch.get_num_threads()))
 
 
+_TYPES = (torch.float32, torch.int32, torch.int8, torch.uint8, torch.bool)
+
+
 def _pointer(tensor: Tensor) -> int:
     assert tensor.is_contiguous() and tensor.device.type == "cpu"
-    assert tensor.dtype in (torch.float32, torch.int32, torch.uint8, torch.bool), tensor.dtype
+    assert tensor.dtype in _TYPES, tensor.dtype
     return tensor.data_ptr()
 
 
@@ -293,7 +296,7 @@ def group_by_latent(
 
 
 class _Parameter(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("p", "m", "v")]
+    _fields_ = [(name, ctypes.c_void_p) for name in ("p", "m", "v", "scales")]
 
 
 class Parameters(ctypes.Structure):
@@ -302,17 +305,22 @@ class Parameters(ctypes.Structure):
     _fields_ = [(name, _Parameter) for name in ("w_enc", "b_enc", "w_dec", "b_pre")]
 
 
-def point_to(*parameters: tuple[Tensor, Tensor, Tensor]) -> Parameters:
-    """Return pointers to (weight, exp_avg, exp_avg_sq) of W_enc, b_enc, W_dec and b_pre."""
-    return Parameters(*(_Parameter(*map(_pointer, tensors)) for tensors in parameters))
+def point_to(*parameters: tuple[Tensor, Tensor, Tensor, Tensor | None]) -> Parameters:
+    """Return pointers to (weight, exp_avg, exp_avg_sq, scales) of W_enc, b_enc, W_dec and b_pre.
+
+    scales: of 8-bit moments as `moments.Moments` has them, None of float32 ones.
+    """
+    return Parameters(
+        *(_Parameter(*(t if t is None else _pointer(t) for t in ts)) for ts in parameters)
+    )
 
 
 class AdamStep(ctypes.Structure):
-    """Adam's constants at one step: step_size is lr / (1 − β₁ᵗ)."""
+    """Adam's constants at step n_steps, the first being 1: step_size is lr / (1 − β₁ᵗ)."""
 
     _fields_ = [
-        (name, ctypes.c_float)
-        for name in ("beta1", "beta2", "step_size", "inverse_root_correction2", "eps")
+        (name, ctypes.c_uint32 if name == "n_steps" else ctypes.c_float)
+        for name in ("beta1", "beta2", "step_size", "inverse_root_correction2", "eps", "n_steps")
     ]
 
 

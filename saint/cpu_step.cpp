@@ -1,12 +1,12 @@
 // The TopK autoencoder's training step on a CPU, around the one dense product (which torch does).
 // Compiled at first use and called through ctypes by saint/cpu_kernels.py; all arrays are
-// contiguous float32 or int32, row-major. Every sum has one fixed order, whatever the number of
+// contiguous float32 or int32 (moments also 8-bit codes), row-major. Every sum has one fixed order, whatever the number of
 // threads: a step gives the same bits each time.
 
 #include <cstring>
 #include <vector>
 
-#include "cpu_kernels.h"
+#include "cpu_moments.h"
 
 namespace {
 
@@ -66,9 +66,12 @@ struct Gradient {
   const float *aux_dec, *aux_enc, *aux_b;
 };
 
-// One parameter tensor with Adam's two moments.
+// One parameter tensor with Adam's two moments: float32, or int8 and uint8 codes with a scale per
+// row for m and then for v.
 struct Parameter {
-  float *p, *m, *v;
+  float* p;
+  void *m, *v;
+  float* scales;  // null: float32
 };
 
 struct Parameters {
@@ -77,6 +80,7 @@ struct Parameters {
 
 struct AdamStep {
   float beta1, beta2, step_size, inverse_root_correction2, eps;
+  uint32_t n_steps;
 };
 
 }  // extern "C"
@@ -104,6 +108,23 @@ void adam(float* p, float* m, float* v, const float* gradient, int64_t n, float 
     v[i] = b2 * v[i] + (1 - b2) * g * g;
     p[i] -= rate * m[i] / (std::sqrt(v[i]) * root + eps);
   }
+}
+
+// Adam on row l of a parameter (n_rows, d); number: the tensor's in the rounding.
+void adam_row(const Parameter& at, int64_t l, int64_t n_rows, const float* gradient, int64_t d,
+              float scale, const AdamStep& s, uint32_t number, MomentRow& row) {
+  float* p = at.p + l * d;
+  if (at.scales == nullptr) {
+    adam(p, (float*)at.m + l * d, (float*)at.v + l * d, gradient, d, scale, s);
+    return;
+  }
+  int8_t* first = (int8_t*)at.m + l * d;
+  uint8_t* second = (uint8_t*)at.v + l * d;
+  float *scale_m = at.scales + l, *scale_v = scale_m + n_rows;
+  if (gradient == nullptr && *scale_m == 0 && *scale_v == 0) return;  // all zero, and stays so
+  row.decode(first, second, *scale_m, *scale_v);
+  adam(p, row.m.data(), row.v.data(), gradient, d, scale, s);
+  row.encode(first, second, scale_m, scale_v, mix(mix(2 * s.n_steps + number) ^ (uint32_t)l));
 }
 
 // One latent's gradients, its decoder's without the component along the (unit) direction w_dec.
@@ -236,23 +257,25 @@ void saint_update(const Gradient* gradient, const Parameters* at, const AdamStep
   {
     FlushDenormals flush;
     Rows rows(d);
+    MomentRow moments(d);
 #pragma omp for schedule(dynamic, 16)
     for (int64_t l = 0; l < x.n_latents; l++) {
       const Parameter &dec = at->w_dec, &enc = at->w_enc, &b = at->b_enc;
       float* direction = dec.p + l * d;
       const bool active = rows.build(x, l, direction);
-      adam(direction, dec.m + l * d, dec.v + l * d, active ? rows.dec.data() : nullptr, d,
-           (float)scale, *step);
+      adam_row(dec, l, x.n_latents, active ? rows.dec.data() : nullptr, d, (float)scale, *step, 1,
+               moments);
       const float length = std::sqrt(dot(direction, direction, d));
       const float inverse = 1 / std::max(length, kMinNormaliser);
 #pragma omp simd
       for (int64_t i = 0; i < d; i++) direction[i] *= inverse;
-      adam(enc.p + l * d, enc.m + l * d, enc.v + l * d, active ? rows.enc.data() : nullptr, d,
+      adam_row(enc, l, x.n_latents, active ? rows.enc.data() : nullptr, d, (float)scale, *step, 0,
+               moments);
+      adam(b.p + l, (float*)b.m + l, (float*)b.v + l, active ? &rows.b : nullptr, 1,
            (float)scale, *step);
-      adam(b.p + l, b.m + l, b.v + l, active ? &rows.b : nullptr, 1, (float)scale, *step);
     }
   }
-  adam(at->b_pre.p, at->b_pre.m, at->b_pre.v, grad_b_pre, d, (float)scale, *step);
+  adam(at->b_pre.p, (float*)at->b_pre.m, (float*)at->b_pre.v, grad_b_pre, d, (float)scale, *step);
 }
 
 }  // extern "C"

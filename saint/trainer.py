@@ -15,9 +15,10 @@ from torch import Tensor
 
 from sae import TopKSparseAutoencoder, standardise
 from saint.batched_rows import BatchedRows, Split
+from saint.moments import Moments
 from saint.runtime import Workers
 from saint.sae_gradients import AuxK, Losses
-from saint.training_step import Moments, make_step
+from saint.training_step import make_step
 
 _BLOCK_ROWS = 8192
 
@@ -29,7 +30,7 @@ class Recipe:
     """Everything that shapes the result, automatic values resolved.
 
     lr_floor: the last learning rate as a share of the peak. k_start, k_anneal_steps: active latents
-    of the first step, and the steps until they are k.
+    of the first step, and the steps until they are k. moments: how Adam's are kept, one of KINDS.
     """
 
     n_latents: int
@@ -47,6 +48,7 @@ class Recipe:
     aux_coefficient: float
     dead_tokens: int
     seed: int
+    moments: str = "float32"
 
     def learning_rate_at(self, step: int, n_steps: int) -> float:
         """Linear warm-up, constant, then linear decay to the floor; by steps."""
@@ -73,7 +75,7 @@ class Trainer:
         kernels: str,
     ):
         self.sae, self.recipe, self.n_steps, self.workers = sae, recipe, n_steps, workers
-        self.moments = Moments(sae)
+        self.moments = Moments(sae, recipe.moments)
         self.kernels = make_step(kernels, sae, self.moments, workers)
         self.tokens_since_fired = torch.zeros(
             recipe.n_latents, dtype=torch.int64, device=workers.device

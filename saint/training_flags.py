@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 from saint.batched_rows import BatchedRows
+from saint.moments import KINDS
 from saint.runtime import (
     UserError,
     Workers,
@@ -82,6 +83,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="a latent is dead after so many tokens without firing [10M, at most one epoch]",
     )
     recipe.add_argument("--seed", type=int, default=0, help="of the first weights [%(default)s]")
+    recipe.add_argument(
+        "--moments",
+        choices=KINDS,
+        default="float32",
+        help="how Adam's are kept; int8 takes 2 bytes per weight instead of 8 (not with --kernels "
+        "triton) [%(default)s]",
+    )
     logs = parser.add_argument_group("logs and checkpoints")
     logs.add_argument("--logs_per_epoch", type=positive_int, default=100, help="[%(default)s]")
     logs.add_argument(
@@ -148,4 +156,5 @@ def resolve_recipe(args: argparse.Namespace, rows: BatchedRows, workers: Workers
         aux_coefficient=args.aux_coefficient,
         dead_tokens=args.dead_tokens or min(_DEAD_TOKENS, n_rows),
         seed=args.seed,
+        moments=args.moments,
     )

@@ -6,7 +6,7 @@ All keep Adam's moments alike, so that a checkpoint does not depend on the kerne
 
 from __future__ import annotations
 
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sae import TopKSparseAutoencoder, normalise_decoder
 from saint import cpu_kernels
+from saint.moments import Moments
 from saint.runtime import UserError, Workers, log
 from saint.sae_gradients import (
     AuxGradient,
@@ -30,26 +31,6 @@ KERNELS = ("auto", "cpp", "cpp_float32", "triton", "sparse", "dense")
 _LEAST_ROUNDED_D_MODEL = 256  # for shorter rows the error bound is wide, and there is little to win
 BETAS = (0.9, 0.999)
 EPS = 6.25e-10
-
-
-class Moments:
-    """Adam's state: two float32 moments of each parameter, and the steps taken."""
-
-    def __init__(self, sae: TopKSparseAutoencoder):
-        self.n_steps = 0
-        self.first = {name: torch.zeros_like(p) for name, p in sae.named_parameters()}
-        self.second = {name: torch.zeros_like(p) for name, p in sae.named_parameters()}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what `load_state_dict` takes."""
-        return {"n_steps": self.n_steps, "first": self.first, "second": self.second}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from another run's moments."""
-        self.n_steps = state["n_steps"]
-        for name in self.first:
-            self.first[name].copy_(state["first"][name])
-            self.second[name].copy_(state["second"][name])
 
 
 class Step(Protocol):
@@ -89,6 +70,8 @@ def make_step(kernels: str, sae: TopKSparseAutoencoder, moments: Moments, worker
             from saint.triton_step import TritonStep  # not everywhere, and seconds to import
         except ImportError as error:
             raise UserError(f"--kernels triton: {error} (pip install triton)") from None
+        if moments.scales:
+            raise UserError("--kernels triton keeps float32 moments only: not --moments int8")
         return TritonStep(sae, moments, workers)
     on_cpu = workers.device.type == "cpu"
     if kernels.startswith("cpp") and not on_cpu:
@@ -147,25 +130,27 @@ class TorchStep:
     def _adam(self, learning_rate: float) -> None:
         from torch.optim.adam import adam  # takes seconds to import, which "cpp" can do without
 
-        parameters = dict(self.sae.named_parameters())
-        n_steps = [torch.tensor(float(self.moments.n_steps)) for _ in parameters]
+        before = float(self.moments.n_steps)
         self.moments.n_steps += 1
-        adam(
-            list(parameters.values()),
-            [p.grad for p in parameters.values() if p.grad is not None],
-            [self.moments.first[name] for name in parameters],
-            [self.moments.second[name] for name in parameters],
-            [],
-            [n.to(self.workers.device) for n in n_steps],
-            fused=True,
-            amsgrad=False,
-            beta1=BETAS[0],
-            beta2=BETAS[1],
-            lr=learning_rate,
-            weight_decay=0.0,
-            eps=EPS,
-            maximize=False,
-        )
+        for name, parameter in self.sae.named_parameters():
+            assert parameter.grad is not None
+            for rows, first, second in self.moments.blocks(name):
+                adam(
+                    [parameter[rows]],
+                    [parameter.grad[rows]],
+                    [first],
+                    [second],
+                    [],
+                    [torch.tensor(before, device=self.workers.device)],
+                    fused=True,
+                    amsgrad=False,
+                    beta1=BETAS[0],
+                    beta2=BETAS[1],
+                    lr=learning_rate,
+                    weight_decay=0.0,
+                    eps=EPS,
+                    maximize=False,
+                )
 
 
 @torch.no_grad()
@@ -252,11 +237,14 @@ class CppStep(FusedStep):
             *(whole.indices, whole.values, whole.g_values, whole.a, whole.g, aux),
         )
         names = ("W_enc", "b_enc", "W_dec", "b_pre")
-        parameters = cpu_kernels.point_to(*map(self._weight_and_moments, names))
+        parameters = cpu_kernels.point_to(
+            *((*self._weight_and_moments(name), self.moments.scales.get(name)) for name in names)
+        )
         grad_b_pre = whole.g.sum(dim=0)
         norm = cpu_kernels.gradient_norm(gradient, parameters, grad_b_pre)
         scale = min(1.0, grad_clip / (norm + 1e-6))
-        step = cpu_kernels.AdamStep(*BETAS, *self._adam_constants(learning_rate), EPS)
+        constants = self._adam_constants(learning_rate)
+        step = cpu_kernels.AdamStep(*BETAS, *constants, EPS, self.moments.n_steps)
         cpu_kernels.update(gradient, parameters, step, scale, grad_b_pre)
         self.pieces.encode.forget_weights()
         return torch.tensor(norm)

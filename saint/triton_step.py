@@ -7,8 +7,9 @@ from torch import Tensor
 
 from sae import TopKSparseAutoencoder
 from saint import triton_kernels
+from saint.moments import Moments
 from saint.runtime import UserError, Workers
-from saint.training_step import BETAS, EPS, FusedStep, Moments
+from saint.training_step import BETAS, EPS, FusedStep
 from saint.triton_encoder import Encoder
 
 _LEAST_CAPABILITY = (8, 0)  # Ampere: products of bfloat16

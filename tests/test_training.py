@@ -121,6 +121,21 @@ def test_a_second_bad_batch_ends_the_run(data, tmp_path, monkeypatch):
     assert not (tmp_path / "sae.pt").exists()
 
 
+@pytest.mark.parametrize("moments", ["float32", "int8"])
+def test_a_run_keeps_to_the_moments_that_it_began_with(data, tmp_path, monkeypatch, moments):
+    whole, save = tmp_path / "whole.pt", tmp_path / "sae.pt"
+    train(data, whole, "--moments", moments)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        on_step(patch, {8}, lambda rows: os.kill(os.getpid(), signal.SIGTERM) or rows)
+        train(data, save, "--moments", moments)
+    other = {"float32": "int8", "int8": "float32"}[moments]
+    with pytest.raises(UserError, match="--moments"):
+        train(data, save, "--moments", other)
+    train(data, save, "--moments", moments)
+    mine, theirs = (load_sae(p, device="cpu").state_dict() for p in (save, whole))
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_checkpoints_and_the_same_command_ends_with_the_same_bits(
     data, tmp_path, monkeypatch, number

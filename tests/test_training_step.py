@@ -13,9 +13,10 @@ from test_sae import make_sae
 
 from sae import TopKSparseAutoencoder, standardise
 from saint import cpu_kernels, training_step
+from saint.moments import Moments
 from saint.runtime import UserError, Workers
 from saint.sae_gradients import AuxK, CpuKernels, Losses, TorchKernels, sparse_gradient
-from saint.training_step import Moments, make_step
+from saint.training_step import make_step
 
 ALONE = Workers(0, 1, torch.device("cpu"))
 try:

@@ -51,7 +51,8 @@ ASK = """
 import sys, torch
 from sae import SAEConfig, TopKSparseAutoencoder
 from saint.runtime import UserError, Workers
-from saint.training_step import Moments, make_step
+from saint.moments import Moments
+from saint.training_step import make_step
 {before}
 sae = TopKSparseAutoencoder(SAEConfig(4, 8, 2))
 try:

@@ -12,9 +12,10 @@ from test_training_step import WEIGHTS, activations, one_step, reference, relati
 
 from sae import TopKSparseAutoencoder, standardise
 from saint import kernels, triton_encoder, triton_kernels
+from saint.moments import Moments
 from saint.runtime import Workers
 from saint.sae_gradients import AuxK, sparse_gradient
-from saint.training_step import Moments, make_step
+from saint.training_step import make_step
 from saint.triton_encoder import Encoder, round_rows
 from saint.triton_step import TritonKernels
 

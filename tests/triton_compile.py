@@ -20,9 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sae import SAEConfig, TopKSparseAutoencoder  # noqa: E402
 from saint import triton_encoder, triton_kernels  # noqa: E402
+from saint.moments import Moments  # noqa: E402
 from saint.runtime import Workers  # noqa: E402
 from saint.sae_gradients import AuxK  # noqa: E402
-from saint.training_step import Moments  # noqa: E402
 from saint.triton_step import TritonStep  # noqa: E402
 
 TARGETS = [GPUTarget("cuda", capability, 32) for capability in (80, 90)]

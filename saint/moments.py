@@ -1,0 +1,131 @@
+"""Adam's moments: in float32, or in 8 bits with a float32 scale per row and moment.
+
+The 8-bit format, which `cpu_moments.h` shares. A row's scale s is the largest magnitude in it, or 0
+where that is under 1e-30: all its moments are then 0. The first moment is s · sign(c) · (|c|/127)²
+for a code c in [-127, 127]. The second is s · (c/255)⁴ for a code c in [0, 255], at least 1 where
+the moment was above 0 (Adam divides by its root).
+
+Rounding is stochastic and right on average, since with β₂ = 0.999 the nearest code would never
+move; and it depends on step, tensor, row and column alone, so that a resumed run has the same bits.
+In 32-bit unsigned arithmetic `mix` is "lowbias32" (github.com/skeeto/hash-prospector);
+h = mix(mix(mix(2 · step + tensor) ^ row) + column), tensor 0 for W_enc and 1 for W_dec. The first
+moment's uniform number is ((h >> 16) + ½) / 2¹⁶, the second's ((h & 0xffff) + ½) / 2¹⁶. A value x
+between neighbours `below` and `above` becomes `above` where
+uniform · (above − below) < x − below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sae import TopKSparseAutoencoder
+
+KINDS = ("float32", "int8")
+MATRICES = ("W_enc", "W_dec")  # the position is the tensor's number in the hash
+_LEAST_SCALE = 1e-30
+_BLOCK_ELEMENTS = 1 << 22
+_WORD = 0xFFFFFFFF
+
+
+class Moments:
+    """Adam's state: two moments of each parameter, and the steps taken.
+
+    kind: one of KINDS. "int8" holds codes of W_enc and W_dec, int8 in `first`, uint8 in `second`,
+    and in `scales` their (2, n_latents) scales, the first moment's and the second's; all else is
+    float32, and without codes `scales` is empty.
+    """
+
+    def __init__(self, sae: TopKSparseAutoencoder, kind: str = "float32"):
+        self.n_steps = 0
+        self.first: dict[str, Tensor] = {}
+        self.second: dict[str, Tensor] = {}
+        self.scales: dict[str, Tensor] = {}
+        for name, parameter in sae.named_parameters():
+            coded = kind == "int8" and name in MATRICES
+            like = parameter.detach()
+            self.first[name] = torch.zeros_like(like, dtype=torch.int8 if coded else None)
+            self.second[name] = torch.zeros_like(like, dtype=torch.uint8 if coded else None)
+            if coded:
+                self.scales[name] = like.new_zeros(2, len(like))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what `load_state_dict` takes."""
+        state = {"n_steps": self.n_steps, "first": self.first, "second": self.second}
+        return state | ({"scales": self.scales} if self.scales else {})
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from another run's moments of the same kind."""
+        self.n_steps = state["n_steps"]
+        for mine in ("first", "second", "scales"):
+            for name, tensor in getattr(self, mine).items():
+                assert state[mine][name].dtype == tensor.dtype, f"moments of another kind: {name}"
+                tensor.copy_(state[mine][name])
+
+    def blocks(self, name: str) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Yield a parameter's rows, and both moments of these in float32; changes are kept.
+
+        One block where they are float32 anyway.
+        """
+        first, second = self.first[name], self.second[name]
+        if name not in self.scales:
+            yield slice(None), first, second
+            return
+        n_rows = max(1, _BLOCK_ELEMENTS // first.shape[1])
+        for start in range(0, len(first), n_rows):
+            rows = slice(start, min(start + n_rows, len(first)))
+            scales = self.scales[name][:, rows].unsqueeze(2)
+            m, v = decode(first[rows], second[rows], scales)
+            yield rows, m, v
+            numbers = uniform(self.n_steps, MATRICES.index(name), rows, m)
+            first[rows], second[rows], self.scales[name][:, rows] = encode(m, v, *numbers)
+
+
+def decode(first: Tensor, second: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both moments (n, d) of codes (n, d) and scales (2, n, 1)."""
+    m = first.float().div_(127)
+    return m.mul_(m.abs()).mul_(scales[0]), second.float().div_(255).pow_(4).mul_(scales[1])
+
+
+def encode(
+    m: Tensor, v: Tensor, uniform_m: Tensor, uniform_v: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Round moments (n, d); return their codes (n, d) and scales (2, n)."""
+    scales = torch.stack([m.abs().amax(dim=1), v.amax(dim=1)])
+    scales.masked_fill_(scales < _LEAST_SCALE, 0)
+    share_m, share_v = (
+        (moment / scale.clamp_min(_LEAST_SCALE).unsqueeze(1)).mul_(scale.unsqueeze(1) > 0)
+        for moment, scale in zip((m.abs(), v), scales, strict=True)
+    )
+    first = _round(share_m, share_m.sqrt(), uniform_m, top=127, power=2)
+    second = _round(share_v, share_v.sqrt().sqrt_(), uniform_v, top=255, power=4)
+    second = torch.maximum(second, (share_v > 0).float())
+    return first.copysign_(m).to(torch.int8), second.to(torch.uint8), scales
+
+
+def _round(share: Tensor, root: Tensor, uniform: Tensor, *, top: int, power: int) -> Tensor:
+    """Return codes c for which (c / top) ** power is the share (0 to 1) on average."""
+    low = (root * top).floor_().clamp_(max=top - 1)
+    below, above = (low / top).pow_(power), ((low + 1) / top).pow_(power)
+    return low + (uniform * (above - below) < share - below)
+
+
+def uniform(step: int, tensor: int, rows: slice, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the (n, d) numbers in (0, 1) that both moments of these rows are rounded with."""
+    device = like.device
+    key = _mix(torch.tensor((2 * step + tensor) & _WORD, device=device))
+    row = _mix(key ^ torch.arange(rows.start, rows.stop, device=device))
+    columns = torch.arange(like.shape[1], device=device)
+    h = _mix((row.unsqueeze(1) + columns).bitwise_and_(_WORD))
+    first, second = (part.float().add_(0.5).div_(1 << 16) for part in (h >> 16, h & 0xFFFF))
+    return first, second
+
+
+def _mix(h: Tensor) -> Tensor:
+    """Scramble 32-bit numbers; int64, of which a product's low 32 bits are always right."""
+    h = (h ^ (h >> 16)) * 0x7FEB352D & _WORD
+    h = (h ^ (h >> 15)) * 0x846CA68B & _WORD
+    return h ^ (h >> 16)
