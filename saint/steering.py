@@ -120,13 +120,17 @@ class Request:
 def request_from_json(record: Any) -> Request:
     """Read what `Request.to_json` wrote, or a record that has it as "request" (the page's JSON).
 
-    Absent fields take their defaults, others are ignored. Raises UserError, naming the field, for
-    values of the wrong kind.
+    Absent fields take their defaults. Raises UserError, naming the field, for one that there is not
+    and for values of the wrong kind.
     """
     if isinstance(record, Mapping):
         record = record.get("request", record)
     if not isinstance(record, Mapping):
         raise UserError("the settings are not a JSON object")
+    known = Request(()).to_json()
+    for name in record:
+        if name not in known:
+            raise UserError(f"unknown setting {name!r:.40}; there are {', '.join(known)}")
     kinds = {"where": str, "max_new_tokens": int, "temperature": float, "top_p": float, "seed": int}
     values: dict[str, Any] = {"chat": record.get("chat", False) is True}
     for name, kind in kinds.items():

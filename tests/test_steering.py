@@ -317,6 +317,7 @@ def test_requests_survive_json_and_bad_json_is_named():
     assert request_from_json(json.loads(json.dumps(request.to_json()))) == request
     for record, name in (
         ([], "object"), ({"prompts": "a"}, "prompts"), ({"steer": [3]}, "steer"),
+        ({"steers": ["3=+1"]}, "unknown setting .steers.; there are prompts, .*steer"),
         ({"seed": 1.5}, "seed"), ({"seed": True}, "seed"), ({"temperature": "1"}, "temperature"),
         ({"top_p": float("nan")}, "top_p"), ({"where": 1}, "where"),
     ):  # fmt: skip
