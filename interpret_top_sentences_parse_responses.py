@@ -8,16 +8,18 @@ Claude, made of the words under each latent's strongest tokens.
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from saint.answers import Reading, read_all, read_keys
+from saint.answers import Reading, Response, read_all, read_keys
 from saint.evidence import open_evidence
 from saint.label_report import build_report, show_report
-from saint.labels import top_token_labels
-from saint.ledger import Ledger, read_response_ids
-from saint.manifests import Output, file_checksum, fingerprint, read_manifest
+from saint.labels import TOP_TOKENS, top_token_labels
+from saint.ledger import Ledger, State, read_response_ids
+from saint.manifests import Output, file_checksum, fingerprint, manifest_path, read_manifest
 from saint.prompts import LABELLED_TASKS, TASKS, label_hash
 from saint.responses import count, load_yaml, write_yaml
 from saint.runtime import (
@@ -33,6 +35,27 @@ from saint.scoring import Outcomes, outcomes, pooled, score
 STAGE = "interpret_top_sentences_parse_responses"
 # A latent that was measured but not named: what readers have always taken for "no label".
 _UNLABELLED = {"common_semantic": "", "certainty": None}
+_OTHER_EVIDENCE = (
+    "measured on other evidence than these labels are of, or not known on which "
+    "(a parse without --task joins what fits; send --task … --overwrite measures again)"
+)
+_OTHER_TEXT = "of a label of another text"
+
+
+@dataclass(frozen=True)
+class _Earlier:
+    """What the output file holds already.
+
+    evidence: fingerprint of the evidence file that its labels and scores are of; None where that is
+    not known (no manifest, or that of an older version).
+    """
+
+    rows: dict[int, dict[str, Any]]
+    evidence: str | None
+
+
+# (latent, task) of a score that was measured and is not written -> why.
+_LeftOut = dict[tuple[int, str], str]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -83,10 +106,30 @@ def main(argv: Sequence[str] | None = None) -> None:
         listed = read_response_ids(args.response_ids_filepath)
     ids = list(dict.fromkeys([*listed, *state.batches]))
     reading = read_all(args.retrieved_responses_dir, ids, state, args.task)
+    if not reading.kept:
+        asked = f"--task {args.task}" if args.task else "what is asked now"
+        raise UserError(f"nothing that was retrieved answers {asked}: send and retrieve it first")
     keys = read_keys(ledger, reading)
-    labels = _labels(args, reading, keys)
-    controls = _add_scores(labels, reading, keys)
-    _write(args, labels, reading, controls)
+    earlier = _read_earlier(args.parsed_responses_output_filepath)
+    evidence = _evidence_of(earlier, reading, state)
+    labels, left_out = _labels(args, earlier, evidence, reading, keys)
+    answers = [r for r in reading.kept.values() if r.answer.kind == "answer"]
+    if not _intruders_fit(evidence, state):
+        intruders = [r for r in answers if r.request.task.startswith("intruder")]
+        answers = [r for r in answers if not r.request.task.startswith("intruder")]
+        left_out |= {(r.request.latent, "intruder"): _OTHER_EVIDENCE for r in intruders}
+    controls = _add_scores(labels, answers, keys)
+    _say_what_is_left_out(left_out, labels)
+    _write(args, labels, reading, controls, evidence)
+    _summarise(args, labels, reading, controls)
+
+
+def _summarise(
+    args: argparse.Namespace,
+    labels: dict[int, dict[str, Any]],
+    reading: Reading,
+    controls: dict[str, dict[int, Outcomes]],
+) -> None:
     tally = count(reading.kinds)
     log.info(
         "%d responses: %s; %d labels in %s",
@@ -107,27 +150,47 @@ def _beside(args: argparse.Namespace, ending: str) -> Path:
     return args.parsed_responses_output_filepath.with_suffix(ending)
 
 
-def _labels(
-    args: argparse.Namespace, reading: Reading, keys: dict[str, dict[str, Any]]
-) -> dict[int, dict[str, Any]]:
-    """Make labels of the explain answers; without any, take those that are in the output file.
+def _read_earlier(path: Path) -> _Earlier:
+    if not path.exists():
+        return _Earlier({}, None)
+    rows = {int(latent): row for latent, row in (load_yaml(path) or {}).items()}
+    recorded = manifest_path(path, STAGE).exists()
+    evidence = read_manifest(path, STAGE).sources.get("evidence") if recorded else None
+    return _Earlier(rows, evidence)
 
-    What was measured before is kept where it still holds: the score of a label of the same text,
-    and that of the intruder test, which asks about the latent itself.
-    """
+
+def _evidence_of(earlier: _Earlier, reading: Reading, state: State) -> str | None:
+    """Fingerprint of the evidence that the labels to be written are of; None where not known."""
+    if any(r.request.task == "explain" for r in reading.kept.values()):
+        return _asked_from("explain", state)
+    if _n_named(earlier.rows):
+        return earlier.evidence
+    return _asked_from("explain", state) or _asked_from("intruder", state) or earlier.evidence
+
+
+def _asked_from(task: str, state: State) -> str | None:
+    return state.runs.get(task, {}).get("source")
+
+
+def _labels(
+    args: argparse.Namespace,
+    earlier: _Earlier,
+    evidence: str | None,
+    reading: Reading,
+    keys: dict[str, dict[str, Any]],
+) -> tuple[dict[int, dict[str, Any]], _LeftOut]:
+    """Make labels of the explain answers; without any, take those that are in the output file."""
     path = args.parsed_responses_output_filepath
-    earlier = load_yaml(path) or {} if path.exists() else {}
     explained = [r for r in reading.kept.values() if r.request.task == "explain"]
     if not explained:
-        if not earlier and any(r.request.task in LABELLED_TASKS for r in reading.kept.values()):
+        tested = any(r.request.task in LABELLED_TASKS for r in reading.kept.values())
+        if tested and not earlier.rows:
             raise UserError(f"{path} does not exist: there are no labels that scores could join")
-        return {int(latent): row for latent, row in earlier.items()}
-    _check_not_edited(args)
-    labels: dict[int, dict[str, Any]] = {
-        latent: {**_UNLABELLED, "score": {"intruder": row["score"]["intruder"]}}
-        for latent, row in earlier.items()
-        if "intruder" in (row.get("score") or {})
-    }
+        if _n_named(earlier.rows):
+            return earlier.rows, {}
+    else:
+        _check_not_edited(args)
+    labels: dict[int, dict[str, Any]] = {}
     for response in explained:
         if response.answer.kind != "label":
             continue
@@ -136,19 +199,46 @@ def _labels(
         if n_firing and "fits" in row:
             row["fits"] = [i for i in row["fits"] if i <= n_firing]
             row["n_excerpts"] = n_firing
-        latent = response.request.latent
-        before = earlier.get(latent, {})
-        if before.get("common_semantic") != row["common_semantic"]:
-            before = labels.get(latent, {})
-        if "score" in before:
-            row["score"] = before["score"]
-        labels[latent] = row
-    return labels
+        labels[response.request.latent] = row
+    return labels, _carry_over(labels, earlier, evidence)
+
+
+def _carry_over(
+    labels: dict[int, dict[str, Any]], earlier: _Earlier, evidence: str | None
+) -> _LeftOut:
+    """Keep what was measured before where it still holds: on the same evidence.
+
+    All scores of a label of the same text, and of any other latent that of the intruder test, which
+    asks about the latent itself. Returns what was not kept.
+    """
+    left_out: _LeftOut = {}
+    for latent, before in earlier.rows.items():
+        scores = before.get("score") or {}
+        if earlier.evidence != evidence:
+            left_out |= {(latent, task): _OTHER_EVIDENCE for task in scores}
+            continue
+        if labels.get(latent, {}).get("common_semantic") != before.get("common_semantic"):
+            left_out |= {(latent, task): _OTHER_TEXT for task in scores if task != "intruder"}
+            scores = {task: found for task, found in scores.items() if task == "intruder"}
+        if scores:
+            labels.setdefault(latent, dict(_UNLABELLED))["score"] = scores
+    return left_out
+
+
+def _say_what_is_left_out(left_out: _LeftOut, labels: dict[int, dict[str, Any]]) -> None:
+    lost = Counter(
+        why
+        for (latent, task), why in left_out.items()
+        if task not in (labels.get(latent, {}).get("score") or {})
+    )
+    if lost:
+        whys = "; ".join(f"{n} {why}" for why, n in sorted(lost.items()))
+        log.warning("scores left out: %s", whys)
 
 
 def _check_not_edited(args: argparse.Namespace) -> None:
     path = args.parsed_responses_output_filepath
-    manifest = path.with_name(path.name + ".manifest.json")
+    manifest = manifest_path(path, STAGE)
     if args.overwrite or not path.exists():
         return
     if not manifest.exists():
@@ -157,15 +247,25 @@ def _check_not_edited(args: argparse.Namespace) -> None:
         raise UserError(f"{path} was changed by hand since it was written: --overwrite replaces it")
 
 
+def _intruders_fit(evidence: str | None, state: State) -> bool:
+    """Whether the intruder test asked about the latents that the labels are of.
+
+    Its answers carry no label's hash: nothing else tells one dictionary's from another's.
+    """
+    asked_from = _asked_from("intruder", state)
+    labelled_from = evidence or _asked_from("explain", state)
+    return None in (asked_from, labelled_from) or asked_from == labelled_from
+
+
 def _add_scores(
-    labels: dict[int, dict[str, Any]], reading: Reading, keys: dict[str, dict[str, Any]]
+    labels: dict[int, dict[str, Any]], answers: list[Response], keys: dict[str, dict[str, Any]]
 ) -> dict[str, dict[int, Outcomes]]:
     """Add each latent's measured scores; returns task -> latent -> results of its control."""
     controls: dict[str, dict[int, Outcomes]] = {}
-    for response in reading.kept.values():
+    for response in answers:
         task, latent = response.request.task, response.request.latent
         truth = keys.get(response.custom_id, {}).get("truth")
-        if response.answer.kind != "answer" or truth is None:
+        if truth is None:
             continue
         results = outcomes(task, response.answer.fields, truth)
         if task.endswith("_control"):
@@ -185,7 +285,7 @@ def _add_scores(
 
 
 def _n_named(labels: dict[int, dict[str, Any]]) -> int:
-    return sum(bool(row["common_semantic"]) for row in labels.values())
+    return sum(bool(row.get("common_semantic")) for row in labels.values())
 
 
 def _write(
@@ -193,6 +293,7 @@ def _write(
     labels: dict[int, dict[str, Any]],
     reading: Reading,
     controls: dict[str, dict[int, Outcomes]],
+    evidence: str | None,
 ) -> None:
     path = args.parsed_responses_output_filepath
     failures = {
@@ -208,6 +309,8 @@ def _write(
     write_yaml(_beside(args, ".failures.yaml"), failures)
     write_yaml(path, dict(sorted(labels.items(), key=lambda item: (-_sure(item[1]), item[0]))))
     sources = {"responses": fingerprint(sorted(r.custom_id for r in reading.kept.values()))}
+    if evidence is not None:
+        sources["evidence"] = evidence
     output = Output(path, STAGE, {"task": args.task, "from_top_tokens": False}, sources)
     counts = {"labels": _n_named(labels), **count(reading.kinds)}
     pools = {task: pooled(task, list(found.values())) for task, found in controls.items()}
@@ -229,21 +332,20 @@ def _write_top_token_labels(args: argparse.Namespace) -> None:
     evidence = open_evidence(args.evidence_path)
     path = args.parsed_responses_output_filepath
     _check_not_edited(args)
-    tested: dict[int, dict[str, Any]] = {}
-    if path.exists() and not args.overwrite:
-        tested = load_yaml(path) or {}
-        if not read_manifest(path, STAGE).arguments["from_top_tokens"] and _n_named(tested):
-            log.info("kept %s: a model wrote these labels (--overwrite replaces them)", path)
-            return
+    earlier = _Earlier({}, None) if args.overwrite else _read_earlier(path)
+    named = [row for row in earlier.rows.values() if row.get("common_semantic")]
+    if any(row.get("source") != TOP_TOKENS for row in named):
+        log.info("kept %s: a model wrote these labels (--overwrite replaces them)", path)
+        return
+    mark = file_checksum(args.evidence_path)["xxh3"]
     labels = top_token_labels(evidence.iter_latents())
-    for latent in tested.keys() & labels.keys():
-        if "score" in tested[latent]:  # the intruder test needs no label
-            labels[latent]["score"] = tested[latent]["score"]
+    n_labels = len(labels)
+    left_out = _carry_over(labels, earlier, mark)
+    _say_what_is_left_out(left_out, labels)
     write_yaml(path, labels)
-    sources = {"evidence": file_checksum(args.evidence_path)["xxh3"]}
-    output = Output(path, STAGE, {"task": None, "from_top_tokens": True}, sources)
-    output.finish(facts={}, counts={"labels": len(labels)}, files=[path.name])
-    log.info("%d of %d latents labelled by their top tokens", len(labels), evidence.n_latents)
+    output = Output(path, STAGE, {"task": None, "from_top_tokens": True}, {"evidence": mark})
+    output.finish(facts={}, counts={"labels": n_labels}, files=[path.name])
+    log.info("%d of %d latents labelled by their top tokens", n_labels, evidence.n_latents)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from anthropic.types.messages import MessageBatch, MessageBatchIndividualRespons
 from saint.runtime import UserError
 
 _READ_RETRIES = 4
+_CONNECT_S = 5.0
 _CHUNK_BYTES = 1 << 16
 
 
@@ -35,7 +36,7 @@ def _key() -> str:
 def open_client(timeout_s: float) -> anthropic.Anthropic:
     """Return a client of `ANTHROPIC_BASE_URL`; raises UserError without a usable key.
 
-    timeout_s: longest silence of the server, in any call.
+    timeout_s: longest silence of the server, in any call; a connection is made within 5 s, or not.
     """
     key = _key()
     if not key:
@@ -49,7 +50,8 @@ def open_client(timeout_s: float) -> anthropic.Anthropic:
         )
     try:
         return anthropic.Anthropic(
-            timeout=timeout_s,
+            # A bare number would also be the time that a connection may take to be made.
+            timeout=anthropic.Timeout(timeout_s, connect=min(_CONNECT_S, timeout_s)),
             max_retries=_READ_RETRIES,
             http_client=anthropic.DefaultHttpxClient(follow_redirects=False),
         )

@@ -27,7 +27,7 @@ from saint.prices import (
     dollars,
 )
 from saint.responses import record
-from saint.runtime import UserError, log, positive_int
+from saint.runtime import UserError, log, positive_float, positive_int
 
 # Answers after which the API certainly made no batch. Others (5xx, time-outs) leave it open.
 _REFUSALS = frozenset({400, 401, 402, 403, 404, 405, 413, 415, 422, 429})
@@ -74,7 +74,7 @@ def add_batch_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--timeout_s",
-        type=float,
+        type=positive_float,
         default=600,
         help="seconds without a sign of life after which a call has failed [600]",
     )

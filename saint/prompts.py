@@ -392,8 +392,9 @@ def intruder_prompt(
 ) -> Prompt | None:
     """Ask for the odd one out of each set; the key's "truth" holds its letter per set.
 
-    strangers: rows of SET_SIZE - 1 other latents. One excerpt of each makes a set, so that nothing
-    is shared and the intruder is found by chance only: a control.
+    strangers: rows of SET_SIZE - 1 other latents. One excerpt of each makes a set: a control,
+    in which no pattern is shared. It gives 1 / SET_SIZE only if marks or style alone do not give
+    the odd one away, which is what it measures.
     """
     fires, silent = _test_examples(row)
     rng = _rng(row, "intruder_control" if strangers else "intruder")

@@ -163,7 +163,8 @@ def questions(
     """Yield the questions of a task in the order of the latents, where the evidence suffices.
 
     labels: needed by detect and fuzz. n_controls: so many latents are also tested with the label
-    of another latent, which should score 0.5 (intruder: with excerpts of others, 0.2).
+    of another latent, which should score 0.5 (intruder: with excerpts of others, which score 0.2
+    only if marks or style alone do not give the odd one away).
     """
     if source.evidence is None:
         if task != "explain":

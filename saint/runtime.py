@@ -7,6 +7,7 @@ import errno
 import io
 import json
 import logging
+import math
 import os
 import shutil
 import signal
@@ -322,6 +323,14 @@ def positive_int(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
+def positive_float(text: str) -> float:
+    """Argparse type: a finite number above 0."""
+    value = float(text)
+    if not (0 < value < math.inf):
+        raise argparse.ArgumentTypeError(f"{value} is not a finite number above 0")
     return value
 
 

@@ -73,7 +73,7 @@ def _add_choice_flags(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=50,
         help="latents also tested with another latent's label, which should score 0.5 (intruder: "
-        "with excerpts of other latents, 0.2) [50]",
+        "with excerpts of other latents: 0.2 if marks or style alone give nothing away) [50]",
     )
     what.add_argument(
         "--plain_requests",

@@ -6,10 +6,12 @@ import gzip
 import json
 import re
 
+import anthropic
 import pytest
 from interpretation_workplace import Workplace, error_of
 from program import Finished
 
+from saint.anthropic_api import open_client
 from saint.batches import prompt_chars
 from saint.labels import load_labels
 
@@ -157,3 +159,21 @@ def test_help_needs_no_key(work: Workplace):
     ):
         done = work._call(stage, "--help", env={})
         assert done.returncode == 0 and "--response_ids_filepath" in done.stdout
+
+
+@pytest.mark.parametrize("seconds", ["-1", "0", "nan", "inf", "soon"])
+def test_a_time_out_that_is_none_is_refused_before_anything_is_sent(work: Workplace, seconds: str):
+    before = work.files()
+    for stage in (work.send, work.retrieve):
+        done = stage(f"--timeout_s={seconds}")
+        assert done.returncode == 2 and "--timeout_s" in done.last_line
+    assert work.files() == before and not work.api.log
+
+
+@pytest.mark.parametrize("seconds", [600, 0.5])
+def test_a_patient_client_still_connects_quickly(monkeypatch: pytest.MonkeyPatch, seconds: float):
+    monkeypatch.setenv("ANTHROPIC_API_KEY", "any")
+    timeout = open_client(seconds).timeout
+    assert isinstance(timeout, anthropic.Timeout)
+    assert (timeout.read, timeout.write, timeout.pool) == (seconds,) * 3
+    assert timeout.connect == min(5, seconds)

@@ -167,11 +167,99 @@ def test_scores_belong_to_the_label_they_measured(tmp_path: Path):
     work.api.answer = lambda p: plain(p).replace("the word", "any word")
     work.everything("--no_smoke_test", "--overwrite")
     assert "score" not in yaml.safe_load(work.labels.read_text())[2]
+    assert "scores left out: 5 of a label of another text" in work.calls[-1].stderr
     work.api.answer = lambda p: plain({**p, "messages": [_the_word(p)]})
     work.send("--task", "detect", "--labels_path", work.labels, "--n_controls", 0)
     work.retrieve()
     work.parse()
     assert yaml.safe_load(work.labels.read_text())[2]["score"]["detect"]["n"] == 40
+    work.api.close()
+
+
+def _replace_evidence(work: Workplace) -> None:
+    """Write another dictionary's evidence in its place: latent i fires on what i + 1 fired on."""
+    n = len(work.rows)
+    rows = [row((i + 1) % n) | {"latent": i} for i in range(n)]
+    write_evidence(work.tops / "evidence.parquet", rows)
+
+
+def _with_intruder_scores(work: Workplace) -> list[int]:
+    found = yaml.safe_load(work.labels.read_text())
+    return sorted(i for i, r in found.items() if "intruder" in (r.get("score") or {}))
+
+
+@pytest.mark.parametrize("named_by", ["top tokens", "Claude"])
+def test_intruder_scores_are_not_given_to_another_dictionary(tmp_path: Path, named_by: str):
+    work = Workplace(tmp_path, n_latents=6)
+    work.api.answer = judge(1.0)
+    work.send("--task", "intruder", "--n_controls", 2)
+    work.retrieve()
+    assert work.parse("--task", "intruder").returncode == 0
+    assert _with_intruder_scores(work) == list(range(6))
+    _replace_evidence(work)
+    if named_by == "Claude":
+        assert work.send("--no_smoke_test").returncode == 0
+        work.retrieve()
+        ways = [lambda: work.parse("--task", "explain", "--overwrite"), work.parse]
+    else:
+        ways = [work.top_tokens, work.parse, lambda: work.parse("--task", "intruder")]
+    for n_way, way in enumerate(ways):
+        done = way()
+        assert done.returncode == 0, done.stderr
+        assert "scores left out: 6 measured on other evidence" in done.stderr, n_way
+        assert "1" in yaml.safe_load(work.labels.read_text())[0]["common_semantic"]
+        assert not _with_intruder_scores(work)
+    manifest = json.loads((work.output / "parsed_responses.yaml.manifest.json").read_text())
+    assert not manifest["facts"]["controls"]
+    # Asked about the new latents, the test's answers are theirs, and stay so.
+    assert work.send("--task", "intruder", "--n_controls", 2, "--overwrite").returncode == 0
+    work.retrieve()
+    for done in (work.parse("--task", "intruder"), work.parse()):
+        assert done.returncode == 0 and "left out" not in done.stderr
+        assert _with_intruder_scores(work) == list(range(6))
+    work.api.close()
+
+
+def test_labels_from_top_tokens_follow_the_evidence(tmp_path: Path):
+    work = Workplace(tmp_path, n_latents=5)
+    work.api.answer = lambda _: '{"fires": [1]}'
+    work.top_tokens()
+    work.send("--task", "detect", "--labels_path", work.labels, "--n_controls", 0)
+    work.retrieve()
+    assert work.parse("--task", "detect").returncode == 0
+    for way in (work.top_tokens, work.top_tokens):
+        assert "kept" not in way().stderr
+        found = yaml.safe_load(work.labels.read_text())
+        assert all(r["source"] == "top tokens" and "detect" in r["score"] for r in found.values())
+    _replace_evidence(work)
+    done = work.top_tokens()
+    assert done.returncode == 0 and "scores left out: 5 measured on other" in done.stderr
+    found = yaml.safe_load(work.labels.read_text())
+    assert [found[i]["common_semantic"] for i in range(5)] == [f"topic{(i + 1) % 5}" for i in found]
+    assert not any("score" in r for r in found.values())
+    # What a model wrote is kept.
+    work.api.answer = judge(1.0)
+    labels = work.everything("--no_smoke_test")
+    assert "a model wrote these labels" in work.top_tokens().stderr
+    assert yaml.safe_load(work.labels.read_text()) == labels
+    work.api.close()
+
+
+@pytest.mark.parametrize("task", ["intruder", "explain"])
+def test_a_task_without_answers_writes_nothing(tmp_path: Path, task: str):
+    work = Workplace(tmp_path)
+    other = "explain" if task == "intruder" else "intruder"
+    work.api.answer = judge(1.0)
+    assert work.send("--task", other, "--no_smoke_test").returncode == 0
+    work.retrieve()
+    before = work.files()
+    assert f"answers --task {task}" in error_of(work.parse("--task", task))
+    assert work.files() == before
+    # Nor does it touch labels that are there.
+    assert work.parse().returncode == 0
+    times = {path: path.stat().st_mtime_ns for path in work.files()}
+    error_of(work.parse("--task", task, "--overwrite"))
+    assert {path: path.stat().st_mtime_ns for path in work.files()} == times
     work.api.close()
 
 
