@@ -33,7 +33,7 @@ from saint.runtime import (
     write_json,
     write_text,
 )
-from saint.steering import WHERE, Request, Studio, parse_setting, request_from_json
+from saint.steering import UNLIMITED, WHERE, Request, Studio, parse_setting, request_from_json
 from saint.steering_html import dose_html, latent_name, report_page
 from saint.steering_vector import export_vector
 from saint.studio import EXAMPLE_PROMPTS, add_studio_flags, load_studio
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     log_arguments(args)
     request = _request(args)
-    studio, guides = load_studio(args, workers=workers)
+    studio, guides = load_studio(args, UNLIMITED, workers)
     with nullcontext() if workers.is_main else redirect_stdout(io.StringIO()):
         _run(args, workers, studio, guides, request)
 
@@ -168,7 +168,7 @@ def _sweep_doses(studio: Studio, guides: list[Guide], request: Request) -> list[
     studio.check(request)
     reports = []
     bar = progress(len(request.settings) * len(DEFAULT_STRENGTHS), unit="dose", description="sweep")
-    varied = dose_request(request)
+    varied = dose_request(studio, request)
     for setting in request.settings:
         steps = []
         for step in sweep(studio, setting, varied):

@@ -155,5 +155,6 @@ if __name__ == "__main__":
         main,
         expected=(CheckpointError,),
         after_interrupt="the page is closed",
-        when_full="load fewer SAEs, or use --dtype bfloat16 or --device cpu",
+        when_full="load fewer SAEs, or use --dtype bfloat16",
+        when_gpu_full=" or --device cpu",
     )

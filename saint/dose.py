@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from saint.completions import generate_ids, read
+from saint.runtime import UserError
 from saint.steering import Request, Setting, Studio, build_edits
 
 DEFAULT_STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
@@ -14,6 +15,8 @@ DEFAULT_STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
 # a loop is *easy* to predict, so surprise alone would praise it.
 MAX_LOSS = 0.5
 MIN_DISTINCT_SHARE = 0.7
+# One prompt says little; these also bound a sweep's time.
+SWEEP_PROMPTS = 4
 
 
 @dataclass(frozen=True)
@@ -45,12 +48,34 @@ class DoseReport:
         return asdict(self) | {"setting": str(self.setting), "max_loss": MAX_LOSS}
 
 
-def dose_request(request: Request, *, max_new_tokens: int = 24) -> Request:
-    """Return the request that a sweep of `request`'s latents varies.
+def dose_request(
+    studio: Studio, request: Request, *, more: Sequence[str] = (), max_new_tokens: int = 24
+) -> Request:
+    """Return the request that a sweep of `request`'s latents varies, within the studio's limits.
 
     Prompts, where, chat and seed stay; the text is sampled, since greedy text loops by itself.
+    more: prompts that join, up to four in all, where there is room for them. max_new_tokens: fewer
+    where the prompts leave no room for so many. Raises UserError for a bad request.
     """
-    return replace(request, settings=(), max_new_tokens=max_new_tokens, temperature=1.0, top_p=0.95)
+    limits, n = studio.limits, len(request.prompts)
+    varied = replace(request, settings=(), max_new_tokens=1, temperature=1.0, top_p=0.95)
+    longest = max(map(len, studio.encode_prompts(varied)))
+    room = min(studio.model.args.max_seq_len, limits.tokens // n) - longest
+    n_new = min(max_new_tokens, limits.new_tokens, room)
+    varied = replace(varied, max_new_tokens=n_new)
+    for prompt in more:
+        wider = replace(varied, prompts=(*varied.prompts, prompt))
+        if len(wider.prompts) <= SWEEP_PROMPTS and _fits(studio, wider):
+            varied = wider
+    return varied
+
+
+def _fits(studio: Studio, request: Request) -> bool:
+    try:
+        studio.encode_prompts(request)
+    except UserError:
+        return False
+    return True
 
 
 def sweep(

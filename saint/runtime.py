@@ -28,13 +28,34 @@ if TYPE_CHECKING:
 log = logging.getLogger("saint")
 
 
+# What torch says when it cannot allocate for a tensor on the CPU, and the system for a mapped file.
+_FULL = ("DefaultCPUAllocator: ", "Cannot allocate memory")
+
+
 class UserError(ValueError):
     """Something the person at the keyboard can mend; shown as one line, without a traceback."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device's memory is full; told by name, since torch may not be imported."""
+    """Whether the memory of a GPU or of the computer is full.
+
+    Told by name, since torch may not be imported, and by words: torch has no class for the
+    computer's memory.
+    """
+    return (
+        isinstance(error, MemoryError)
+        or _is_gpu_full(error)
+        or (isinstance(error, RuntimeError) and any(words in str(error) for words in _FULL))
+    )
+
+
+def _is_gpu_full(error: BaseException) -> bool:
     return type(error).__name__ == "OutOfMemoryError"
+
+
+def first_line(error: BaseException) -> str:
+    """Return what an error says first, or its class where it says nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def run_stage(
@@ -43,13 +64,15 @@ def run_stage(
     expected: tuple[type[BaseException], ...] = (),
     after_interrupt: str = "the same command resumes",
     when_full: str = "lower --micro_batch_size (training) or --batch_tokens (capture, evaluation)",
+    when_gpu_full: str = "",
 ) -> NoReturn:
     """Run a stage's `main` as a program: expected errors become one line and exit code 1.
 
     expected: error classes of libraries that the stage calls, beside `UserError` and `OSError`
     (missing files, full disk). Anything else keeps its traceback: it is a bug. Ctrl-C and SIGTERM
     exit with 130 and 143. after_interrupt: what is so after Ctrl-C; most stages resume from what is
-    on disk. when_full: what to do when the GPU's memory does not suffice.
+    on disk. when_full: what to do when memory does not suffice; when_gpu_full is appended to it
+    when that is the GPU's.
     """
     rank = int(os.environ.get("RANK", "0"))
     logging.basicConfig(
@@ -68,11 +91,14 @@ def run_stage(
         prefix = f"error (rank {rank}): " if rank else "error: "
         print(prefix + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(1)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        reason = str(error).splitlines()[0]
-        print(f"error: the GPU's memory is full: {when_full}: {reason}", file=sys.stderr)
+        whose = "GPU" if _is_gpu_full(error) else "computer"
+        remedy = when_full + when_gpu_full * _is_gpu_full(error)
+        print(
+            f"error: the {whose}'s memory is full: {remedy}: {first_line(error)}", file=sys.stderr
+        )
         sys.exit(1)
     except KeyboardInterrupt:
         print(f"interrupted: {after_interrupt}", file=sys.stderr)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -90,6 +91,10 @@ class Limits:
     new_tokens: int = 256
     settings: int = 32
     tokens: int = 2560
+
+
+# For one's own terminal: the model's context and the memory there is are bounds enough.
+UNLIMITED = Limits(*[sys.maxsize] * len(fields(Limits)))
 
 
 @dataclass(frozen=True)
@@ -220,7 +225,8 @@ class Studio:
         if length * len(prompts) > self.limits.tokens:
             raise UserError(
                 f"{len(prompts)} prompts with room for {length} tokens each, new ones included, "
-                f"are {length * len(prompts)} tokens: at most {self.limits.tokens} at a time"
+                f"are {length * len(prompts)} tokens: at most {self.limits.tokens} at a time "
+                "(whoever starts the page can raise --max_total_tokens)"
             )
         return prompts
 

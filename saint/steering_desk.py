@@ -23,7 +23,7 @@ from saint import latent_guide, steering_html
 from saint.completions import stream_pairs
 from saint.dose import dose_request, sweep
 from saint.latent_guide import Guide, Hit
-from saint.runtime import UserError, is_out_of_memory, log
+from saint.runtime import UserError, first_line, is_out_of_memory, log
 from saint.steering import Request, Setting, Studio, request_from_json
 from saint.steering_vector import export_vector
 from saint.studio import EXAMPLE_PROMPTS, fingerprints
@@ -52,7 +52,7 @@ def shown(handler: Callable[..., Any]) -> Callable[..., Any]:
         if isinstance(error, UserError):
             return gr.Error(str(error), print_exception=False)
         if is_out_of_memory(error):
-            log.error("the device's memory is full: %s", str(error).splitlines()[0])
+            log.error("the device's memory is full: %s", first_line(error))
             return gr.Error(OUT_OF_MEMORY, print_exception=False)
         log.error("the page failed", exc_info=error)
         return gr.Error("Something went wrong; the server's log says what.", print_exception=False)
@@ -271,10 +271,11 @@ class Desk:
         settings = {f"{s.sae}:{s.latent}": s for s in request.settings}
         if chosen not in settings:
             raise UserError("choose a latent of your mix first: the sweep turns it up")
-        # One prompt says little; the examples fill up, but they are no questions.
-        examples = [p for p in EXAMPLE_PROMPTS if p not in request.prompts]
-        prompts = request.prompts + (() if request.chat else tuple(examples))
-        varied = dose_request(replace(request, prompts=prompts[:4]))
+        # The examples fill up, but they are no questions.
+        examples = [p for p in EXAMPLE_PROMPTS if p not in request.prompts and not request.chat]
+        prompts = (*request.prompts, *examples)
+        first = replace(request, prompts=prompts[:1])
+        varied = dose_request(self.studio, first, more=prompts[1:])
         for report in sweep(self.studio, settings[chosen], varied):
             yield _saint(steering_html.dose_html(report, self.guides))
 
@@ -381,9 +382,11 @@ def api_endpoints(desk: Desk) -> dict[str, Callable[..., Any]]:
         chat: bool = False,
     ) -> Iterator[dict]:
         """Sweep a latent's strength ("896=+1"); returns the points and the proposed dose."""
-        record = {"prompts": prompts or list(EXAMPLE_PROMPTS), "steer": [setting]}
+        record = {"prompts": prompts or list(EXAMPLE_PROMPTS[:1]), "steer": [setting]}
         wanted = request_from_json(record | {"seed": seed, "where": where, "chat": chat})
-        for report in sweep(desk.studio, wanted.settings[0], dose_request(wanted)):
+        more = () if prompts else EXAMPLE_PROMPTS[1:]
+        varied = dose_request(desk.studio, wanted, more=more)
+        for report in sweep(desk.studio, wanted.settings[0], varied):
             yield report.to_json()
 
     def steering_vector(steer: list) -> dict:

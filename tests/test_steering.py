@@ -337,8 +337,43 @@ def test_dose_proposal_stops_at_the_first_break():
     assert distinct_pairs([1, 2, 1, 2, 1]) == 0.5 and distinct_pairs([4]) == 1.0
 
 
+@pytest.mark.parametrize(
+    ("changes", "n_own", "n_prompts", "n_new"),
+    [
+        ({}, 1, 4, 24),
+        ({"prompts": 2}, 1, 2, 24),
+        ({"prompts": 3}, 2, 3, 24),
+        ({"new_tokens": 16}, 1, 4, 16),
+        # The own prompt has 201 tokens: with another one, 450 are needed.
+        ({"tokens": 449}, 1, 1, 24),
+        ({"tokens": 450}, 1, 2, 24),
+        ({"tokens": 211}, 1, 1, 10),
+        ({"tokens": 422}, 2, 2, 10),
+    ],
+)
+def test_sweeps_stay_within_what_one_request_may_ask_for(studio, changes, n_own, n_prompts, n_new):
+    long, examples = "the " * 199 + "court", ("the court",) * 4
+    small = replace(studio, limits=replace(Limits(), **changes))
+    own = Request((long,) * n_own, max_new_tokens=1)
+    assert [len(prompt) for prompt in small.encode_prompts(own)] == [201] * n_own
+    varied = dose_request(small, own, more=examples)
+    assert (len(varied.prompts), varied.max_new_tokens) == (n_prompts, n_new)
+    assert varied.prompts == (*own.prompts, *examples)[:n_prompts]
+    *_, report = sweep(small, Setting(3), varied, (1.0,))
+    assert len(report.points) == 2
+
+
+def test_sweeps_fit_the_context_and_refuse_what_a_request_may_not_ask(studio):
+    own = Request(("the " * 499 + "court",), max_new_tokens=1)
+    (prompt,) = studio.encode_prompts(own)
+    assert dose_request(studio, own).max_new_tokens == min(24, 512 - len(prompt)) < 24
+    for bad, message in (((), "write a prompt"), (("a",) * 9, "9 prompts"), (("",), "empty")):
+        with pytest.raises(UserError, match=message):
+            dose_request(studio, Request(bad))
+
+
 def test_sweep_measures_the_text_under_the_plain_model(studio):
-    request = dose_request(Request((PROMPT, "the court")), max_new_tokens=8)
+    request = dose_request(studio, Request((PROMPT, "the court")), max_new_tokens=8)
     reports = list(sweep(studio, Setting(3, "scale", 2.0), request, (0.5, 2.0)))
     points = reports[-1].points
     assert [p.strength for p in points] == [0.0, 0.5, 2.0] and len(reports) == 3

@@ -170,7 +170,7 @@ def test_dose_of_the_latent_that_is_picked(site, tab):
     tab.wait_for_function("document.querySelectorAll('#dose tbody tr').length === 9")
     assert LABELS[5] in tab.inner_text("#dose .verdict")
     prompts = (PROMPT, *(p for p in EXAMPLE_PROMPTS if p != PROMPT))
-    request = dose_request(saint.steering.Request(prompts, where="generated"))
+    request = dose_request(site.desk.studio, saint.steering.Request(prompts, where="generated"))
     *_, report = sweep(site.desk.studio, saint.steering.Setting(5), request)
     concepts = tab.locator("#dose tbody tr td:nth-child(2)").all_inner_texts()
     assert concepts == [f"{point.concept:.2f}×" for point in report.points]

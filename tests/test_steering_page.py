@@ -27,8 +27,9 @@ import saint.steering
 from llama_3_inference_text_completion_gradio import choose_auth
 from saint.dose import dose_request, sweep
 from saint.runtime import UserError, run_stage
-from saint.steering import Request, Setting
-from saint.steering_desk import link_query, read_link
+from saint.steering import Limits, Request, Setting
+from saint.steering_desk import Desk, api_endpoints, link_query, read_link
+from saint.studio import EXAMPLE_PROMPTS
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -143,12 +144,44 @@ def test_dose_of_any_latent_honours_where_and_chat(site, client):
     wanted = Request((PROMPT,), (Setting(5, "set", 1.0, 1),), "generated", seed=3, chat=True)
     answers = []
     for where, chat in (("generated", True), ("prompt", True), ("generated", False)):
-        varied = dose_request(replace(wanted, where=where, chat=chat))
+        varied = dose_request(studio, replace(wanted, where=where, chat=chat))
         *_, expected = sweep(studio, wanted.settings[0], varied)
         answer = client.predict(*ask, where, chat, api_name="/dose")
         assert answer == json.loads(json.dumps(expected.to_json()))
         answers.append([(point["surprise"], point["concept"]) for point in answer["points"]])
     assert len(set(map(str, answers))) == 3 and answers[0][0] == answers[1][0]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"prompts": 1}, {"prompts": 3}, {"new_tokens": 16}, {"tokens": 250}]
+)
+def test_what_the_page_accepts_can_be_swept(site, changes):
+    studio = replace(site.desk.studio, limits=replace(Limits(), **changes))
+    desk = Desk(studio, site.desk.guides)
+    mix = [{"sae": 0, "latent": 3, "mode": "add", "strength": 1.0}]
+    settings = (mix, "both", 10, 0.0, 1.0, 0, False)
+    long = "the " * 199 + "court"
+    assert [*desk.compare(long, *settings)]
+    for prompts in (long, ""):  # the examples stand in for none
+        assert [*desk.sweep_chosen("0:3", prompts, *settings)][-1].count("scope='row'") == 9
+    points = [*api_endpoints(desk)["dose"]("0:3=add:1")][-1]["points"]
+    assert len(points) == 9 and points[0]["sample"].startswith(EXAMPLE_PROMPTS[0])
+
+
+def test_a_sweep_of_the_page_takes_own_prompts_first_and_examples_where_there_is_room(
+    site, monkeypatch
+):
+    swept = Mock(return_value=iter(()))
+    monkeypatch.setattr("saint.steering_desk.sweep", swept)
+    mix = [{"sae": 0, "latent": 3, "mode": "add", "strength": 1.0}]
+    settings = (mix, "both", 10, 0.0, 1.0, 0)
+    for own, chat, expected in (
+        (["one"], False, ("one", *EXAMPLE_PROMPTS[:3])),
+        (["one"], True, ("one",)),
+        (["1", "2", "3", "4", "5"], True, ("1", "2", "3", "4")),
+    ):
+        list(site.desk.sweep_chosen("0:3", "\n".join(own), *settings, chat))
+        assert swept.call_args.args[2].prompts == expected
 
 
 def test_too_many_settings_are_refused_everywhere(site, client):
@@ -198,33 +231,58 @@ def test_unexpected_errors_do_not_leak(site, client, monkeypatch):
     assert "secret" not in str(caught.value)
 
 
-def test_full_memory_is_a_message_that_says_what_to_reduce(client, monkeypatch):
-    def full(*_args, **_kwargs):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+def fill_the_gpu(*_args, **_kwargs):
+    raise torch.OutOfMemoryError("CUDA out of memory.\nAnd much more.")
 
+
+def fill_the_computer(*_args, **_kwargs):
+    torch.empty(2**60, dtype=torch.uint8)
+
+
+def fill_python(*_args, **_kwargs):
+    raise MemoryError  # as Python raises it: without a word
+
+
+def map_too_much(*_args, **_kwargs):
+    raise RuntimeError("unable to mmap 9 bytes from file <a.pth>: Cannot allocate memory (12)")
+
+
+@pytest.mark.parametrize("full", [fill_the_gpu, fill_the_computer, fill_python, map_too_much])
+def test_full_memory_is_a_message_that_says_what_to_reduce(client, monkeypatch, full):
     monkeypatch.setattr("saint.steering_desk.stream_pairs", full)
     with pytest.raises(Exception, match="fewer or shorter prompts, or ask for fewer new tokens"):
         client.predict(steer_request(), api_name="/steer")
 
 
+PAGE = "llama_3_inference_text_completion_gradio.py"
+TERMINAL = "llama_3_inference_text_completion.py"
+FEWER_SAES = "load fewer SAEs, or use --dtype bfloat16"
+SHORTER = "use fewer or shorter prompts, or a lower --max_new_tokens"
+
+
 @pytest.mark.parametrize(
-    ("program", "says"),
+    ("program", "full", "says"),
     [
-        ("llama_3_inference_text_completion_gradio.py", "load fewer SAEs"),
-        ("llama_3_inference_text_completion.py", "use fewer or shorter prompts"),
+        (PAGE, fill_the_gpu, f"GPU's memory is full: {FEWER_SAES} or --device cpu: CUDA out of"),
+        (PAGE, fill_the_computer, f"computer's memory is full: {FEWER_SAES}: [enforce fail"),
+        (PAGE, fill_python, f"computer's memory is full: {FEWER_SAES}: MemoryError"),
+        (TERMINAL, fill_the_gpu, f"GPU's memory is full: {SHORTER}: CUDA out of"),
+        (TERMINAL, fill_the_computer, f"computer's memory is full: {SHORTER}: [enforce fail"),
+        (TERMINAL, map_too_much, f"computer's memory is full: {SHORTER}: unable to mmap"),
     ],
 )
-def test_full_memory_ends_a_program_with_one_line(monkeypatch, tmp_path, capsys, program, says):
+def test_full_memory_ends_a_program_with_one_line(
+    monkeypatch, tmp_path, capsys, program, full, says
+):
     model_dir, sae_path = write_setup(tmp_path)
     argv = [program, "--llama_model_dir", str(model_dir), "--sae_model_path", str(sae_path)]
     monkeypatch.setattr("sys.argv", argv)
-    full = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory.\nAnd much more."))
     monkeypatch.setattr("saint.studio.load_studio", full)
     with pytest.raises(SystemExit) as exit_:
         runpy.run_path(str(REPOSITORY / program), run_name="__main__")
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert exit_.value.code == 1 and last.startswith(f"error: the GPU's memory is full: {says}")
-    assert last.endswith(": CUDA out of memory.")
+    errors = capsys.readouterr().err.splitlines()
+    assert exit_.value.code == 1 and errors[-1].startswith(f"error: the {says}")
+    assert not any("Traceback" in line for line in errors)
 
 
 def fetch(url, data=None, headers=None):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load
-from tiny_steering import LABELS, make_sae, make_studio, one_thread, write_setup
+from tiny_steering import LABELS, make_sae, make_studio, one_thread, write_model, write_setup
 
 import llama_3_inference_text_completion as terminal
 from saint.completions import complete_pairs
@@ -79,6 +79,33 @@ def test_request_file_gives_the_pair_that_it_was_saved_with(setup, loaded, tmp_p
     assert copied == record
 
 
+def test_the_pages_limits_are_not_the_terminals(tmp_path, capsys):
+    """More prompts, characters, tokens and latents than the page takes; the context still binds."""
+    model_dir, sae_path = write_setup(tmp_path)
+    write_model(model_dir, max_seq_len=8192)
+    argv = ["--llama_model_dir", str(model_dir), "--sae_model_path", str(sae_path)]
+    argv += ["--device", "cpu"]
+    page = make_studio(model_dir)[0]
+    beyond = (
+        ({"prompts": ("the",) * 9}, "9 prompts"),
+        ({"prompts": ("the " * 1100,)}, "characters"),
+        ({"prompts": ("the " * 700,) * 4}, "tokens: at most 2560 .*--max_total_tokens"),
+        ({"settings": tuple(Setting(i, "add", 0.1) for i in range(33))}, "33 steered latents"),
+    )
+    for changes, message in beyond:
+        with pytest.raises(UserError, match=message):
+            page.encode_prompts(replace(Request(("the",)), **changes))
+        request = replace(Request(("the",), max_new_tokens=2), **changes)
+        path = tmp_path / "settings.json"
+        path.write_text(json.dumps({"request": request.to_json()}))
+        terminal.main([*argv, "--request", str(path), "--json"])
+        assert len(json.loads(capsys.readouterr().out)["pairs"]) == len(request.prompts)
+    terminal.main([*argv, "--prompt", "the", "--max_new_tokens", "257", "--json"])
+    assert capsys.readouterr().out
+    with pytest.raises(UserError, match="context of 8192"):
+        terminal.main([*argv, "--prompt", "the " * 8192])
+
+
 @pytest.mark.parametrize("find", ["label", "token", "text"])
 def test_finding(setup, loaded, find):
     query = {"label": "nuclear", "token": "court", "text": PROMPT}[find]
@@ -104,11 +131,11 @@ def test_dose_report_of_every_latent_honours_where_and_chat(setup, loaded, tmp_p
     shown = succeed(setup, *flags, tmp_path / "dose.json")
     reports = json.loads((tmp_path / "dose.json").read_text())
     for report, setting in zip(reports, wanted.settings, strict=True):
-        *_, expected = sweep(loaded[0], setting, dose_request(wanted))
+        *_, expected = sweep(loaded[0], setting, dose_request(loaded[0], wanted))
         assert report == json.loads(json.dumps(expected.to_json()))
         assert len(report["points"]) == len(DEFAULT_STRENGTHS)
         assert f"{LABELS[setting.latent]} (#{setting.latent}): strongest dose" in shown
-    elsewhere = dose_request(replace(wanted, where="prompt"))
+    elsewhere = dose_request(loaded[0], replace(wanted, where="prompt"))
     *_, other = sweep(loaded[0], NUCLEAR, elsewhere)
     assert reports[0]["points"] != json.loads(json.dumps(other.to_json()))["points"]
 
