@@ -51,6 +51,7 @@ from saint.training_run import RunFiles, WandbLog
 
 STAGE = "sae_training"
 _PAGE_SECONDS = 20
+_LEAST_VAL_ROWS = 8192
 
 
 @dataclass
@@ -65,7 +66,7 @@ class Run:
     wandb: WandbLog | None
     stopping: int = 0  # the signal that asked for it
     page_written: float = 0.0
-    fvu: float | None = None
+    val_fvu: float | None = None
 
     @property
     def n_batches(self) -> int:
@@ -76,6 +77,17 @@ class Run:
     def n_steps(self) -> int:
         """Steps of the whole run: as many as the epochs' tokens make."""
         return self.recipe.num_epochs * self.rows.n_rows("train") // self.recipe.batch_size
+
+    @property
+    def n_val_rows(self) -> int:
+        """Held-out rows of a validation before the last one: the same sample each time."""
+        n_rows = self.rows.n_rows("val")
+        return min(n_rows, max(_LEAST_VAL_ROWS, n_rows // self.args.validations_per_epoch))
+
+    def validates_at(self, step: int) -> bool:
+        """Whether a step is followed by validation; by steps, so that a resumed run does alike."""
+        interval = max(1, self.n_batches // self.args.validations_per_epoch)
+        return step == self.n_steps or not step % self.n_batches or not step % interval
 
     def start(self) -> Trainer:
         """Build the trainer: first weights, then the newest checkpoint if there is one."""
@@ -144,7 +156,7 @@ class Run:
                 ended = trainer.step == self.n_steps
                 minutes = (time.monotonic() - last_saved) / 60
                 due, stopping = self._agreed(minutes > self.args.checkpoint_minutes)
-                validating = ended or trainer.step % self.n_batches == 0
+                validating = self.validates_at(trainer.step)
                 if not (ended or stopping or due or validating or trainer.step % log_interval == 0):
                     continue
                 if int(meter.first_bad_step) >= 0:
@@ -174,32 +186,40 @@ class Run:
     def _log(self, trainer: Trainer, meter: LossMeter, bar: Any, validating: bool) -> None:
         if not self.workers.is_main:
             return
-        entry = describe_step(trainer, meter)
+        entry = describe_step(trainer, meter, self.rows.facts["variance"])
         for earlier in self.files.read_metrics()[-1:] if math.isnan(entry["train/loss"]) else ():
             entry |= {k: v for k, v in earlier.items() if k in entry and entry[k] != entry[k]}
         density = None
         if validating and self.rows.n_rows("val"):
-            metrics, density = validate(trainer.sae, self.rows, trainer.kernels.encode)
+            metrics, density = self._validate(trainer)
             entry |= metrics
-            if metrics["val/loss"] < trainer.best_val_loss:
-                trainer.best_val_loss = metrics["val/loss"]
-                save_sae(self.files.best, trainer.sae)
         self.files.append_metrics(entry)
         now = time.monotonic()
         if validating or now - self.page_written > _PAGE_SECONDS:
-            ended = trainer.step == self.n_steps
-            self.files.write_page(asdict(self.recipe), done=ended)
+            self.files.write_page(asdict(self.recipe), done=trainer.step == self.n_steps)
             self.page_written = now
         if self.wandb:
             self.wandb.log(entry, density)
-        self.fvu = entry.get("val/fvu", self.fvu)
+        self.val_fvu = entry.get("val/fvu", self.val_fvu)
         bar.set_postfix(
             loss=f"{entry['train/loss']:.4f}",
-            FVU="-" if self.fvu is None else f"{self.fvu:.4f}",
+            FVU=f"{entry['train/fvu']:.4f}",
+            held_out_FVU="-" if self.val_fvu is None else f"{self.val_fvu:.4f}",
             L0=f"{entry['train/l0']:.1f}",
             dead=f"{entry['debug/dead_latents_ratio']:.1%}",
             tokens_per_s=f"{entry['tokens_per_s']:.0f}",
         )
+
+    def _validate(self, trainer: Trainer) -> tuple[dict[str, float], Tensor]:
+        """Measure on the sample, keep the SAE if it is the best there; at the end, on all rows."""
+        encode = trainer.kernels.encode
+        metrics, density = validate(trainer.sae, self.rows, encode, self.n_val_rows)
+        if metrics["val/loss"] < trainer.best_val_loss:
+            trainer.best_val_loss = metrics["val/loss"]
+            save_sae(self.files.best, trainer.sae)
+        if trainer.step == self.n_steps and self.n_val_rows < self.rows.n_rows("val"):
+            metrics, density = validate(trainer.sae, self.rows, encode)
+        return metrics, density
 
     def request_stop(self, signum: int, frame: FrameType | None) -> None:
         """Signal handler: finish this step, checkpoint, exit. A second one exits at once."""

@@ -183,14 +183,18 @@ def combine(parts: Sequence[tuple[float, Losses]]) -> Losses:
 
 @torch.no_grad()
 def validate(
-    sae: TopKSparseAutoencoder, rows: BatchedRows, encode: Encode | None = None
+    sae: TopKSparseAutoencoder,
+    rows: BatchedRows,
+    encode: Encode | None = None,
+    n_rows: int | None = None,
 ) -> tuple[dict[str, float], Tensor]:
-    """Return val/ metrics over all held-out rows, and each latent's density (n_latents,).
+    """Return val/ metrics over held-out rows, and each latent's density (n_latents,).
 
-    encode: a faster version of `sae.encode` where there is one.
+    encode: a faster version of `sae.encode` where there is one. n_rows: of the first so many (they
+    are shuffled, so these are a sample), by default of all.
     """
     encode = encode or sae.encode
-    n_rows, device = rows.n_rows("val"), sae.b_pre.device
+    n_rows, device = n_rows or rows.n_rows("val"), sae.b_pre.device
     loss = error_sum = active = torch.zeros((), dtype=torch.float64, device=device)
     total = torch.zeros(sae.config.d_model, dtype=torch.float64, device=device)
     squares, fired = torch.zeros_like(total), torch.zeros(sae.config.n_latents, device=device)
@@ -242,13 +246,13 @@ class LossMeter:
 
     def __init__(self, device: torch.device):
         self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=device)
-        self._sums = torch.zeros(4, dtype=torch.float64, device=device)
+        self._sums = torch.zeros(5, dtype=torch.float64, device=device)
         self._n, self._since = 0, time.monotonic()
-        self._means, self._seconds = [math.nan] * 4, math.nan
+        self._means, self._seconds = [math.nan] * 5, math.nan
 
     def add(self, losses: Losses, norm: Tensor, step: int) -> None:
         """Count a step's losses and gradient norm in, without waiting for the device."""
-        scalars = (losses.loss, losses.aux_loss, losses.l0, norm)
+        scalars = (losses.loss, losses.aux_loss, losses.l0, norm, losses.squared_error)
         scalars = torch.stack([scalar.double() for scalar in scalars])
         bad = ~torch.isfinite(scalars).all() & (self.first_bad_step < 0)
         self.first_bad_step.masked_fill_(bad, step)
@@ -256,9 +260,10 @@ class LossMeter:
         self._n += 1
 
     def read(self) -> tuple[list[float], float]:
-        """Return the mean loss, aux_loss, l0 and norm since the last read, and seconds per step.
+        """Return means since the last read, and seconds per step.
 
-        Those of the last read where no step was taken since, NaN where there is none.
+        The means are of loss, aux_loss, l0, the gradient's norm and a batch's squared error: those
+        of the last read where no step was taken since, NaN where there is none.
         """
         if self._n:
             self._means = (self._sums / self._n).tolist()
@@ -273,9 +278,12 @@ class LossMeter:
         self._since = time.monotonic()
 
 
-def describe_step(trainer: Trainer, meter: LossMeter) -> dict[str, Any]:
-    """Return the metrics since the last log, under the names that DESIGN fixes."""
-    (loss, aux_loss, l0, norm), seconds = meter.read()
+def describe_step(trainer: Trainer, meter: LossMeter, variance: float) -> dict[str, Any]:
+    """Return the metrics since the last log, under the names that DESIGN fixes.
+
+    variance: of the training rows, standardised and summed over d_model, for train/fvu.
+    """
+    (loss, aux_loss, l0, norm, squared_error), seconds = meter.read()
     recipe, since = trainer.recipe, trainer.tokens_since_fired
     longest = int(since.max())
     return {
@@ -284,6 +292,7 @@ def describe_step(trainer: Trainer, meter: LossMeter) -> dict[str, Any]:
         "train/loss": loss,
         "train/aux_loss": aux_loss,
         "train/total_loss": loss + recipe.aux_coefficient * aux_loss,
+        "train/fvu": squared_error / recipe.batch_size / variance,
         "train/l0": l0,
         "train/grad_norm": norm,
         "debug/dead_latents_ratio": len(trainer.dead()) / recipe.n_latents,

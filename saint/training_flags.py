@@ -85,6 +85,12 @@ def build_parser() -> argparse.ArgumentParser:
     logs = parser.add_argument_group("logs and checkpoints")
     logs.add_argument("--logs_per_epoch", type=positive_int, default=100, help="[%(default)s]")
     logs.add_argument(
+        "--validations_per_epoch",
+        type=positive_int,
+        default=10,
+        help="each on that share of the held-out rows, the end's on all [%(default)s]",
+    )
+    logs.add_argument(
         "--checkpoint_minutes", type=float, default=10.0, help="between checkpoints [%(default)s]"
     )
     logs.add_argument(

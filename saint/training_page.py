@@ -27,7 +27,7 @@ class Panel:
 
 PANELS = (
     Panel("normalised MSE", ("train/loss", "val/loss"), logarithmic=True),
-    Panel("FVU, held out", ("val/fvu",)),
+    Panel("fraction of variance unexplained (FVU)", ("train/fvu", "val/fvu")),
     Panel("dead latents", ("debug/dead_latents_ratio",), percent=True),
     Panel("active latents per token (L0)", ("train/l0", "val/l0")),
     Panel("AuxK loss", ("train/aux_loss",)),

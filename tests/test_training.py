@@ -12,11 +12,13 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 from training_ranks import RECIPE
 
 import sae_training
-from sae import load_sae
+from sae import TopKSparseAutoencoder, load_sae, standardise
 from saint import training_step
+from saint.batched_rows import open_batched_rows
 from saint.manifests import Output
 from saint.runtime import UserError
 from saint.trainer import Trainer
@@ -33,13 +35,16 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output.begin(overwrite=False)
     generator = torch.Generator().manual_seed(0)
     mixing = torch.randn(6, 16, generator=generator)
+    batches = []
     for name, n in (("train", 256), ("val", 64)):
-        rows = torch.randn(n, 6, generator=generator).relu() @ mixing
-        save_file({"activations": rows.bfloat16()}, output.path / f"{name}_00000.safetensors")
+        batches.append((torch.randn(n, 6, generator=generator).relu() @ mixing).bfloat16())
+        save_file({"activations": batches[-1]}, output.path / f"{name}_00000.safetensors")
     facts = dict.fromkeys(("layer", "max_token_length", "model_fingerprint", "dataset_fingerprint"))
     facts |= {"d_model": 16, "rows": {"train": [256], "val": [64]}, "batch_size": 32}
     facts |= {"hook_point": "resid_pre", "prepend_bos": True}
     facts |= {"held_out_fraction": 0.05, "held_out_seed": 0}
+    x = standardise(torch.cat(batches[:-1]))[0].double()
+    facts |= {"variance": float((x - x.mean(0)).square().sum(1).mean())}
     names = ["train_00000.safetensors", "val_00000.safetensors"]
     output.finish(facts=facts, counts={}, files=names)
     torch.save(torch.zeros(16), root / "mean.pt")
@@ -63,6 +68,7 @@ def signals():
 def train(data: Path, save: Path, *flags: object) -> None:
     files = ("--data_dir", data / "rows", "--b_pre_path", data / "mean.pt")
     size = ("--n_latents", 32, "--k", 3, "--num_epochs", 3, "--logs_per_epoch", 4)
+    size += ("--validations_per_epoch", 2)
     arguments = (*files, "--model_save_path", save, *size, "--device", "cpu", *flags)
     sae_training.main([str(argument) for argument in arguments])
 
@@ -138,6 +144,61 @@ def test_a_signal_checkpoints_and_the_same_command_ends_with_the_same_bits(
         assert torch.equal(mine.state_dict()[name], weights), name
     best = load_sae(tmp_path / "sae_checkpoints" / "sae.best.pt", device="cpu")
     assert best.config == mine.config
+
+
+def test_one_long_epoch_shows_fvu_and_a_best_sae_before_its_end(data, tmp_path, monkeypatch):
+    flags = ("--num_epochs", 1, "--validations_per_epoch", 4, "--logs_per_epoch", 8)
+    monkeypatch.setattr(sae_training, "_LEAST_VAL_ROWS", 10)
+    whole, save = tmp_path / "whole.pt", tmp_path / "sae.pt"
+    train(data, whole, *flags)
+    entries = metrics_of(whole)
+    assert [e["step"] for e in entries if "val/fvu" in e] == [2, 4, 6, 8]
+    x = standardise(open_batched_rows(data / "rows").read("val", 0, 64))[0]
+    last = load_sae(whole, device="cpu")
+    assert entries[-1]["val/fvu"] == pytest.approx(fvu(last, x), rel=1e-4), "of all, at the end"
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        on_step(patch, {4}, lambda rows: os.kill(os.getpid(), signal.SIGTERM) or rows)
+        train(data, save, *flags)
+    best = load_sae(tmp_path / "sae_checkpoints" / "sae.best.pt", device="cpu")
+    entry = metrics_of(save)[3]
+    assert entry["step"] == 4 and entry["val/fvu"] == pytest.approx(fvu(best, x[:16]), rel=1e-4)
+    train(data, save, *flags)
+    for name in ("{}.pt", "sae_checkpoints/{}.best.pt"):
+        mine, theirs = ((tmp_path / name.format(n)).read_bytes() for n in ("sae", "whole"))
+        assert mine == theirs
+    assert [without_times(e) for e in metrics_of(save)] == [without_times(e) for e in entries]
+
+
+def fvu(sae: TopKSparseAutoencoder, x: Tensor) -> float:
+    error = (sae(x) - x).square().sum()
+    return float(error / (x - x.mean(0)).square().sum())
+
+
+def without_times(entry: dict) -> dict:
+    return {name: value for name, value in entry.items() if name != "tokens_per_s"}
+
+
+@pytest.mark.parametrize("kernels", ["cpp", "sparse", "dense"])
+def test_the_training_fvu_is_that_of_the_batch_before_the_step(
+    data, tmp_path, monkeypatch, kernels
+):
+    seen = []
+    plain = Trainer.train_step
+
+    def train_step(self, rows, micro_batch_size):
+        x = standardise(rows)[0]
+        seen.append(float((self.sae(x) - x).square().sum()) / len(x))
+        return plain(self, rows, micro_batch_size)
+
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+    save = tmp_path / "sae.pt"
+    train(data, save, "--kernels", kernels, "--micro_batch_size", 12)
+    variance = open_batched_rows(data / "rows").facts["variance"]
+    for i, entry in enumerate(metrics_of(save)):  # one log for two steps
+        assert entry["train/fvu"] == pytest.approx(
+            sum(seen[2 * i : 2 * i + 2]) / 2 / variance, 1e-4
+        )
 
 
 def test_the_schedule_goes_by_steps():
