@@ -63,7 +63,7 @@ class Run:
     recipe: Recipe
     files: RunFiles
     workers: Workers
-    wandb: WandbLog | None
+    wandb: WandbLog | None = None
     stopping: int = 0  # the signal that asked for it
     page_written: float = 0.0
     val_fvu: float | None = None
@@ -88,6 +88,16 @@ class Run:
         """Whether a step is followed by validation; by steps, so that a resumed run does alike."""
         interval = max(1, self.n_batches // self.args.validations_per_epoch)
         return step == self.n_steps or not step % self.n_batches or not step % interval
+
+    def open_wandb(self, run_id: str) -> None:
+        """Join W&B if that was asked for."""
+        if self.args.wandb_project:
+            self.wandb = WandbLog(
+                self.args.wandb_project,
+                run_id=run_id,
+                offline=self.args.wandb_offline,
+                config=asdict(self.recipe),
+            )
 
     def start(self) -> Trainer:
         """Build the trainer: first weights, then the newest checkpoint if there is one."""
@@ -319,15 +329,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         log.info("done already: %s", output.path)
         return
     workers.on_main(rows.verify)
-    wandb = None
-    if args.wandb_project and workers.is_main:
-        wandb = WandbLog(
-            args.wandb_project,
-            run_id=f"{files.model.stem}-{output.identity}",
-            offline=args.wandb_offline,
-            config=asdict(recipe),
-        )
-    run = Run(args, rows, recipe, files, workers, wandb)
+    run = Run(args, rows, recipe, files, workers)
+    workers.on_main(lambda: run.open_wandb(f"{files.model.stem}-{output.identity}"))
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, run.request_stop)
     started = time.monotonic()

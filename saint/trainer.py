@@ -292,7 +292,7 @@ def describe_step(trainer: Trainer, meter: LossMeter, variance: float) -> dict[s
         "train/loss": loss,
         "train/aux_loss": aux_loss,
         "train/total_loss": loss + recipe.aux_coefficient * aux_loss,
-        "train/fvu": squared_error / recipe.batch_size / variance,
+        "train/fvu": squared_error / recipe.batch_size / max(variance, 1e-12),
         "train/l0": l0,
         "train/grad_norm": norm,
         "debug/dead_latents_ratio": len(trainer.dead()) / recipe.n_latents,

@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from program import call
 from safetensors.torch import save_file
 from torch import Tensor
 from training_ranks import RECIPE
@@ -199,6 +200,59 @@ def test_the_training_fvu_is_that_of_the_batch_before_the_step(
         assert entry["train/fvu"] == pytest.approx(
             sum(seen[2 * i : 2 * i + 2]) / 2 / variance, 1e-4
         )
+
+
+class FakeRun:
+    """What `wandb.init` returns; keeps what is logged, and can fail."""
+
+    def __init__(self, fails: bool):
+        self.fails, self.logged = fails, []
+
+    def log(self, entry: dict, step: int) -> None:
+        if self.fails:
+            raise ConnectionError("no route to W&B")
+        self.logged.append((step, entry))
+
+    def finish(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_wandb_gets_the_metrics_and_a_histogram_and_never_ends_a_run(
+    data, tmp_path, monkeypatch, caplog, fails
+):
+    run = FakeRun(fails)
+    monkeypatch.setattr("wandb.init", lambda **settings: run)
+    save = tmp_path / "sae.pt"
+    train(data, save, "--wandb_project", "test")
+    assert load_sae(save, device="cpu").max_activations is not None
+    assert caplog.text.count("W&B does not get all metrics: no route to W&B") == int(fails)
+    if fails:
+        return
+    entries = metrics_of(save)
+    assert [step for step, _ in run.logged] == [entry["step"] for entry in entries]
+    for entry, (_, shown) in zip(entries, run.logged, strict=True):
+        histogram = shown.pop("val/log10_latent_density", None)
+        assert shown == entry and (histogram is not None) == ("val/fvu" in entry)
+        if histogram is not None:
+            n_silent = round(32 * entry["val/silent_latents_ratio"])
+            assert sum(histogram.histogram) == 32 - n_silent and histogram.bins[-1] <= 0.1
+
+
+def test_wandb_writes_offline_and_without_a_key_asks_for_one(data, tmp_path, monkeypatch):
+    flags = ["--data_dir", data / "rows", "--b_pre_path", data / "mean.pt", "--n_latents", 32]
+    flags += ["--k", 3, "--num_epochs", 1, "--device", "cpu", "--wandb_project", "test"]
+    flags += ["--model_save_path", tmp_path / "sae.pt"]
+    env = {"WANDB_DIR": str(tmp_path), "HOME": str(tmp_path), "NETRC": str(tmp_path / "none")}
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    refused = call("sae_training", *flags, env=env | {"WANDB_API_KEY": ""})
+    assert refused.returncode == 1 and "Traceback" not in refused.stderr
+    assert refused.last_line.startswith("error: --wandb_project test: No API key configured")
+    assert "wandb login" in refused.last_line and "--wandb_offline" in refused.last_line
+    done = call("sae_training", *flags, "--wandb_offline", env=env)
+    assert done.returncode == 0, done.stderr
+    (log,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert b"val/log10_latent_density" in log.read_bytes()
 
 
 def test_the_schedule_goes_by_steps():
