@@ -34,6 +34,7 @@ from saint.runtime import (
     Workers,
     log,
     log_arguments,
+    naming_full_disk,
     progress,
     run_stage,
     start_workers,
@@ -334,10 +335,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, run.request_stop)
     started = time.monotonic()
-    trainer = run.train()
-    trainer.sae.max_activations = largest_activations(trainer, rows)
-    if workers.is_main:
-        finish(output, run, trainer, time.monotonic() - started)
+    with naming_full_disk(output.path.parent):
+        trainer = run.train()
+        trainer.sae.max_activations = largest_activations(trainer, rows)
+        if workers.is_main:
+            finish(output, run, trainer, time.monotonic() - started)
 
 
 def finish(output: Output, run: Run, trainer: Trainer, seconds: float) -> None:
