@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -20,6 +21,7 @@ from saint.sae_gradients import AuxK, Losses
 from saint.training_step import Moments, make_step
 
 _BLOCK_ROWS = 8192
+DENSITY_PERCENTS = (10, 50, 90)
 
 Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
 
@@ -210,6 +212,7 @@ def validate(
         squares += x.double().square().sum(dim=0)
         fired += torch.bincount(indices[values > 0], minlength=len(fired))
     variance = (squares - total.square() / n_rows).sum().clamp_min(1e-12)
+    density = (fired / n_rows).cpu()
     metrics = {
         "val/loss": float(loss / n_rows),
         "val/aux_loss": 0.0,  # AuxK trains dead latents; held-out tokens have none of their own
@@ -217,8 +220,21 @@ def validate(
         "val/fvu": float(error_sum / variance),
         "val/l0": float(active / n_rows),
         "val/silent_latents_ratio": float((fired == 0).float().mean()),
+        **density_quantiles(density),
     }
-    return metrics, (fired / n_rows).cpu()
+    return metrics, density
+
+
+def density_quantiles(density: Tensor) -> dict[str, float]:
+    """Return the 10, 50 and 90 % quantiles of log10 density (n_latents,), of latents that fire.
+
+    {} where none fires.
+    """
+    firing = density[density > 0].double().log10().numpy()  # torch's quantile takes 16M at most
+    if not len(firing):
+        return {}
+    names = [f"val/log10_density_p{percent}" for percent in DENSITY_PERCENTS]
+    return dict(zip(names, np.percentile(firing, DENSITY_PERCENTS).tolist(), strict=True))
 
 
 @torch.no_grad()

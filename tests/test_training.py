@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
+import statistics
 from dataclasses import asdict, replace
 from pathlib import Path
 from xml.etree import ElementTree
@@ -22,7 +24,7 @@ from saint import training_step
 from saint.batched_rows import open_batched_rows
 from saint.manifests import Output
 from saint.runtime import UserError
-from saint.trainer import Trainer
+from saint.trainer import Trainer, density_quantiles
 from saint.training_page import curves, training_page
 
 N_STEPS = 24
@@ -171,6 +173,21 @@ def test_one_long_epoch_shows_fvu_and_a_best_sae_before_its_end(data, tmp_path, 
     assert [without_times(e) for e in metrics_of(save)] == [without_times(e) for e in entries]
 
 
+def test_density_quantiles_are_those_of_the_activations(data, tmp_path):
+    save = tmp_path / "sae.pt"
+    train(data, save, "--n_latents", 64)
+    x = standardise(open_batched_rows(data / "rows").read("val", 0, 64))[0]
+    values, indices = load_sae(save, device="cpu").encode(x)
+    counts = [int((values[indices == i] > 0).sum()) for i in range(64)]
+    logs = [math.log10(count / 64) for count in counts if count]
+    last = metrics_of(save)[-1]
+    tenths = statistics.quantiles(logs, n=10, method="inclusive")
+    for percent, wanted in ((10, tenths[0]), (50, statistics.median(logs)), (90, tenths[8])):
+        assert last[f"val/log10_density_p{percent}"] == pytest.approx(wanted, abs=1e-6)
+    assert last["val/silent_latents_ratio"] == counts.count(0) / 64
+    assert density_quantiles(torch.zeros(3)) == {}
+
+
 def fvu(sae: TopKSparseAutoencoder, x: Tensor) -> float:
     error = (sae(x) - x).square().sum()
     return float(error / (x - x.mean(0)).square().sum())
@@ -285,7 +302,11 @@ def test_the_page_shows_every_curve_and_renews_itself_until_the_end(data, tmp_pa
     assert "src=" not in page and "href=" not in page
     tree = ElementTree.fromstring(curves(entries))
     figures = tree.findall("figure")
-    assert len(figures) == 8
+    assert len(figures) == 9
+    for figure in figures:
+        drawn = [line.attrib["points"].split() for line in figure.findall(".//polyline")]
+        assert all(drawn) and len(drawn) in (1, 2, 3), ElementTree.tostring(figure)
+    assert len(figures[3].findall(".//polyline")) == 3
     losses = figures[0].findall(".//polyline")
     points = [pair.split(",") for pair in losses[0].attrib["points"].split()]
     assert len(points) == len(entries)
