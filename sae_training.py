@@ -232,6 +232,29 @@ class Run:
             metrics, density = validate(trainer.sae, self.rows, encode)
         return metrics, density
 
+    def save_with_steering_unit(self, trainer: Trainer) -> None:
+        """Write the SAE with each latent's largest activation, and the best one with its own.
+
+        Most often the best is the last; else its weights take the trainer's place, for one more
+        pass over the rows.
+        """
+        is_main, sae = self.workers.is_main, trainer.sae
+        sae.max_activations = largest_activations(trainer, self.rows)
+        if is_main:
+            save_sae(self.files.model, sae)
+        best = None
+        if is_main and self.files.keep_last_n and self.files.best.exists():
+            best = load_sae(self.files.best, device=self.workers.device)
+        weights = sae.state_dict()
+        is_last = best is None or all(
+            torch.equal(weights[name], value) for name, value in best.state_dict().items()
+        )
+        if not self.workers.broadcast(is_last):
+            trainer.take_weights(best)
+            sae.max_activations = largest_activations(trainer, self.rows)
+        if best is not None:
+            save_sae(self.files.best, sae)
+
     def request_stop(self, signum: int, frame: FrameType | None) -> None:
         """Signal handler: finish this step, checkpoint, exit. A second one exits at once."""
         del frame
@@ -337,14 +360,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     started = time.monotonic()
     with naming_full_disk(output.path.parent):
         trainer = run.train()
-        trainer.sae.max_activations = largest_activations(trainer, rows)
+        run.save_with_steering_unit(trainer)
         if workers.is_main:
             finish(output, run, trainer, time.monotonic() - started)
 
 
 def finish(output: Output, run: Run, trainer: Trainer, seconds: float) -> None:
-    """Write the SAE and its manifest, and log the figures a person wants."""
-    save_sae(output.path, trainer.sae)
+    """Write the SAE's manifest, and log the figures a person wants."""
     last = run.files.read_metrics()[-1]
     facts = asdict(trainer.sae.config)
     counts = {"n_steps": trainer.step, "n_tokens": trainer.step * run.recipe.batch_size}

@@ -149,6 +149,16 @@ class Trainer:
             "best_val_loss": self.best_val_loss,
         }
 
+    def take_weights(self, sae: TopKSparseAutoencoder | None) -> None:
+        """Go on with rank 0's other SAE on every rank; the optimiser's state stays as it is."""
+        if sae is not None:
+            self.sae.load_state_dict(sae.state_dict())
+        if self.workers.world_size > 1:
+            for parameter in self.sae.parameters():
+                dist.broadcast(parameter.detach(), src=0)
+        # The old one may remember what it made of the old weights.
+        self.kernels = make_step(self.kernels.name, self.sae, self.moments, self.workers)
+
     def restore(self, path: Path) -> None:
         """Continue from a checkpoint file."""
         state = torch.load(path, map_location=self.workers.device, weights_only=True)

@@ -94,7 +94,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--checkpoint_minutes", type=float, default=10.0, help="between checkpoints [%(default)s]"
     )
     logs.add_argument(
-        "--keep_last_n", type=int, default=1, help="checkpoints kept; 0 keeps none [%(default)s]"
+        "--keep_last_n",
+        type=int,
+        default=1,
+        help="checkpoints kept; 0: none, nor the best SAE [%(default)s]",
     )
     logs.add_argument("--wandb_project", help="log to this W&B project too [off]")
     logs.add_argument("--wandb_offline", action="store_true", help="W&B without a network")

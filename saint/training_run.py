@@ -60,10 +60,10 @@ class RunFiles:
             old.unlink()
 
     def clear_checkpoints(self) -> None:
-        """After success with keep_last_n 0: leave none."""
+        """After success with keep_last_n 0: leave none, nor the best SAE."""
         if self.keep_last_n == 0:
-            for path in self.checkpoints():
-                path.unlink()
+            for path in (*self.checkpoints(), self.best):
+                path.unlink(missing_ok=True)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Return all logged metrics; a last line cut short by a kill is left out."""

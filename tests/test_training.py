@@ -188,6 +188,28 @@ def test_density_quantiles_are_those_of_the_activations(data, tmp_path):
     assert density_quantiles(torch.zeros(3)) == {}
 
 
+@pytest.mark.parametrize("kernels", ["cpp", "dense"])
+def test_the_best_sae_has_its_own_steering_unit(data, tmp_path, kernels):
+    save, best = tmp_path / "sae.pt", tmp_path / "sae_checkpoints" / "sae.best.pt"
+    # So high a rate at the end that an earlier SAE is the best.
+    rate = ("--learning_rate", 0.3, "--lr_floor", 1, "--warmup_fraction", 1, "--grad_clip", 100)
+    train(data, save, *rate, "--kernels", kernels)
+    rows = open_batched_rows(data / "rows")
+    x = standardise(torch.cat([rows.read("train", 0, 256), rows.read("val", 0, 64)]).float())[0]
+    saes = [load_sae(path, device="cpu") for path in (save, best)]
+    assert not torch.equal(saes[0].W_enc, saes[1].W_enc)
+    for sae in saes:
+        values, indices = sae.encode(x)
+        wanted = torch.zeros(len(x), 32).scatter(1, indices, values).amax(0)
+        assert sae.max_activations is not None
+        torch.testing.assert_close(sae.max_activations, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_no_checkpoint_and_no_best_sae_is_left_where_none_is_wanted(data, tmp_path):
+    train(data, tmp_path / "sae.pt", "--keep_last_n", 0)
+    assert (tmp_path / "sae.pt").exists() and not list((tmp_path / "sae_checkpoints").iterdir())
+
+
 def fvu(sae: TopKSparseAutoencoder, x: Tensor) -> float:
     error = (sae(x) - x).square().sum()
     return float(error / (x - x.mean(0)).square().sum())
