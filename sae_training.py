@@ -67,6 +67,7 @@ class Run:
     wandb: WandbLog | None = None
     stopping: int = 0  # the signal that asked for it
     page_written: float = 0.0
+    first_step: int = 0  # of this session, where a run was resumed
     val_fvu: float | None = None
 
     @property
@@ -125,6 +126,7 @@ class Run:
     def train(self) -> Trainer:
         """Train to the end. A loss that is not finite is stepped over once, from a checkpoint."""
         trainer = self.start()
+        self.first_step = trainer.step
         while (bad_step := self._train_until_bad(trainer)) is not None:
             if trainer.skipped_steps:
                 raise UserError(
@@ -370,6 +372,7 @@ def finish(output: Output, run: Run, trainer: Trainer, seconds: float) -> None:
     last = run.files.read_metrics()[-1]
     facts = asdict(trainer.sae.config)
     counts = {"n_steps": trainer.step, "n_tokens": trainer.step * run.recipe.batch_size}
+    n_tokens_now = (trainer.step - run.first_step) * run.recipe.batch_size
     output.finish(facts=facts | {"final": last}, counts=counts, files=[output.path.name])
     run.files.clear_checkpoints()
     if run.wandb:
@@ -383,7 +386,7 @@ def finish(output: Output, run: Run, trainer: Trainer, seconds: float) -> None:
         last["train/loss"],
         f"{last['val/fvu']:.4f}" if "val/fvu" in last else "not measured",
         100 * last["debug/dead_latents_ratio"],
-        counts["n_tokens"] / max(seconds, 1e-9),
+        n_tokens_now / max(seconds, 1e-9),
         kernels,
         seconds,
         peak_memory(run.workers.device),

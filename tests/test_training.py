@@ -210,6 +210,18 @@ def test_no_checkpoint_and_no_best_sae_is_left_where_none_is_wanted(data, tmp_pa
     assert (tmp_path / "sae.pt").exists() and not list((tmp_path / "sae_checkpoints").iterdir())
 
 
+def test_a_resumed_runs_speed_is_that_of_its_own_steps(data, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO", logger="saint")
+    save = tmp_path / "sae.pt"
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        on_step(patch, {19}, lambda rows: os.kill(os.getpid(), signal.SIGTERM) or rows)
+        train(data, save)
+    finish = sae_training.finish
+    monkeypatch.setattr(sae_training, "finish", lambda *args: finish(*args[:3], 2.0))
+    train(data, save)
+    assert "24 steps" in caplog.text and " 64 tokens/s" in caplog.text, "4 steps of 32, in 2 s"
+
+
 def fvu(sae: TopKSparseAutoencoder, x: Tensor) -> float:
     error = (sae(x) - x).square().sum()
     return float(error / (x - x.mean(0)).square().sum())
