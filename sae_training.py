@@ -34,6 +34,7 @@ from saint.runtime import (
     Workers,
     log,
     log_arguments,
+    naming_full_disk,
     progress,
     run_stage,
     start_workers,
@@ -51,6 +52,7 @@ from saint.training_run import RunFiles, WandbLog
 
 STAGE = "sae_training"
 _PAGE_SECONDS = 20
+_LEAST_VAL_ROWS = 8192
 
 
 @dataclass
@@ -62,10 +64,11 @@ class Run:
     recipe: Recipe
     files: RunFiles
     workers: Workers
-    wandb: WandbLog | None
+    wandb: WandbLog | None = None
     stopping: int = 0  # the signal that asked for it
     page_written: float = 0.0
-    fvu: float | None = None
+    first_step: int = 0  # of this session, where a run was resumed
+    val_fvu: float | None = None
 
     @property
     def n_batches(self) -> int:
@@ -76,6 +79,27 @@ class Run:
     def n_steps(self) -> int:
         """Steps of the whole run: as many as the epochs' tokens make."""
         return self.recipe.num_epochs * self.rows.n_rows("train") // self.recipe.batch_size
+
+    @property
+    def n_val_rows(self) -> int:
+        """Held-out rows of a validation before the last one: the same sample each time."""
+        n_rows = self.rows.n_rows("val")
+        return min(n_rows, max(_LEAST_VAL_ROWS, n_rows // self.args.validations_per_epoch))
+
+    def validates_at(self, step: int) -> bool:
+        """Whether a step is followed by validation; by steps, so that a resumed run does alike."""
+        interval = max(1, self.n_batches // self.args.validations_per_epoch)
+        return step == self.n_steps or not step % self.n_batches or not step % interval
+
+    def open_wandb(self, run_id: str) -> None:
+        """Join W&B if that was asked for."""
+        if self.args.wandb_project:
+            self.wandb = WandbLog(
+                self.args.wandb_project,
+                run_id=run_id,
+                offline=self.args.wandb_offline,
+                config=asdict(self.recipe),
+            )
 
     def start(self) -> Trainer:
         """Build the trainer: first weights, then the newest checkpoint if there is one."""
@@ -102,6 +126,7 @@ class Run:
     def train(self) -> Trainer:
         """Train to the end. A loss that is not finite is stepped over once, from a checkpoint."""
         trainer = self.start()
+        self.first_step = trainer.step
         while (bad_step := self._train_until_bad(trainer)) is not None:
             if trainer.skipped_steps:
                 raise UserError(
@@ -144,7 +169,7 @@ class Run:
                 ended = trainer.step == self.n_steps
                 minutes = (time.monotonic() - last_saved) / 60
                 due, stopping = self._agreed(minutes > self.args.checkpoint_minutes)
-                validating = ended or trainer.step % self.n_batches == 0
+                validating = self.validates_at(trainer.step)
                 if not (ended or stopping or due or validating or trainer.step % log_interval == 0):
                     continue
                 if int(meter.first_bad_step) >= 0:
@@ -174,32 +199,63 @@ class Run:
     def _log(self, trainer: Trainer, meter: LossMeter, bar: Any, validating: bool) -> None:
         if not self.workers.is_main:
             return
-        entry = describe_step(trainer, meter)
+        entry = describe_step(trainer, meter, self.rows.facts["variance"])
         for earlier in self.files.read_metrics()[-1:] if math.isnan(entry["train/loss"]) else ():
             entry |= {k: v for k, v in earlier.items() if k in entry and entry[k] != entry[k]}
         density = None
         if validating and self.rows.n_rows("val"):
-            metrics, density = validate(trainer.sae, self.rows, trainer.kernels.encode)
+            metrics, density = self._validate(trainer)
             entry |= metrics
-            if metrics["val/loss"] < trainer.best_val_loss:
-                trainer.best_val_loss = metrics["val/loss"]
-                save_sae(self.files.best, trainer.sae)
         self.files.append_metrics(entry)
         now = time.monotonic()
         if validating or now - self.page_written > _PAGE_SECONDS:
-            ended = trainer.step == self.n_steps
-            self.files.write_page(asdict(self.recipe), done=ended)
+            self.files.write_page(asdict(self.recipe), done=trainer.step == self.n_steps)
             self.page_written = now
         if self.wandb:
             self.wandb.log(entry, density)
-        self.fvu = entry.get("val/fvu", self.fvu)
+        self.val_fvu = entry.get("val/fvu", self.val_fvu)
         bar.set_postfix(
             loss=f"{entry['train/loss']:.4f}",
-            FVU="-" if self.fvu is None else f"{self.fvu:.4f}",
+            FVU=f"{entry['train/fvu']:.4f}",
+            held_out_FVU="-" if self.val_fvu is None else f"{self.val_fvu:.4f}",
             L0=f"{entry['train/l0']:.1f}",
             dead=f"{entry['debug/dead_latents_ratio']:.1%}",
             tokens_per_s=f"{entry['tokens_per_s']:.0f}",
         )
+
+    def _validate(self, trainer: Trainer) -> tuple[dict[str, float], Tensor]:
+        """Measure on the sample, keep the SAE if it is the best there; at the end, on all rows."""
+        encode = trainer.kernels.encode
+        metrics, density = validate(trainer.sae, self.rows, encode, self.n_val_rows)
+        if metrics["val/loss"] < trainer.best_val_loss:
+            trainer.best_val_loss = metrics["val/loss"]
+            save_sae(self.files.best, trainer.sae)
+        if trainer.step == self.n_steps and self.n_val_rows < self.rows.n_rows("val"):
+            metrics, density = validate(trainer.sae, self.rows, encode)
+        return metrics, density
+
+    def save_with_steering_unit(self, trainer: Trainer) -> None:
+        """Write the SAE with each latent's largest activation, and the best one with its own.
+
+        Most often the best is the last; else its weights take the trainer's place, for one more
+        pass over the rows.
+        """
+        is_main, sae = self.workers.is_main, trainer.sae
+        sae.max_activations = largest_activations(trainer, self.rows)
+        if is_main:
+            save_sae(self.files.model, sae)
+        best = None
+        if is_main and self.files.keep_last_n and self.files.best.exists():
+            best = load_sae(self.files.best, device=self.workers.device)
+        weights = sae.state_dict()
+        is_last = best is None or all(
+            torch.equal(weights[name], value) for name, value in best.state_dict().items()
+        )
+        if not self.workers.broadcast(is_last):
+            trainer.take_weights(best)
+            sae.max_activations = largest_activations(trainer, self.rows)
+        if best is not None:
+            save_sae(self.files.best, sae)
 
     def request_stop(self, signum: int, frame: FrameType | None) -> None:
         """Signal handler: finish this step, checkpoint, exit. A second one exits at once."""
@@ -302,30 +358,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         log.info("done already: %s", output.path)
         return
     workers.on_main(rows.verify)
-    wandb = None
-    if args.wandb_project and workers.is_main:
-        wandb = WandbLog(
-            args.wandb_project,
-            run_id=f"{files.model.stem}-{output.identity}",
-            offline=args.wandb_offline,
-            config=asdict(recipe),
-        )
-    run = Run(args, rows, recipe, files, workers, wandb)
+    run = Run(args, rows, recipe, files, workers)
+    workers.on_main(lambda: run.open_wandb(f"{files.model.stem}-{output.identity}"))
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, run.request_stop)
     started = time.monotonic()
-    trainer = run.train()
-    trainer.sae.max_activations = largest_activations(trainer, rows)
-    if workers.is_main:
-        finish(output, run, trainer, time.monotonic() - started)
+    with naming_full_disk(output.path.parent):
+        trainer = run.train()
+        run.save_with_steering_unit(trainer)
+        if workers.is_main:
+            finish(output, run, trainer, time.monotonic() - started)
 
 
 def finish(output: Output, run: Run, trainer: Trainer, seconds: float) -> None:
-    """Write the SAE and its manifest, and log the figures a person wants."""
-    save_sae(output.path, trainer.sae)
+    """Write the SAE's manifest, and log the figures a person wants."""
     last = run.files.read_metrics()[-1]
     facts = asdict(trainer.sae.config)
     counts = {"n_steps": trainer.step, "n_tokens": trainer.step * run.recipe.batch_size}
+    n_tokens_now = (trainer.step - run.first_step) * run.recipe.batch_size
     output.finish(facts=facts | {"final": last}, counts=counts, files=[output.path.name])
     run.files.clear_checkpoints()
     if run.wandb:
@@ -339,7 +389,7 @@ def finish(output: Output, run: Run, trainer: Trainer, seconds: float) -> None:
         last["train/loss"],
         f"{last['val/fvu']:.4f}" if "val/fvu" in last else "not measured",
         100 * last["debug/dead_latents_ratio"],
-        counts["n_tokens"] / max(seconds, 1e-9),
+        n_tokens_now / max(seconds, 1e-9),
         kernels,
         seconds,
         peak_memory(run.workers.device),

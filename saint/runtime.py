@@ -423,12 +423,20 @@ def _fsync_directory(directory: Path) -> None:
 
 
 def save_torch(path: Path, value: Any) -> None:
-    """Write with `torch.save`, atomically; equal values give equal bytes."""
+    """Write with `torch.save`, atomically; equal values give equal bytes.
+
+    Raises OSError where the disk does: torch covers it with a RuntimeError when closing its file.
+    """
     import torch
 
     # Given a path, torch.save would write that (temporary) name into the file.
     with atomic_path(path) as temporary, temporary.open("wb") as file:
-        torch.save(value, file)
+        try:
+            torch.save(value, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def write_text(path: Path, text: str) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -21,6 +22,7 @@ from saint.sae_gradients import AuxK, Losses
 from saint.training_step import make_step
 
 _BLOCK_ROWS = 8192
+DENSITY_PERCENTS = (10, 50, 90)
 
 Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
 
@@ -149,6 +151,16 @@ class Trainer:
             "best_val_loss": self.best_val_loss,
         }
 
+    def take_weights(self, sae: TopKSparseAutoencoder | None) -> None:
+        """Go on with rank 0's other SAE on every rank; the optimiser's state stays as it is."""
+        if sae is not None:
+            self.sae.load_state_dict(sae.state_dict())
+        if self.workers.world_size > 1:
+            for parameter in self.sae.parameters():
+                dist.broadcast(parameter.detach(), src=0)
+        # The old one may remember what it made of the old weights.
+        self.kernels = make_step(self.kernels.name, self.sae, self.moments, self.workers)
+
     def restore(self, path: Path) -> None:
         """Continue from a checkpoint file."""
         state = torch.load(path, map_location=self.workers.device, weights_only=True)
@@ -185,14 +197,18 @@ def combine(parts: Sequence[tuple[float, Losses]]) -> Losses:
 
 @torch.no_grad()
 def validate(
-    sae: TopKSparseAutoencoder, rows: BatchedRows, encode: Encode | None = None
+    sae: TopKSparseAutoencoder,
+    rows: BatchedRows,
+    encode: Encode | None = None,
+    n_rows: int | None = None,
 ) -> tuple[dict[str, float], Tensor]:
-    """Return val/ metrics over all held-out rows, and each latent's density (n_latents,).
+    """Return val/ metrics over held-out rows, and each latent's density (n_latents,).
 
-    encode: a faster version of `sae.encode` where there is one.
+    encode: a faster version of `sae.encode` where there is one. n_rows: of the first so many (they
+    are shuffled, so these are a sample), by default of all.
     """
     encode = encode or sae.encode
-    n_rows, device = rows.n_rows("val"), sae.b_pre.device
+    n_rows, device = n_rows or rows.n_rows("val"), sae.b_pre.device
     loss = error_sum = active = torch.zeros((), dtype=torch.float64, device=device)
     total = torch.zeros(sae.config.d_model, dtype=torch.float64, device=device)
     squares, fired = torch.zeros_like(total), torch.zeros(sae.config.n_latents, device=device)
@@ -208,6 +224,7 @@ def validate(
         squares += x.double().square().sum(dim=0)
         fired += torch.bincount(indices[values > 0], minlength=len(fired))
     variance = (squares - total.square() / n_rows).sum().clamp_min(1e-12)
+    density = (fired / n_rows).cpu()
     metrics = {
         "val/loss": float(loss / n_rows),
         "val/aux_loss": 0.0,  # AuxK trains dead latents; held-out tokens have none of their own
@@ -215,8 +232,21 @@ def validate(
         "val/fvu": float(error_sum / variance),
         "val/l0": float(active / n_rows),
         "val/silent_latents_ratio": float((fired == 0).float().mean()),
+        **density_quantiles(density),
     }
-    return metrics, (fired / n_rows).cpu()
+    return metrics, density
+
+
+def density_quantiles(density: Tensor) -> dict[str, float]:
+    """Return the 10, 50 and 90 % quantiles of log10 density (n_latents,), of latents that fire.
+
+    {} where none fires.
+    """
+    firing = density[density > 0].double().log10().numpy()  # torch's quantile takes 16M at most
+    if not len(firing):
+        return {}
+    names = [f"val/log10_density_p{percent}" for percent in DENSITY_PERCENTS]
+    return dict(zip(names, np.percentile(firing, DENSITY_PERCENTS).tolist(), strict=True))
 
 
 @torch.no_grad()
@@ -244,13 +274,13 @@ class LossMeter:
 
     def __init__(self, device: torch.device):
         self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=device)
-        self._sums = torch.zeros(4, dtype=torch.float64, device=device)
+        self._sums = torch.zeros(5, dtype=torch.float64, device=device)
         self._n, self._since = 0, time.monotonic()
-        self._means, self._seconds = [math.nan] * 4, math.nan
+        self._means, self._seconds = [math.nan] * 5, math.nan
 
     def add(self, losses: Losses, norm: Tensor, step: int) -> None:
         """Count a step's losses and gradient norm in, without waiting for the device."""
-        scalars = (losses.loss, losses.aux_loss, losses.l0, norm)
+        scalars = (losses.loss, losses.aux_loss, losses.l0, norm, losses.squared_error)
         scalars = torch.stack([scalar.double() for scalar in scalars])
         bad = ~torch.isfinite(scalars).all() & (self.first_bad_step < 0)
         self.first_bad_step.masked_fill_(bad, step)
@@ -258,9 +288,10 @@ class LossMeter:
         self._n += 1
 
     def read(self) -> tuple[list[float], float]:
-        """Return the mean loss, aux_loss, l0 and norm since the last read, and seconds per step.
+        """Return means since the last read, and seconds per step.
 
-        Those of the last read where no step was taken since, NaN where there is none.
+        The means are of loss, aux_loss, l0, the gradient's norm and a batch's squared error: those
+        of the last read where no step was taken since, NaN where there is none.
         """
         if self._n:
             self._means = (self._sums / self._n).tolist()
@@ -275,9 +306,12 @@ class LossMeter:
         self._since = time.monotonic()
 
 
-def describe_step(trainer: Trainer, meter: LossMeter) -> dict[str, Any]:
-    """Return the metrics since the last log, under the names that DESIGN fixes."""
-    (loss, aux_loss, l0, norm), seconds = meter.read()
+def describe_step(trainer: Trainer, meter: LossMeter, variance: float) -> dict[str, Any]:
+    """Return the metrics since the last log, under the names that DESIGN fixes.
+
+    variance: of the training rows, standardised and summed over d_model, for train/fvu.
+    """
+    (loss, aux_loss, l0, norm, squared_error), seconds = meter.read()
     recipe, since = trainer.recipe, trainer.tokens_since_fired
     longest = int(since.max())
     return {
@@ -286,6 +320,7 @@ def describe_step(trainer: Trainer, meter: LossMeter) -> dict[str, Any]:
         "train/loss": loss,
         "train/aux_loss": aux_loss,
         "train/total_loss": loss + recipe.aux_coefficient * aux_loss,
+        "train/fvu": squared_error / recipe.batch_size / max(variance, 1e-12),
         "train/l0": l0,
         "train/grad_norm": norm,
         "debug/dead_latents_ratio": len(trainer.dead()) / recipe.n_latents,

@@ -93,10 +93,19 @@ def build_parser() -> argparse.ArgumentParser:
     logs = parser.add_argument_group("logs and checkpoints")
     logs.add_argument("--logs_per_epoch", type=positive_int, default=100, help="[%(default)s]")
     logs.add_argument(
+        "--validations_per_epoch",
+        type=positive_int,
+        default=10,
+        help="each on that share of the held-out rows, the end's on all [%(default)s]",
+    )
+    logs.add_argument(
         "--checkpoint_minutes", type=float, default=10.0, help="between checkpoints [%(default)s]"
     )
     logs.add_argument(
-        "--keep_last_n", type=int, default=1, help="checkpoints kept; 0 keeps none [%(default)s]"
+        "--keep_last_n",
+        type=int,
+        default=1,
+        help="checkpoints kept; 0: none, nor the best SAE [%(default)s]",
     )
     logs.add_argument("--wandb_project", help="log to this W&B project too [off]")
     logs.add_argument("--wandb_offline", action="store_true", help="W&B without a network")

@@ -27,8 +27,12 @@ class Panel:
 
 PANELS = (
     Panel("normalised MSE", ("train/loss", "val/loss"), logarithmic=True),
-    Panel("FVU, held out", ("val/fvu",)),
+    Panel("fraction of variance unexplained (FVU)", ("train/fvu", "val/fvu")),
     Panel("dead latents", ("debug/dead_latents_ratio",), percent=True),
+    Panel(
+        "log10 of latent density: 10, 50, 90 % of those that fire",
+        ("val/log10_density_p10", "val/log10_density_p50", "val/log10_density_p90"),
+    ),
     Panel("active latents per token (L0)", ("train/l0", "val/l0")),
     Panel("AuxK loss", ("train/aux_loss",)),
     Panel("norm of the gradient", ("train/grad_norm",), logarithmic=True),
@@ -44,12 +48,15 @@ STYLE = """
 .curves .grid { stroke: currentColor; opacity: .15; }
 .curves .line { fill: none; stroke-width: 1.6; stroke-linejoin: round; }
 .curves .c0 { stroke: #2f6fde; } .curves .c1 { stroke: #d9622b; }
+.curves .c2 { stroke: #2b9a6b; } .curves b.c2 { color: #2b9a6b; } .curves .dot.c2 { fill: #2b9a6b; }
 .curves b.c0 { color: #2f6fde; } .curves b.c1 { color: #d9622b; }
 .curves .dot.c0 { fill: #2f6fde; } .curves .dot.c1 { fill: #d9622b; }
 @media (prefers-color-scheme: dark) {
   .curves .c0 { stroke: #7aa7ff; } .curves .c1 { stroke: #ff9d6b; }
   .curves b.c0 { color: #7aa7ff; } .curves b.c1 { color: #ff9d6b; }
   .curves .dot.c0 { fill: #7aa7ff; } .curves .dot.c1 { fill: #ff9d6b; }
+  .curves .c2, .curves .dot.c2 { stroke: #6fd6a8; }
+  .curves b.c2 { color: #6fd6a8; } .curves .dot.c2 { fill: #6fd6a8; }
 }
 """
 

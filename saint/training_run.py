@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from saint.runtime import atomic_path, save_torch, write_text
+from saint.runtime import UserError, atomic_path, log, save_torch, write_text
 from saint.training_page import training_page
 
 
@@ -59,10 +60,10 @@ class RunFiles:
             old.unlink()
 
     def clear_checkpoints(self) -> None:
-        """After success with keep_last_n 0: leave none."""
+        """After success with keep_last_n 0: leave none, nor the best SAE."""
         if self.keep_last_n == 0:
-            for path in self.checkpoints():
-                path.unlink()
+            for path in (*self.checkpoints(), self.best):
+                path.unlink(missing_ok=True)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Return all logged metrics; a last line cut short by a kill is left out."""
@@ -90,18 +91,29 @@ class RunFiles:
 
 
 class WandbLog:
-    """Mirrors metrics to Weights & Biases; a resumed run continues its curves."""
+    """Mirrors metrics to Weights & Biases; a resumed run continues its curves.
+
+    Raises UserError where W&B refuses from the start. What fails later is a warning, once:
+    metrics.jsonl has it all.
+    """
 
     def __init__(self, project: str, *, run_id: str, offline: bool, config: Mapping[str, Any]):
         import wandb
 
-        self._run = wandb.init(
-            project=project,
-            id=run_id,
-            resume="allow",
-            mode="offline" if offline else "online",
-            config=dict(config),
-        )
+        self._warned = False
+        try:
+            self._run = wandb.init(
+                project=project,
+                id=run_id,
+                resume="allow",
+                mode="offline" if offline else "online",
+                config=dict(config),
+            )
+        except wandb.Error as error:
+            raise UserError(
+                f"--wandb_project {project}: {error} (or give --wandb_offline, and send the run "
+                "later with `wandb sync`)"
+            ) from None
 
     def log(self, entry: Mapping[str, Any], density: torch.Tensor | None) -> None:
         """Log one entry; density (n_latents,) becomes a histogram of log10."""
@@ -111,8 +123,19 @@ class WandbLog:
         if density is not None:
             values = density[density > 0].log10().tolist()
             shown["val/log10_latent_density"] = wandb.Histogram(values)
-        self._run.log(shown, step=entry["step"])
+        with self._never_fatal():
+            self._run.log(shown, step=entry["step"])
 
     def close(self) -> None:
         """Finish the run."""
-        self._run.finish()
+        with self._never_fatal():
+            self._run.finish()
+
+    @contextmanager
+    def _never_fatal(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever a service's library raises: training matters more
+            if not self._warned:
+                log.warning("warning: W&B does not get all metrics: %s", error)
+            self._warned = True

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from program import call, call_ranks, fork
-from test_pipeline import capture_args, preprocess_args, tree_bytes, write_dataset
+from test_pipeline import capture_args, preprocess_args, train_args, tree_bytes, write_dataset
 from tiny_steering import make_sae, one_thread, write_model
 from tiny_store import D_MODEL, N_VOCAB, _write_store
 
@@ -257,6 +257,25 @@ def test_rows_that_moved_are_never_thrown_away(root, tmp_path):
     with pytest.raises(UserError, match="cannot be extended"):
         capture(root, store_dir, num_samples=230)
     assert tree_bytes(tmp_path) == held
+
+
+def test_training_on_a_full_disk_stops_cleanly_and_resumes(root, tmp_path):
+    """The limit bites in the page of curves, in a checkpoint's body, and in its end."""
+    whole, save = tmp_path / "whole.pt", tmp_path / "sae.pt"
+    flags = {"data_dir": root / "acts_batched", "b_pre_path": root / "acts_mean.pt"}
+    runs = [train_args(root, path, **flags) for path in (whole, save)]
+    arguments = [*runs[1], "--checkpoint_minutes", 1e-6]
+    assert call("sae_training", *runs[0]).returncode == 0
+    (checkpoint,) = (tmp_path / "sae_checkpoints").glob("whole.step_*")
+    size = checkpoint.stat().st_size
+    for limit in (4000, size // 2, size - 1):
+        stopped = call("sae_training", *arguments, file_bytes=limit)
+        assert stopped.returncode == 1 and "Traceback" not in stopped.stderr
+        assert f"no space left for {tmp_path} (File too large): make" in stopped.last_line
+        assert not list(tmp_path.rglob(".sae.*.tmp")) and not save.exists()
+    finished = call("sae_training", *arguments)
+    assert finished.returncode == 0, finished.stderr
+    assert save.read_bytes() == whole.read_bytes()
 
 
 @pytest.mark.parametrize("stage", ["capture_activations", "sae_preprocessing"])
