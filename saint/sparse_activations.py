@@ -25,6 +25,7 @@ from saint.top_sentences import (
     first_of_equals,
     hash_sentences,
 )
+from saint.training_step import Encode, fastest_encode
 
 
 @dataclass(frozen=True)
@@ -104,9 +105,12 @@ class SentenceIndex:
 
 @torch.inference_mode()
 def encode_shard(
-    sae: TopKSparseAutoencoder, shard: Shard, batch_tokens: int, bar: Any
+    sae: TopKSparseAutoencoder, encode: Encode, shard: Shard, batch_tokens: int, bar: Any
 ) -> SparseShard:
-    """Run the encoder over a shard; returns its sparse activations and sentence means, on CPU."""
+    """Run `encode`, the SAE's, over a shard; returns sparse activations and sentence means on CPU.
+
+    Of equal pre-activations, the C++ encoder keeps the first latent's, whatever the batch.
+    """
     k, n_tokens = sae.config.k, len(shard.token_ids)
     sparse = SparseShard(
         values=torch.empty(n_tokens, k),
@@ -118,7 +122,7 @@ def encode_shard(
         rows = slice(int(shard.offsets[first]), int(shard.offsets[end]))
         x = shard.read(rows).to(sae.W_enc.device)
         z = standardise(x, sae.config.norm_eps)[0]
-        values, indices = sae.encode(z)
+        values, indices = encode(z)
         sparse.values[rows], sparse.indices[rows] = values.cpu(), indices.cpu()
         lengths = (shard.offsets[first + 1 : end + 1] - shard.offsets[first:end]).to(z.device)
         pooled = torch.segment_reduce(z, "mean", lengths=lengths, axis=0, initial=0)
@@ -140,7 +144,7 @@ def tally_store(
 
     Shards that an interrupted run encoded are read from work_dir.
     """
-    n_resumed = 0
+    n_resumed, encode = 0, fastest_encode(sae)
 
     def count(sparse: SparseShard, ids: np.ndarray) -> None:
         canonical = index.canonical[index.find(ids)]
@@ -158,7 +162,7 @@ def tally_store(
                 n_resumed += 1
                 bar.update(len(shard.token_ids))
             else:
-                write_sparse(path, encode_shard(sae, shard, batch_tokens, bar))
+                write_sparse(path, encode_shard(sae, encode, shard, batch_tokens, bar))
             if counted is not None:
                 counted.result()
             counted = counting.submit(count, read_sparse(path), shard.sentence_ids.numpy())

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from tiny_store import TinyStore, make_store
 
 import capture_top_activating_sentences as stage
-from sae import standardise
-from saint import cpu_kernels, sparse_activations, top_sentences
+from sae import SAEConfig, TopKSparseAutoencoder, standardise
+from saint import cpu_kernels, sparse_activations, top_sentences, training_step
 from saint.activation_store import open_store
 from saint.evidence import KINDS, open_evidence
 from saint.manifests import read_manifest
@@ -249,6 +249,48 @@ def test_kill_nine_at_any_time_resumes(store: TinyStore, output: Path, tmp_path:
     stage.main(arguments(store, tmp_path))
     assert digests(tmp_path) == digests(output)
     assert (tmp_path / "response_ids.yaml").exists(), "other stages' files stay"
+
+
+def test_the_encoder_is_the_one_that_training_has(
+    store: TinyStore, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not cpu_kernels.is_available():
+        pytest.skip("no C++ compiler")
+    with monkeypatch.context() as patch:
+        patch.setattr(TopKSparseAutoencoder, "encode", None)
+        stage.main(arguments(store, tmp_path / "cpp"))
+
+    def none(_: int) -> None:
+        raise UserError("no compiler")
+
+    monkeypatch.setattr(training_step, "fastest_cpu_kernels", none)
+    stage.main(arguments(store, tmp_path / "torch"))
+    assert digests(tmp_path / "cpp") == digests(tmp_path / "torch") == digests(output)
+
+
+@pytest.mark.parametrize("d_model", [64, 320])
+def test_the_fastest_encoder_is_exact_and_gives_ties_to_the_first_latent(d_model: int) -> None:
+    sae = TopKSparseAutoencoder(SAEConfig(d_model, 200, 8, layer=1)).requires_grad_(False)
+    sae.initialise(torch.zeros(d_model), seed=0)
+    sae.W_enc[100:] = sae.W_enc[:100]  # every latent has a twin
+    x = standardise(torch.randn(70, d_model, generator=torch.Generator().manual_seed(0)))[0]
+    encode = training_step.fastest_encode(sae)
+    values, indices = encode(x)
+    # In float64, the i-th latent and its twin are equally strong.
+    best = (x.double() @ sae.W_enc[:100].double().T).topk(4, dim=1)
+    wanted = torch.cat([best.indices, best.indices + 100], dim=1).sort(dim=1)
+    assert torch.equal(indices.sort(dim=1).values, wanted.values)
+    torch.testing.assert_close(
+        values.sort(dim=1).values[:, ::2], best.values.float().flip(1), rtol=1e-5, atol=1e-5
+    )
+    if not cpu_kernels.is_available():
+        return
+    sae.config = SAEConfig(d_model, 200, 7, layer=1)  # the last one kept has a twin that is not
+    kept = encode(x)[1].sort(dim=1).values
+    last = best.indices[:, 3:] + 100
+    assert torch.equal(kept, wanted.values[wanted.values != last].view(-1, 7))
+    again = torch.cat([encode(part)[1] for part in x.split(9)]).sort(dim=1).values
+    assert torch.equal(again, kept)
 
 
 def test_done_other_arguments_and_overwrite(
