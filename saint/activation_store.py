@@ -211,11 +211,20 @@ class ActivationStore:
         """Path of a shard."""
         return self.root / self.layer_dir / shard_name(index)
 
+    def recorded(self, index: int) -> tuple[Path, dict[str, Any]]:
+        """Return a shard's path and what the manifest says of it."""
+        path = self.shard_path(index)
+        return path, self.manifest.files[f"{self.layer_dir}/{path.name}"]
+
+    def read_index(self, index: int) -> dict[str, Tensor]:
+        """Map a shard's `INDEX_TENSORS`, wherever its rows are; nothing is verified."""
+        return read_tensors(self.shard_path(index), INDEX_TENSORS)
+
     def read_shard(self, index: int) -> Shard:
         """Memory-map a shard, verifying it the first time. Raises UserError if damaged."""
-        path = self.shard_path(index)
+        path, expected = self.recorded(index)
         if index not in self._verified:
-            verify_file(path, self.manifest.files[f"{self.layer_dir}/{path.name}"])
+            verify_file(path, expected)
             self._verified.add(index)
         return read_shard(path) if self.moved_to is None else self._moved_rows.read_shard(path)
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saint.activation_store import INDEX_TENSORS, ActivationStore
+from saint.activation_store import ActivationStore
 from saint.batched_rows import SPLITS, Split, rows_name
 from saint.manifests import verify_file, verify_size
 from saint.row_format import StoredRows, read_tensors
@@ -97,12 +97,11 @@ class Shuffle:
 
     def recorded(self, shard: int) -> tuple[Path, dict[str, Any]]:
         """Return a shard's path and what the manifest says of it."""
-        path = self.store.shard_path(shard)
-        return path, self.store.manifest.files[f"{self.store.layer_dir}/{path.name}"]
+        return self.store.recorded(shard)
 
     def index_of(self, shard: int) -> dict[str, Tensor]:
         """Map a shard's tokens, offsets and sentence ids, wherever its rows are."""
-        return read_tensors(self.store.shard_path(shard), INDEX_TENSORS)
+        return self.store.read_index(shard)
 
     def blocks(self, shard: int, places: np.ndarray) -> Iterator[Block]:
         """Deal a shard's rows, in blocks of about `block_rows`.

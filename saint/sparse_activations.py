@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sae import TopKSparseAutoencoder, standardise
-from saint.activation_store import ActivationStore, Shard
+from saint.activation_store import INDEX_TENSORS, ActivationStore, Shard
+from saint.manifests import verify_file, verify_size
 from saint.row_format import read_tensors
 from saint.runtime import Workers, atomic_path, log, progress
 from saint.top_sentences import (
@@ -76,23 +77,20 @@ class SentenceIndex:
 
     @classmethod
     def of(cls, store: ActivationStore) -> SentenceIndex:
-        """Read token ids and offsets of all shards."""
+        """Read token ids and offsets of all shards, which are verified when they are encoded.
+
+        Raises UserError when one is missing or damaged, as far as can be seen without its rows.
+        """
         columns: list[list[np.ndarray]] = [[] for _ in range(6)]
         for i in range(store.n_shards):
-            shard = store.read_shard(i)
-            offsets, n = shard.offsets, len(shard.sentence_ids)
-            parts = (
-                shard.sentence_ids,
-                torch.full((n,), i),
-                torch.arange(n),
-                offsets[:-1],
-                offsets[1:] - offsets[:-1],
-                torch.from_numpy(
-                    hash_sentences(shard.token_ids.numpy(), offsets.numpy()).view(np.int64)
-                ),
-            )
+            verify_size(*store.recorded(i))
+            try:
+                parts = _sentences_of(store.read_index(i), i)
+            except (ValueError, IndexError, OverflowError, MemoryError) as error:
+                verify_file(*store.recorded(i))
+                raise AssertionError(f"{store.shard_path(i)} makes no sense") from error
             for column, part in zip(columns, parts, strict=True):
-                column.append(part.numpy().copy())
+                column.append(part)
         ids, *others, hashes = map(np.concatenate, columns)
         order = np.argsort(ids)
         first = first_of_equals(hashes, ids)
@@ -101,6 +99,16 @@ class SentenceIndex:
     def find(self, sentence_ids: np.ndarray) -> np.ndarray:
         """Return positions in this index of sentence ids that are in it."""
         return np.searchsorted(self.sentence_ids, sentence_ids)
+
+
+def _sentences_of(index: dict[str, Tensor], shard: int) -> tuple[np.ndarray, ...]:
+    """Return (n_sentences,) ids, shard, row, start, length, hash. Raises where offsets are wild."""
+    token_ids, offsets, ids = (index[name].numpy() for name in INDEX_TENSORS)
+    lengths, n = np.diff(offsets), len(ids)
+    if len(lengths) != n or offsets[0] or offsets[-1] != len(token_ids) or (lengths < 0).any():
+        raise ValueError("offsets that are no offsets")
+    hashes = hash_sentences(token_ids, offsets)
+    return ids.copy(), np.full(n, shard), np.arange(n), offsets[:-1].copy(), lengths, hashes
 
 
 @torch.inference_mode()

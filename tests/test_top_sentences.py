@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from pathlib import Path
@@ -13,15 +14,21 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_store import TinyStore, make_store
+from tiny_store import TinyStore, load, make_store
 
 import capture_top_activating_sentences as stage
 from sae import SAEConfig, TopKSparseAutoencoder, standardise
-from saint import cpu_kernels, sparse_activations, top_sentences, training_step
+from saint import (
+    activation_store,
+    cpu_kernels,
+    sparse_activations,
+    top_sentences,
+    training_step,
+)
 from saint.activation_store import open_store
 from saint.evidence import KINDS, open_evidence
 from saint.manifests import read_manifest
-from saint.runtime import UserError
+from saint.runtime import UserError, Workers
 
 FILES = (*(f"top_sentences_{name}.yaml" for name in ("mean", "max", "last")), "evidence.parquet")
 N = 10
@@ -351,6 +358,38 @@ def test_a_corrupt_shard_is_named(tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(UserError, match="shard_00001.safetensors is corrupt"):
         stage.main(arguments(store, tmp_path / "top"))
+    assert not [path for path in (tmp_path / "top").glob("*") if path.name in FILES]
+    ranks = program.call_ranks(2, stage.STAGE, *arguments(store, tmp_path / "ranks"))
+    assert "shard_00001.safetensors is corrupt" in ranks[1].last_line
+    assert not [path for path in (tmp_path / "ranks").glob("*") if path.name in FILES]
+
+
+@pytest.mark.parametrize("tensor", ["offsets", "sentence_ids", "token_ids"])
+def test_a_shard_whose_index_is_damaged_is_named(tmp_path: Path, tensor: str) -> None:
+    store = make_store(tmp_path, n_sentences=30)
+    path = store.data_dir / "layer_1" / "shard_00002.safetensors"
+    data = bytearray(path.read_bytes())
+    size = int.from_bytes(data[:8], "little")
+    start = json.loads(data[8 : 8 + size])[tensor]["data_offsets"][0]
+    data[8 + size + start + 9 : 8 + size + start + 15] = bytes([255] * 6)
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="shard_00002.safetensors is corrupt"):
+        stage.main(arguments(store, tmp_path / "top"))
+
+
+def test_a_rank_reads_only_its_own_shards_as_a_whole(
+    store: TinyStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verified: list[str] = []
+    monkeypatch.setattr(activation_store, "verify_file", lambda p, _: verified.append(p.name))
+    opened = open_store(store.data_dir)
+    index = sparse_activations.SentenceIndex.of(opened)
+    assert not verified and len(index.sentence_ids) == opened.n_sentences
+    workers = Workers(1, 2, torch.device("cpu"))
+    monkeypatch.setattr(sparse_activations, "merge_ranks", lambda *_: None)
+    sae, tally = load(store), top_sentences.Tally(store.n_latents, N, 0, 0)
+    sparse_activations.tally_store(sae, opened, index, tally, tmp_path, 64, workers)
+    assert verified == ["shard_00001.safetensors"]
 
 
 @settings(max_examples=40, deadline=None)
