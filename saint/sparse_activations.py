@@ -10,15 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.numpy import load_file as load_arrays
-from safetensors.numpy import save_file as save_arrays
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sae import TopKSparseAutoencoder, standardise
 from saint.activation_store import INDEX_TENSORS, ActivationStore, Shard
 from saint.manifests import verify_file, verify_size
-from saint.row_format import read_tensors
-from saint.runtime import Workers, atomic_path, log, progress
+from saint.row_format import read_tensors, write_tensors
+from saint.runtime import Workers, log, progress
 from saint.top_sentences import (
     Chunk,
     Tally,
@@ -50,10 +48,7 @@ def sparse_path(work_dir: Path, index: int) -> Path:
 
 def write_sparse(path: Path, shard: SparseShard) -> None:
     """Write a shard's sparse activations atomically."""
-    with atomic_path(path) as temporary:
-        save_file(
-            {name: getattr(shard, name) for name in SparseShard.__dataclass_fields__}, temporary
-        )
+    write_tensors(path, vars(shard))
 
 
 def read_sparse(path: Path) -> SparseShard:
@@ -186,8 +181,8 @@ def merge_ranks(tally: Tally, work_dir: Path, workers: Workers) -> None:
     """Add the other ranks' tallies, handed over as files, to rank 0's."""
     paths = [work_dir / f"tally_{rank:05d}.safetensors" for rank in range(workers.world_size)]
     if not workers.is_main:
-        with atomic_path(paths[workers.rank]) as temporary:
-            save_arrays(tally.state(), temporary)
+        state = {name: torch.from_numpy(array) for name, array in tally.state().items()}
+        write_tensors(paths[workers.rank], state)
     workers.barrier()
     if workers.is_main:
         for path in paths[1:]:

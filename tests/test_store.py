@@ -194,11 +194,15 @@ def test_the_shuffle_killed_at_random_moments_ends_with_the_same_bytes(root, tmp
     assert (tmp_path / "mean.pt").read_bytes() == (root / "acts_mean.pt").read_bytes()
 
 
-def top_sentences(root: Path, data_dir: Path, out: Path) -> bytes:
+def top_args(root: Path, data_dir: Path, out: Path) -> list[object]:
     save_sae(root / "sae.pt", make_sae(layer=2))
     argv = ["--data_dir", data_dir, "--model_path", root / "sae.pt", "--top_n", 5]
-    argv += ["--captured_data_output_dir", out, "--pool_sentences", 50]
+    return [*argv, "--captured_data_output_dir", out, "--pool_sentences", 50]
+
+
+def top_sentences(root: Path, data_dir: Path, out: Path) -> bytes:
     with one_thread():
+        argv = top_args(root, data_dir, out)
         capture_top_activating_sentences.main([str(a) for a in argv])
     return (out / "top_sentences_max.yaml").read_bytes()
 
@@ -282,6 +286,30 @@ def test_a_full_disk_stops_cleanly_and_the_run_resumes(root, tmp_path, stage):
     assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
 
 
+def test_a_full_disk_stops_top_sentences_cleanly_and_they_resume(root, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(capture_top_activating_sentences.shutil, "rmtree", lambda _: None)
+        top_sentences(tmp_path, root / "acts", tmp_path / "kept")
+    wanted = {n: d for n, d in tree_bytes(tmp_path / "kept").items() if "work" not in n}
+    sizes = {p.name: p.stat().st_size for p in (tmp_path / "kept").rglob("*")}
+    sparse = max(size for name, size in sizes.items() if name.startswith("sparse"))
+    limits = {"sparse": sparse - 1, "evidence": sizes["evidence.parquet"] - 1}
+    assert limits["sparse"] < limits["evidence"], "the first limit is hit first"
+    stage, arguments = (
+        "capture_top_activating_sentences",
+        top_args(tmp_path, root / "acts", tmp_path / "top"),
+    )
+    for limit in limits.values():
+        stopped = call(stage, *arguments, file_bytes=limit)
+        assert stopped.returncode == 1 and "Traceback" not in stopped.stderr, stopped.stderr
+        assert f"no space left for {tmp_path / 'top'}" in stopped.last_line
+        assert "run the same command" in stopped.last_line
+        assert not list(tmp_path.rglob("*.tmp")) and not list(tmp_path.glob("top/*.manifest.json"))
+    finished = call(stage, *arguments)
+    assert finished.returncode == 0, finished.stderr
+    assert tree_bytes(tmp_path / "top") == wanted
+
+
 def test_too_little_space_is_said_before_the_work(root, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=10_000)
     monkeypatch.setattr(runtime.shutil, "disk_usage", lambda _: usage)
@@ -290,6 +318,8 @@ def test_too_little_space_is_said_before_the_work(root, tmp_path, monkeypatch):
     assert not list(tmp_path.glob("acts/layer_2/*"))
     with pytest.raises(UserError, match="make room"):
         preprocess(root, **outputs(tmp_path))
+    with pytest.raises(UserError, match="make room"):
+        top_sentences(tmp_path, root / "acts", tmp_path / "top")
 
 
 def test_a_dataset_is_read_by_uri(root, tmp_path):
