@@ -214,8 +214,16 @@ def test_in_place_survives_kills_and_top_sentences_still_works(root, tmp_path):
     arguments = [*preprocess_args(root, input_dir=store_dir, **outputs(tmp_path)), "--in_place"]
     died = call("sae_preprocessing", *arguments, die_at=90)
     assert died.returncode == -signal.SIGKILL
-    with pytest.raises(UserError, match="being preprocessed in place"):
+    with pytest.raises(UserError, match="finish sae_preprocessing.py --in_place"):
         open_store(store_dir)
+    (store_dir / "layer_2" / f".{shard_name(1)}.1.tmp").write_bytes(b"half a shard")
+    (problem,) = find_problems(store_dir)
+    assert "layer_2 is being preprocessed in place: finish sae_preprocessing.py" in problem
+    assert "the same command resumes" in problem
+    foreign = store_dir / "layer_2" / shard_name(88)
+    foreign.write_bytes(b"?")
+    assert f"{foreign} is foreign" in find_problems(store_dir)[1]
+    foreign.unlink()
     kill_and_resume("sae_preprocessing", arguments, tmp_path, 3, 60)
     plain = tree_bytes(root / "acts_batched")
     moved = tree_bytes(tmp_path / "rows")
@@ -374,15 +382,17 @@ def test_the_store_names_every_damaged_missing_and_foreign_file(root, tmp_path, 
     other = out / "layer_5" / shard_name(0)
     other.parent.mkdir()
     other.write_bytes(b"?")
+    torn = out / "layer_2" / f".{shard_name(2)}.123.tmp"
+    torn.write_bytes(b"?")
     with pytest.raises(SystemExit, match="1"):
         activation_store.main([str(out)])
     errors = capsys.readouterr().err.splitlines()
     found = {str(path): [line for line in errors if str(path) in line] for path in
-             (flipped, short, missing, foreign, other)}  # fmt: skip
-    words = ("corrupt", "bytes", "missing", "foreign", "foreign")
+             (flipped, short, missing, foreign, other, torn)}  # fmt: skip
+    words = ("corrupt", "bytes", "missing", "foreign", "foreign", "an interrupted run")
     for (path, lines), word in zip(found.items(), words, strict=True):
         assert len(lines) == 1 and word in lines[0], path
-    assert len(errors) == 5
+    assert len(errors) == 6
 
 
 def test_statistics_are_those_of_dense_formulas_and_massive_tokens_are_named(tmp_path, caplog):
