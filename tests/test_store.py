@@ -338,6 +338,54 @@ def test_a_dataset_is_read_by_uri(root, tmp_path):
     assert tree_bytes(tmp_path / "acts") == tree_bytes(root / "acts")
 
 
+class _RefusedError(Exception):
+    """Like httpx's: no OSError."""
+
+
+class BrokenFileSystem(fsspec.get_filesystem_class("memory")):
+    """Fails at once under broken://, and from the third file that is opened under late://."""
+
+    protocol = ("broken", "late")
+    cachable = False
+    n_opened = 0
+
+    def info(self, path, **kwargs):
+        if path.startswith("broken"):
+            raise _RefusedError("connection refused")
+        return super().info(path, **kwargs)
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return path.replace("late://", "/").replace("broken://", "broken/")
+
+    def _open(self, path, *args, **kwargs):
+        BrokenFileSystem.n_opened += 1
+        if BrokenFileSystem.n_opened > 2:
+            raise PermissionError("token expired")
+        return super()._open(path, *args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("uri", "reason"),
+    [
+        ("broken://somewhere", "_RefusedError: connection refused"),
+        ("late://elsewhere", "PermissionError: token expired"),
+        ("nonsense://somewhere", "nonsense"),
+    ],
+)
+def test_what_a_remote_file_system_raises_is_one_error(root, tmp_path, uri, reason):
+    for protocol in BrokenFileSystem.protocol:
+        fsspec.register_implementation(protocol, BrokenFileSystem, clobber=True)
+    BrokenFileSystem.n_opened = 0
+    memory = fsspec.filesystem("memory")
+    for path in sorted((root / "data").iterdir()):
+        memory.pipe_file(f"/elsewhere/{path.name}", path.read_bytes())
+    with pytest.raises(UserError, match=f"--dataset_dir {uri} cannot be read: .*{reason}"):
+        capture(root, tmp_path / "acts", dataset_dir=uri)
+    if uri.startswith("late"):
+        assert BrokenFileSystem.n_opened == 3, "the files could be opened, and then not be read"
+
+
 def test_an_automatic_batch_size_is_settled_once(root, tmp_path, monkeypatch):
     monkeypatch.setattr(capture_record, "available_bytes", lambda _: 9_000_000)
     capture(root, tmp_path / "acts", num_samples=60)
