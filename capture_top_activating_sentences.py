@@ -243,7 +243,7 @@ def run(
     index = SentenceIndex.of(store)
     n_sample = max(100, 20 * args.examples_per_decile)
     tally = Tally(sae.config.n_latents, args.top_n, n_sample, args.seed)
-    tally_store(sae, store, index, tally, work_dir, args.batch_tokens, workers)
+    n_encoded = tally_store(sae, store, index, tally, work_dir, args.batch_tokens, workers)
     if not workers.is_main:
         return
     seconds = time.monotonic() - started
@@ -259,14 +259,16 @@ def run(
     )
     sparse = SparseActivations(store, work_dir, index, settings)
     write_outputs(sae, store, sparse, tally, output, directions)
+    speed = "an earlier run encoded all of them"
+    if n_encoded:
+        speed = f"{n_encoded / max(seconds, 1e-9):.0f} sentences/s encoded and ranked"
     log.info(
-        "%s sentences, %s tokens, %d of %d latents fire: %.0f sentences/s encoded and ranked, "
-        "evidence in %.0f s more, in %s",
+        "%s sentences, %s tokens, %d of %d latents fire: %s, evidence in %.0f s more, in %s",
         f"{store.n_sentences:,}",
         f"{store.n_tokens:,}",
         int((tally.n_firing_tokens > 0).sum()),
         sae.config.n_latents,
-        store.n_sentences / max(seconds, 1e-9),
+        speed,
         time.monotonic() - started - seconds,
         output.path,
     )

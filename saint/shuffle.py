@@ -290,11 +290,15 @@ def opaque(tensor: Tensor) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Result:
-    """A finished shuffle: its plan, the checksums of its files, and statistics by shard."""
+    """A finished shuffle: its plan, the checksums of its files, and statistics by shard.
+
+    share: of the work, what was left to this run by interrupted ones.
+    """
 
     plan: Plan
     checksums: dict[str, dict[str, Any]]
     statistics: Callable[[int], RowStatistics]
+    share: float = 1.0
 
     @property
     def rows(self) -> dict[Split, list[int]]:

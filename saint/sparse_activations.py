@@ -142,12 +142,13 @@ def tally_store(
     work_dir: Path,
     batch_tokens: int,
     workers: Workers,
-) -> None:
+) -> int:
     """Encode and tally this rank's shards; rank 0's tally then holds all ranks' shards.
 
-    Shards that an interrupted run encoded are read from work_dir.
+    Shards that an interrupted run encoded are read from work_dir. Returns how many sentences this
+    run encoded, on all ranks.
     """
-    n_resumed, encode = 0, fastest_encode(sae)
+    n_resumed, n_encoded, encode = 0, 0, fastest_encode(sae)
 
     def count(sparse: SparseShard, ids: np.ndarray) -> None:
         canonical = index.canonical[index.find(ids)]
@@ -166,6 +167,7 @@ def tally_store(
                 bar.update(len(shard.token_ids))
             else:
                 write_sparse(path, encode_shard(sae, encode, shard, batch_tokens, bar))
+                n_encoded += len(shard.sentence_ids)
             if counted is not None:
                 counted.result()
             counted = counting.submit(count, read_sparse(path), shard.sentence_ids.numpy())
@@ -175,6 +177,7 @@ def tally_store(
         log.info("resumed: %d of %d shards were encoded already", n_resumed, store.n_shards)
     tally.finish()
     merge_ranks(tally, work_dir, workers)
+    return sum(workers.gather(n_encoded))
 
 
 def merge_ranks(tally: Tally, work_dir: Path, workers: Workers) -> None:

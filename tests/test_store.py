@@ -551,3 +551,54 @@ def test_the_store_holds_the_hidden_states_of_transformers(root: Path, tmp_path:
         with torch.no_grad():
             hidden = theirs(tokens, output_hidden_states=True).hidden_states[2][0, 1:]
         torch.testing.assert_close(shard.read(slice(a, b)).float(), hidden, rtol=8e-3, atol=1e-3)
+
+
+def resume(stage: str, arguments: list[object], output: Path) -> str:
+    """The summary of a run that finds all data and only the record of a begun run."""
+    (output / f"{stage}.manifest.json").rename(output / f"{stage}.partial.json")
+    finished = call(stage, *arguments)
+    assert finished.returncode == 0, finished.stderr
+    return finished.last_line
+
+
+def test_summaries_tell_only_of_what_this_run_did(root, tmp_path, monkeypatch, caplog):
+    shutil.copytree(root / "acts", tmp_path / "acts")
+    line = resume("capture_activations", capture_args(root, tmp_path / "acts"), tmp_path / "acts")
+    assert "an earlier run captured all of them" in line
+    assert "tokens/s" not in line and "BOS" not in line
+    caplog.set_level("INFO", logger="saint")
+    with monkeypatch.context() as patch:
+        patch.setattr(capture_top_activating_sentences.shutil, "rmtree", lambda _: None)
+        top_sentences(tmp_path, root / "acts", tmp_path / "top")
+    assert " sentences/s encoded and ranked" in caplog.messages[-1]
+    line = resume(
+        "capture_top_activating_sentences",
+        top_args(tmp_path, root / "acts", tmp_path / "top"),
+        tmp_path / "top",
+    )
+    assert "an earlier run encoded all of them" in line and "sentences/s" not in line
+
+
+def test_a_resumed_shuffle_counts_what_was_left_to_it(root, tmp_path, monkeypatch):
+    shares: list[float] = []
+    whole = sae_preprocessing.run_shuffle
+
+    def run_shuffle(plan):
+        result = whole(plan)
+        shares.append(result.share)
+        return result
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sae_preprocessing, "run_shuffle", run_shuffle)
+    flags = outputs(tmp_path) | OVER_DISK
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("saint.shuffle_passes.permute_file", die)
+        preprocess(root, **flags)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sae_preprocessing, "combine_sums", die)
+        preprocess(root, **flags)
+    preprocess(root, **flags)
+    preprocess(root, **(outputs(tmp_path / "alone") | OVER_DISK))
+    assert shares == [0.5, 0.0, 1.0]
