@@ -204,7 +204,8 @@ def capture_and_finish(
         for i, size in enumerate(sizes)
         if not all(path.exists() for path in shard_paths(output.path, hooks, i).values())
     }
-    with progress(None, unit="tok", description="capture", unit_scale=True) as bar:
+    description = workers.label("capture")
+    with progress(None, unit="tok", description=description, unit_scale=True) as bar:
         done = Progress(
             output,
             len(hooks),

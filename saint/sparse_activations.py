@@ -157,10 +157,12 @@ def tally_store(
         )
         tally.add(Chunk(values, indices, offsets, ids, canonical))
 
-    bar = progress(store.n_tokens, unit="tok", description="encode", unit_scale=True)
+    own = range(workers.rank, store.n_shards, workers.world_size)
+    n_tokens = int(index.length[np.isin(index.shard, own)].sum())
+    bar = progress(n_tokens, unit="tok", description=workers.label("encode"), unit_scale=True)
     with bar, ThreadPoolExecutor(1) as counting:  # beside the encoder, in the order of the shards
         counted: Future[None] | None = None
-        for i in range(workers.rank, store.n_shards, workers.world_size):
+        for i in own:
             shard, path = store.read_shard(i), sparse_path(work_dir, i)
             if path.exists():
                 n_resumed += 1

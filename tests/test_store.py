@@ -602,3 +602,39 @@ def test_a_resumed_shuffle_counts_what_was_left_to_it(root, tmp_path, monkeypatc
     preprocess(root, **flags)
     preprocess(root, **(outputs(tmp_path / "alone") | OVER_DISK))
     assert shares == [0.5, 0.0, 1.0]
+
+
+def test_without_a_terminal_progress_is_a_line_now_and_then(monkeypatch, caplog, capsys):
+    caplog.set_level("INFO", logger="saint")
+
+    def work(total):
+        with runtime.progress(total, unit="tok", description="encode", unit_scale=True) as bar:
+            bar.refresh()
+            for _ in range(4):
+                clock[0] += 100.0
+                bar.update(500)
+                bar.set_postfix(loss=1)
+        return [message for message in caplog.messages if "encode" in message]
+
+    clock = [0.0]
+    monkeypatch.setattr(runtime.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(runtime.tqdm, "monitor_interval", 0)
+    monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
+    lines = work(4000)
+    assert len(lines) == 2 and capsys.readouterr().err == ""
+    assert lines[0].startswith("encode: 1.00k/4.00k tok, 5.00tok/s")
+    assert "03:20 gone, 10:00 left" in lines[0] and "06:40 gone, 06:40 left" in lines[1]
+    assert "1.00k/? tok" in work(None)[2]
+    caplog.clear()
+    monkeypatch.setattr(runtime, "_LINE_SECONDS", 500.0)
+    assert work(4000) == []
+    monkeypatch.setattr(runtime, "_LINE_SECONDS", 1.0)
+    monkeypatch.setenv("RANK", "1")
+    assert work(4000) == []
+
+
+def test_a_bar_of_ranks_says_whose_it_is():
+    cpu = torch.device("cpu")
+    assert [runtime.Workers(0, *n).label("capture") for n in ((1, cpu), (4, cpu), (4, cpu, 4))] == [
+        "capture", "capture (rank 0's 1/4)", "capture",
+    ]  # fmt: skip
