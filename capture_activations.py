@@ -204,7 +204,8 @@ def capture_and_finish(
         for i, size in enumerate(sizes)
         if not all(path.exists() for path in shard_paths(output.path, hooks, i).values())
     }
-    with progress(None, unit="tok", description="capture", unit_scale=True) as bar:
+    description = workers.label("capture")
+    with progress(None, unit="tok", description=description, unit_scale=True) as bar:
         done = Progress(
             output,
             len(hooks),
@@ -236,15 +237,20 @@ def summarise(output: Output, n_stored: int, n_computed: int, seconds: float) ->
     size = sum(file["bytes"] for file in manifest.files.values())
     if counts["n_sentences"] < output.arguments["num_samples"]:
         log.info("the dataset has only %d usable sentences", counts["n_sentences"])
+    speed = "an earlier run captured all of them"
+    if n_computed:
+        speed = (
+            f"{n_stored / max(seconds, 1e-9):.0f} tokens/s, padding 0 %, BOS "
+            f"{100 * (1 - n_stored / n_computed):.1f} % of what was computed"
+        )
     log.info(
-        "captured %s tokens of %s sentences into %s: %.2f GB, %.0f tokens/s, padding 0 %%, BOS "
-        "%.1f %% of what was computed, %d rows skipped, %d sentences cut, %.0f s",
+        "captured %s tokens of %s sentences into %s: %.2f GB, %s, %d rows skipped, %d sentences "
+        "cut, %.0f s",
         f"{counts['n_tokens']:,}",
         f"{counts['n_sentences']:,}",
         output.path,
         size / 1e9,
-        n_stored / max(seconds, 1e-9),
-        100 * (1 - n_stored / max(n_computed, 1)),
+        speed,
         sum(counts["skipped"].values()),
         counts["n_cut_sentences"],
         seconds,

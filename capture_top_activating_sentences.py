@@ -30,8 +30,10 @@ from saint.runtime import (
     atomic_path,
     log,
     log_arguments,
+    naming_full_disk,
     positive_int,
     progress,
+    require_space,
     run_stage,
     start_workers,
 )
@@ -219,6 +221,14 @@ def plan_output(args: argparse.Namespace, sae_config: SAEConfig, store: Activati
     )
 
 
+def make_work_dir(work_dir: Path, sae_config: SAEConfig, store: ActivationStore) -> None:
+    """Make the work directory. Raises UserError when its disk cannot hold what is still to come."""
+    work_dir.mkdir(exist_ok=True)
+    n_bytes = 8 * sae_config.k * store.n_tokens + 2 * sae_config.d_model * store.n_sentences
+    n_bytes -= sum(path.stat().st_size for path in work_dir.iterdir())
+    require_space(work_dir, n_bytes, "make room (it is given back at the end)")
+
+
 def run(
     args: argparse.Namespace,
     sae: TopKSparseAutoencoder,
@@ -229,17 +239,11 @@ def run(
     """Encode, tally and write, resuming what an interrupted run left."""
     started = time.monotonic()
     work_dir = output.path / WORK_DIR
-    if workers.is_main:
-        work_dir.mkdir(exist_ok=True)
-        n_bytes = 8 * sae.config.k * store.n_tokens + 2 * sae.config.d_model * store.n_sentences
-        n_bytes -= sum(path.stat().st_size for path in work_dir.iterdir())
-        if shutil.disk_usage(work_dir).free < n_bytes:
-            raise UserError(f"{work_dir} needs {n_bytes / 1e9:.1f} GB for a while: make room there")
-    workers.barrier()
+    workers.on_main(lambda: make_work_dir(work_dir, sae.config, store))
     index = SentenceIndex.of(store)
     n_sample = max(100, 20 * args.examples_per_decile)
     tally = Tally(sae.config.n_latents, args.top_n, n_sample, args.seed)
-    tally_store(sae, store, index, tally, work_dir, args.batch_tokens, workers)
+    n_encoded = tally_store(sae, store, index, tally, work_dir, args.batch_tokens, workers)
     if not workers.is_main:
         return
     seconds = time.monotonic() - started
@@ -255,14 +259,16 @@ def run(
     )
     sparse = SparseActivations(store, work_dir, index, settings)
     write_outputs(sae, store, sparse, tally, output, directions)
+    speed = "an earlier run encoded all of them"
+    if n_encoded:
+        speed = f"{n_encoded / max(seconds, 1e-9):.0f} sentences/s encoded and ranked"
     log.info(
-        "%s sentences, %s tokens, %d of %d latents fire: %.0f sentences/s encoded and ranked, "
-        "evidence in %.0f s more, in %s",
+        "%s sentences, %s tokens, %d of %d latents fire: %s, evidence in %.0f s more, in %s",
         f"{store.n_sentences:,}",
         f"{store.n_tokens:,}",
         int((tally.n_firing_tokens > 0).sum()),
         sae.config.n_latents,
-        store.n_sentences / max(seconds, 1e-9),
+        speed,
         time.monotonic() - started - seconds,
         output.path,
     )
@@ -284,7 +290,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             shutil.rmtree(output.path / WORK_DIR, ignore_errors=True)
         log.info("done already: %s holds the evidence of %d latents", output.path, n)
         return
-    run(args, sae, store, output, workers)
+    with naming_full_disk(output.path):
+        run(args, sae, store, output, workers)
 
 
 if __name__ == "__main__":

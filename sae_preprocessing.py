@@ -192,8 +192,8 @@ def finish(result: Result, output: Output, mean_output: Output, started: float) 
         store.record_move(output.path, moved)
     output.finish(facts=facts, counts=counts, files=checksums, known=checksums)
     clean_up(store, output.path)
-    seconds = time.monotonic() - started
-    report(output, facts, counts, sum(f["bytes"] for f in checksums.values()) / 1e6 / seconds)
+    megabytes = result.share * sum(f["bytes"] for f in checksums.values()) / 1e6
+    report(output, facts, counts, megabytes / (time.monotonic() - started))
 
 
 def report(output: Output, facts: dict[str, Any], counts: dict[str, int], mb_per_s: float) -> None:
@@ -208,12 +208,12 @@ def report(output: Output, facts: dict[str, Any], counts: dict[str, int], mb_per
             named,
         )
     log.info(
-        "shuffled %s rows into %s: %s for training, %s held out, %.0f MB/s",
+        "shuffled %s rows into %s: %s for training, %s held out, %s",
         f"{counts['n_rows']:,}",
         output.path,
         f"{counts['n_train']:,}",
         f"{counts['n_val']:,}",
-        mb_per_s,
+        f"{mb_per_s:.0f} MB/s" if mb_per_s else "an earlier run moved all of them",
     )
 
 

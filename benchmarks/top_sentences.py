@@ -31,6 +31,7 @@ sys.path.insert(0, str(REPO))
 from sae import SAEConfig, TopKSparseAutoencoder  # noqa: E402
 from saint.runtime import pick_device, run_stage  # noqa: E402
 from saint.top_sentences import Chunk, Tally  # noqa: E402
+from saint.training_step import fastest_encode  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -130,7 +131,8 @@ def encoder_speed(args: argparse.Namespace, device: torch.device) -> float:
     sae = TopKSparseAutoencoder(SAEConfig(args.d_model, args.n_latents, args.k), device=device)
     sae.initialise(torch.zeros(args.d_model), seed=0)
     rows = torch.randn(4096, args.d_model, device=device)
-    return len(rows) / seconds(lambda: sae.encode(rows), device, args.repeats)[0]
+    encode = fastest_encode(sae)
+    return len(rows) / seconds(lambda: encode(rows), device, args.repeats)[0]
 
 
 @torch.inference_mode()

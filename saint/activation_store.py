@@ -211,11 +211,20 @@ class ActivationStore:
         """Path of a shard."""
         return self.root / self.layer_dir / shard_name(index)
 
+    def recorded(self, index: int) -> tuple[Path, dict[str, Any]]:
+        """Return a shard's path and what the manifest says of it."""
+        path = self.shard_path(index)
+        return path, self.manifest.files[f"{self.layer_dir}/{path.name}"]
+
+    def read_index(self, index: int) -> dict[str, Tensor]:
+        """Map a shard's `INDEX_TENSORS`, wherever its rows are; nothing is verified."""
+        return read_tensors(self.shard_path(index), INDEX_TENSORS)
+
     def read_shard(self, index: int) -> Shard:
         """Memory-map a shard, verifying it the first time. Raises UserError if damaged."""
-        path = self.shard_path(index)
+        path, expected = self.recorded(index)
         if index not in self._verified:
-            verify_file(path, self.manifest.files[f"{self.layer_dir}/{path.name}"])
+            verify_file(path, expected)
             self._verified.add(index)
         return read_shard(path) if self.moved_to is None else self._moved_rows.read_shard(path)
 
@@ -263,14 +272,22 @@ def open_stores(
         )
         if layer in (None, store.facts["layer"]) and hook_point in (None, store.facts["hook_point"])
     ]
-    for store in stores:
-        moved = manifest.facts.get("in_place", {}).get(store.layer_dir, {"done": True})
-        if not (moved["done"] or half_moved):
-            raise UserError(
-                f"{data_dir / store.layer_dir} is being preprocessed in place: run the same "
-                "sae_preprocessing.py command again, to its end"
-            )
+    for name in [] if half_moved else half_moved_layers(manifest):
+        if name in [store.layer_dir for store in stores]:
+            raise UserError(_unfinished_move(data_dir / name))
     return stores
+
+
+def half_moved_layers(manifest: Manifest) -> list[str]:
+    """Return the layer directories whose rows an interrupted preprocessing in place was moving."""
+    return [n for n, moved in manifest.facts.get("in_place", {}).items() if not moved["done"]]
+
+
+def _unfinished_move(layer_dir: Path) -> str:
+    return (
+        f"{layer_dir} is being preprocessed in place: finish sae_preprocessing.py --in_place: the "
+        "same command resumes"
+    )
 
 
 def open_store(
@@ -313,10 +330,17 @@ def describe(data_dir: Path) -> list[str]:
 
 
 def find_problems(data_dir: Path) -> list[str]:
-    """Return a line for every file that is missing, shortened, changed or not the store's own."""
+    """Return a line for every file that is missing, shortened, changed or not the store's own.
+
+    A layer whose rows are half moved is one line: until the move ends, nothing says what its
+    shards should be.
+    """
     manifest = read_manifest(data_dir, STAGE)
-    problems = []
+    moving = half_moved_layers(manifest)
+    problems = [_unfinished_move(data_dir / name) for name in moving]
     for name, expected in manifest.files.items():
+        if Path(name).parts[0] in moving:
+            continue
         try:
             verify_file(data_dir / name, expected)
         except UserError as error:
@@ -325,6 +349,10 @@ def find_problems(data_dir: Path) -> list[str]:
     held = [path for pattern in ("layer_*/*", f"{SENTENCES}/*") for path in data_dir.glob(pattern)]
     foreign = [p for p in held if p.relative_to(data_dir).as_posix() not in manifest.files]
     for path in sorted(foreign):
+        if path.parent.name in own and path.match(".*.tmp"):
+            if path.parent.name not in moving:
+                problems.append(f"{path} is what an interrupted run was writing: remove it")
+            continue
         what = "no shard of this store" if path.parent.name in own else "in no layer of this store"
         problems.append(f"{path} is foreign: {what}, its manifest does not list it")
     return problems

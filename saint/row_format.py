@@ -156,9 +156,13 @@ def tensor_file(
 
 
 def write_tensors(path: Path, tensors: Stored) -> dict[str, Any]:
-    """Write whole tensors, larger dtypes first, atomically; return the file's checksum."""
-    kinds = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
-    return write_pieces(path, kinds, tensors.items())
+    """Write whole tensors atomically; return the file's checksum.
+
+    Raises OSError where the disk is full, which safetensors' own writer does not.
+    """
+    ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].itemsize))
+    kinds = {name: (t.dtype, tuple(t.shape)) for name, t in ordered.items()}
+    return write_pieces(path, kinds, ordered.items())
 
 
 def write_pieces(

@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -122,12 +123,32 @@ def log_arguments(args: argparse.Namespace) -> None:
     log.info("arguments %s", json.dumps(vars(args), default=str, sort_keys=True))
 
 
+_LINE_SECONDS = 180.0
+_LINE = "{desc}: {n_fmt}/{total_fmt} {unit}, {rate_fmt}{postfix}, {elapsed} gone, {remaining} left"
+
+
+class _Lines(tqdm):
+    """A bar for a log file: one plain line every few minutes, and none for short work."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        self._last_line = time.monotonic()
+        # Every update looks at the clock. What tqdm itself writes (carriage returns) goes nowhere.
+        timing = {"mininterval": _LINE_SECONDS, "maxinterval": _LINE_SECONDS, "miniters": 1}
+        super().__init__(file=io.StringIO(), bar_format=_LINE, leave=False, **timing, **kwargs)
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        """Log a line, if the last one is long ago; closing the bar (msg is "") shows nothing."""
+        now = time.monotonic()
+        if msg is None and now - self._last_line >= _LINE_SECONDS:
+            self._last_line = now
+            log.info("%s", str(self))  # as it is now
+
+
 def progress(total: int | None, *, unit: str, description: str, **kwargs: Any) -> tqdm:
-    """Return a tqdm bar: only on rank 0, and quiet when stderr is no terminal."""
-    quiet = int(os.environ.get("RANK", "0")) != 0 or not sys.stderr.isatty()
-    return tqdm(
-        total=total, unit=unit, desc=description, disable=quiet, dynamic_ncols=True, **kwargs
-    )
+    """Return a tqdm bar, only on rank 0; where stderr is no terminal, a line every few minutes."""
+    quiet = int(os.environ.get("RANK", "0")) != 0
+    options = {"total": total, "unit": unit, "desc": description, "disable": quiet, **kwargs}
+    return tqdm(dynamic_ncols=True, **options) if sys.stderr.isatty() else _Lines(**options)
 
 
 @dataclass(frozen=True)
@@ -152,6 +173,11 @@ class Workers:
     def is_writer(self) -> bool:
         """Whether this is the first rank of its tensor-parallel group: the others only compute."""
         return self.rank % self.model_parallel_size == 0
+
+    def label(self, description: str) -> str:
+        """Return a bar's description that says whose work it shows, where ranks share the work."""
+        n_groups = self.world_size // self.model_parallel_size
+        return description if n_groups == 1 else f"{description} (rank 0's 1/{n_groups})"
 
     def owns(self, index: int) -> bool:
         """Whether piece `index` of the data is this rank's (tensor-parallel group's) to do."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,11 @@ class SentenceDataset:
         return sum(group.n_rows for group in self.row_groups)
 
     def read(self, group: RowGroup) -> list[Any]:
-        """Return one row group's text column as Python values (None where null)."""
-        with self.filesystem.open_input_file(group.file) as source:
+        """Return one row group's text column as Python values (None where null).
+
+        Raises UserError when it is damaged, or its file system fails.
+        """
+        with _naming(self.location), self.filesystem.open_input_file(group.file) as source:
             table = pq.ParquetFile(source).read_row_group(group.index, columns=[self.text_column])
         return table.column(0).to_pylist()
 
@@ -69,19 +73,47 @@ class SkippedRows:
 def open_dataset(location: str | Path, *, text_column: str = "text") -> SentenceDataset:
     """Open a parquet file or a directory of them, local or by URI (`s3://`, `gs://`, `hf://`).
 
-    Raises UserError when there is no parquet file, one is damaged, or the text column is missing.
+    Raises UserError when there is no parquet file, one is damaged, the text column is missing, or
+    the file system fails.
     """
-    filesystem, path = _resolve(str(location))
+    with _naming(str(location)):
+        return _open(str(location), text_column)
+
+
+@contextmanager
+def _naming(location: str) -> Iterator[None]:
+    """Turn what a dataset's file system raises into one UserError: the location and the reason.
+
+    Those behind a URI raise classes of their own (httpx's, aiohttp's, botocore's), which have
+    nothing in common but Exception.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        is_remote = "://" in location
+        if not (is_remote or isinstance(error, (OSError, pa.ArrowException))):
+            raise
+        reason = f"{type(error).__name__}: {error}"[:300]
+        if is_remote and isinstance(error, ImportError):
+            reason += " (pip install -e '.[remote]' adds what hf://, s3:// and gs:// need)"
+        raise UserError(f"--dataset_dir {location} cannot be read: {reason}") from error
+
+
+def _open(location: str, text_column: str) -> SentenceDataset:
+    filesystem, path = _resolve(location)
     groups: list[RowGroup] = []
     identity: list[tuple[str, int, int]] = []
     first_row = 0
-    for file in _parquet_files(filesystem, path, str(location)):
-        try:
-            with filesystem.open_input_file(file.path) as source:
+    for file in _parquet_files(filesystem, path, location):
+        with filesystem.open_input_file(file.path) as source:
+            try:
                 metadata = pq.ParquetFile(source).metadata
                 names = metadata.schema.to_arrow_schema().names
-        except (pa.ArrowInvalid, OSError) as error:
-            raise UserError(f"{file.path} is not a readable parquet file: {error}") from None
+            except (pa.ArrowInvalid, OSError) as error:
+                reason = f"{file.path} is not a readable parquet file: {error}"
+                raise UserError(f"--dataset_dir {location}: {reason}") from None
         if text_column not in names:
             raise UserError(
                 f"{file.path} has no column '{text_column}' (it has: {', '.join(names)}); "
@@ -93,7 +125,7 @@ def open_dataset(location: str | Path, *, text_column: str = "text") -> Sentence
             first_row += n_rows
         identity.append((Path(file.path).name, file.size or 0, metadata.num_rows))
     return SentenceDataset(
-        str(location), text_column, filesystem, groups, fingerprint([text_column, identity])
+        location, text_column, filesystem, groups, fingerprint([text_column, identity])
     )
 
 
@@ -106,10 +138,7 @@ def _resolve(location: str) -> tuple[pafs.FileSystem, str]:
         pass
     import fsspec
 
-    try:
-        filesystem, path = fsspec.core.url_to_fs(location)
-    except (ValueError, ImportError) as error:
-        raise UserError(f"{location} cannot be opened: {error}") from None
+    filesystem, path = fsspec.core.url_to_fs(location)
     return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), path
 
 

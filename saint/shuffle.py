@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saint.activation_store import INDEX_TENSORS, ActivationStore
+from saint.activation_store import ActivationStore
 from saint.batched_rows import SPLITS, Split, rows_name
 from saint.manifests import verify_file, verify_size
 from saint.row_format import StoredRows, read_tensors
@@ -97,12 +97,11 @@ class Shuffle:
 
     def recorded(self, shard: int) -> tuple[Path, dict[str, Any]]:
         """Return a shard's path and what the manifest says of it."""
-        path = self.store.shard_path(shard)
-        return path, self.store.manifest.files[f"{self.store.layer_dir}/{path.name}"]
+        return self.store.recorded(shard)
 
     def index_of(self, shard: int) -> dict[str, Tensor]:
         """Map a shard's tokens, offsets and sentence ids, wherever its rows are."""
-        return read_tensors(self.store.shard_path(shard), INDEX_TENSORS)
+        return self.store.read_index(shard)
 
     def blocks(self, shard: int, places: np.ndarray) -> Iterator[Block]:
         """Deal a shard's rows, in blocks of about `block_rows`.
@@ -291,11 +290,15 @@ def opaque(tensor: Tensor) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Result:
-    """A finished shuffle: its plan, the checksums of its files, and statistics by shard."""
+    """A finished shuffle: its plan, the checksums of its files, and statistics by shard.
+
+    share: of the work, what was left to this run by interrupted ones.
+    """
 
     plan: Plan
     checksums: dict[str, dict[str, Any]]
     statistics: Callable[[int], RowStatistics]
+    share: float = 1.0
 
     @property
     def rows(self) -> dict[Split, list[int]]:

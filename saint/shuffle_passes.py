@@ -97,8 +97,11 @@ class Mover:
         return statistics
 
 
-def deal_to_disk(plan: Plan, pool: ThreadPoolExecutor, bar: Any) -> None:
-    """Pass 1: add every shard's rows to the buckets; in place, they then leave the shard."""
+def deal_to_disk(plan: Plan, pool: ThreadPoolExecutor, bar: Any) -> int:
+    """Pass 1: add every shard's rows to the buckets; in place, they then leave the shard.
+
+    Returns how many rows had not been added yet.
+    """
     shuffle, kinds = plan.shuffle, [file_kinds(plan, file) for file in plan.files]
 
     def put(rows: Rows, block: Block, space: Workspace) -> None:
@@ -114,7 +117,7 @@ def deal_to_disk(plan: Plan, pool: ThreadPoolExecutor, bar: Any) -> None:
                     part = space.sorted_rows[name][start:end]
                     bucket.write(name, int(block.place[order[start]]), part)
 
-    mover = Mover(plan, pool, put, bar)
+    mover, n_dealt = Mover(plan, pool, put, bar), 0
     for shard in shuffle.shards:
         if shuffle.is_replaced(shard):
             continue
@@ -122,8 +125,10 @@ def deal_to_disk(plan: Plan, pool: ThreadPoolExecutor, bar: Any) -> None:
             statistics = mover.move(shard)
             list(pool.map(sync_file, map(shuffle.bucket_path, plan.files)))
             statistics.save(shuffle.statistics_path(shard))
+            n_dealt += len(shuffle.index_of(shard)["token_ids"])
         if shuffle.in_place:
             replace_shard(plan, shard)
+    return n_dealt
 
 
 def replace_shard(plan: Plan, shard: int) -> None:
@@ -173,14 +178,14 @@ def shuffle_on_disk(plan: Plan, pool: ThreadPoolExecutor, bar: Any) -> Result:
     """Run both passes, resuming from what is there."""
     shuffle = plan.shuffle
     n_permuting = plan.n_permuting
-    for file in plan.files:
-        if not (shuffle.output_dir / file.name).exists():
-            TensorFile(shuffle.bucket_path(file), file_kinds(plan, file)).close()
+    to_permute = [file for file in plan.files if not (shuffle.output_dir / file.name).exists()]
+    for file in to_permute:
+        TensorFile(shuffle.bucket_path(file), file_kinds(plan, file)).close()
     if shuffle.in_place:  # there is no way back: look before the first step
         todo = [i for i in shuffle.shards if not shuffle.is_replaced(i)]
         list(pool.map(lambda i: verify_file(*shuffle.recorded(i)), todo))
         shuffle.store.record_move(shuffle.output_dir, None)
-    deal_to_disk(plan, pool, bar)
+    n_moved = deal_to_disk(plan, pool, bar) + sum(file.n_rows for file in to_permute)
     checksums: dict[str, Any] = {}
     with (
         ThreadPoolExecutor(n_permuting, initializer=torch.set_num_threads, initargs=(1,)) as fewer,
@@ -189,7 +194,8 @@ def shuffle_on_disk(plan: Plan, pool: ThreadPoolExecutor, bar: Any) -> Result:
         for written in fewer.map(lambda file: permute_file(plan, file), plan.files):
             checksums |= written
             files_bar.update()
-    return Result(plan, checksums, lambda i: RowStatistics.load(shuffle.statistics_path(i)))
+    share = n_moved / (2 * plan.n_rows)
+    return Result(plan, checksums, lambda i: RowStatistics.load(shuffle.statistics_path(i)), share)
 
 
 def clean_up(store: ActivationStore, output_dir: Path) -> None:

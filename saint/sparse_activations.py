@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.numpy import load_file as load_arrays
-from safetensors.numpy import save_file as save_arrays
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sae import TopKSparseAutoencoder, standardise
-from saint.activation_store import ActivationStore, Shard
-from saint.row_format import read_tensors
-from saint.runtime import Workers, atomic_path, log, progress
+from saint.activation_store import INDEX_TENSORS, ActivationStore, Shard
+from saint.manifests import verify_file, verify_size
+from saint.row_format import read_tensors, write_tensors
+from saint.runtime import Workers, log, progress
 from saint.top_sentences import (
     Chunk,
     Tally,
@@ -25,6 +24,7 @@ from saint.top_sentences import (
     first_of_equals,
     hash_sentences,
 )
+from saint.training_step import Encode, fastest_encode
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,7 @@ def sparse_path(work_dir: Path, index: int) -> Path:
 
 def write_sparse(path: Path, shard: SparseShard) -> None:
     """Write a shard's sparse activations atomically."""
-    with atomic_path(path) as temporary:
-        save_file(
-            {name: getattr(shard, name) for name in SparseShard.__dataclass_fields__}, temporary
-        )
+    write_tensors(path, vars(shard))
 
 
 def read_sparse(path: Path) -> SparseShard:
@@ -75,23 +72,20 @@ class SentenceIndex:
 
     @classmethod
     def of(cls, store: ActivationStore) -> SentenceIndex:
-        """Read token ids and offsets of all shards."""
+        """Read token ids and offsets of all shards, which are verified when they are encoded.
+
+        Raises UserError when one is missing or damaged, as far as can be seen without its rows.
+        """
         columns: list[list[np.ndarray]] = [[] for _ in range(6)]
         for i in range(store.n_shards):
-            shard = store.read_shard(i)
-            offsets, n = shard.offsets, len(shard.sentence_ids)
-            parts = (
-                shard.sentence_ids,
-                torch.full((n,), i),
-                torch.arange(n),
-                offsets[:-1],
-                offsets[1:] - offsets[:-1],
-                torch.from_numpy(
-                    hash_sentences(shard.token_ids.numpy(), offsets.numpy()).view(np.int64)
-                ),
-            )
+            verify_size(*store.recorded(i))
+            try:
+                parts = _sentences_of(store.read_index(i), i)
+            except (ValueError, IndexError, OverflowError, MemoryError) as error:
+                verify_file(*store.recorded(i))
+                raise AssertionError(f"{store.shard_path(i)} makes no sense") from error
             for column, part in zip(columns, parts, strict=True):
-                column.append(part.numpy().copy())
+                column.append(part)
         ids, *others, hashes = map(np.concatenate, columns)
         order = np.argsort(ids)
         first = first_of_equals(hashes, ids)
@@ -102,11 +96,24 @@ class SentenceIndex:
         return np.searchsorted(self.sentence_ids, sentence_ids)
 
 
+def _sentences_of(index: dict[str, Tensor], shard: int) -> tuple[np.ndarray, ...]:
+    """Return (n_sentences,) ids, shard, row, start, length, hash. Raises where offsets are wild."""
+    token_ids, offsets, ids = (index[name].numpy() for name in INDEX_TENSORS)
+    lengths, n = np.diff(offsets), len(ids)
+    if len(lengths) != n or offsets[0] or offsets[-1] != len(token_ids) or (lengths < 0).any():
+        raise ValueError("offsets that are no offsets")
+    hashes = hash_sentences(token_ids, offsets)
+    return ids.copy(), np.full(n, shard), np.arange(n), offsets[:-1].copy(), lengths, hashes
+
+
 @torch.inference_mode()
 def encode_shard(
-    sae: TopKSparseAutoencoder, shard: Shard, batch_tokens: int, bar: Any
+    sae: TopKSparseAutoencoder, encode: Encode, shard: Shard, batch_tokens: int, bar: Any
 ) -> SparseShard:
-    """Run the encoder over a shard; returns its sparse activations and sentence means, on CPU."""
+    """Run `encode`, the SAE's, over a shard; returns sparse activations and sentence means on CPU.
+
+    Of equal pre-activations, the C++ encoder keeps the first latent's, whatever the batch.
+    """
     k, n_tokens = sae.config.k, len(shard.token_ids)
     sparse = SparseShard(
         values=torch.empty(n_tokens, k),
@@ -118,7 +125,7 @@ def encode_shard(
         rows = slice(int(shard.offsets[first]), int(shard.offsets[end]))
         x = shard.read(rows).to(sae.W_enc.device)
         z = standardise(x, sae.config.norm_eps)[0]
-        values, indices = sae.encode(z)
+        values, indices = encode(z)
         sparse.values[rows], sparse.indices[rows] = values.cpu(), indices.cpu()
         lengths = (shard.offsets[first + 1 : end + 1] - shard.offsets[first:end]).to(z.device)
         pooled = torch.segment_reduce(z, "mean", lengths=lengths, axis=0, initial=0)
@@ -135,12 +142,13 @@ def tally_store(
     work_dir: Path,
     batch_tokens: int,
     workers: Workers,
-) -> None:
+) -> int:
     """Encode and tally this rank's shards; rank 0's tally then holds all ranks' shards.
 
-    Shards that an interrupted run encoded are read from work_dir.
+    Shards that an interrupted run encoded are read from work_dir. Returns how many sentences this
+    run encoded, on all ranks.
     """
-    n_resumed = 0
+    n_resumed, n_encoded, encode = 0, 0, fastest_encode(sae)
 
     def count(sparse: SparseShard, ids: np.ndarray) -> None:
         canonical = index.canonical[index.find(ids)]
@@ -149,16 +157,19 @@ def tally_store(
         )
         tally.add(Chunk(values, indices, offsets, ids, canonical))
 
-    bar = progress(store.n_tokens, unit="tok", description="encode", unit_scale=True)
+    own = range(workers.rank, store.n_shards, workers.world_size)
+    n_tokens = int(index.length[np.isin(index.shard, own)].sum())
+    bar = progress(n_tokens, unit="tok", description=workers.label("encode"), unit_scale=True)
     with bar, ThreadPoolExecutor(1) as counting:  # beside the encoder, in the order of the shards
         counted: Future[None] | None = None
-        for i in range(workers.rank, store.n_shards, workers.world_size):
+        for i in own:
             shard, path = store.read_shard(i), sparse_path(work_dir, i)
             if path.exists():
                 n_resumed += 1
                 bar.update(len(shard.token_ids))
             else:
-                write_sparse(path, encode_shard(sae, shard, batch_tokens, bar))
+                write_sparse(path, encode_shard(sae, encode, shard, batch_tokens, bar))
+                n_encoded += len(shard.sentence_ids)
             if counted is not None:
                 counted.result()
             counted = counting.submit(count, read_sparse(path), shard.sentence_ids.numpy())
@@ -168,14 +179,15 @@ def tally_store(
         log.info("resumed: %d of %d shards were encoded already", n_resumed, store.n_shards)
     tally.finish()
     merge_ranks(tally, work_dir, workers)
+    return sum(workers.gather(n_encoded))
 
 
 def merge_ranks(tally: Tally, work_dir: Path, workers: Workers) -> None:
     """Add the other ranks' tallies, handed over as files, to rank 0's."""
     paths = [work_dir / f"tally_{rank:05d}.safetensors" for rank in range(workers.world_size)]
     if not workers.is_main:
-        with atomic_path(paths[workers.rank]) as temporary:
-            save_arrays(tally.state(), temporary)
+        state = {name: torch.from_numpy(array) for name, array in tally.state().items()}
+        write_tensors(paths[workers.rank], state)
     workers.barrier()
     if workers.is_main:
         for path in paths[1:]:

@@ -46,7 +46,8 @@ class SparseActivations:
     ):
         self.index, self.settings = index, settings
         self.shards = [read_sparse(sparse_path(work_dir, i)) for i in range(store.n_shards)]
-        self.token_ids = [store.read_shard(i).token_ids for i in range(store.n_shards)]
+        # Each rank has verified its own shards before it encoded them.
+        self.token_ids = [store.read_index(i)["token_ids"] for i in range(store.n_shards)]
         usable = np.flatnonzero(index.canonical & (index.length > 0))
         order = np.argsort(
             mix(mix(index.sentence_ids[usable] + settings.seed) + np.uint64(_POOL_SEED))

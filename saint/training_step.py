@@ -6,6 +6,8 @@ All keep Adam's moments alike, so that a checkpoint does not depend on the kerne
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Literal, Protocol
 
 import torch
@@ -27,6 +29,8 @@ from saint.sae_gradients import (
     sparse_gradient,
 )
 
+Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""As `TopKSparseAutoencoder.encode`."""
 KERNELS = ("auto", "cpp", "cpp_float32", "triton", "sparse", "dense")
 _LEAST_ROUNDED_D_MODEL = 256  # for shorter rows the error bound is wide, and there is little to win
 BETAS = (0.9, 0.999)
@@ -78,15 +82,40 @@ def make_step(kernels: str, sae: TopKSparseAutoencoder, moments: Moments, worker
         raise UserError(f"--kernels {kernels} works on a CPU, this run is on {workers.device}")
     if kernels.startswith("cpp") or (kernels == "auto" and on_cpu):
         try:
-            may_round = kernels != "cpp_float32" and sae.config.d_model >= _LEAST_ROUNDED_D_MODEL
-            rounded = may_round and cpu_kernels.has_rounded_product()
-            return CppStep(sae, moments, workers, rounded=rounded)
+            float32 = kernels == "cpp_float32"
+            d_model = sae.config.d_model
+            pieces = CpuKernels(rounded=False) if float32 else fastest_cpu_kernels(d_model)
+            return CppStep(sae, moments, workers, pieces)
         except UserError as error:
             if kernels != "auto":
                 raise
             log.info("kernels: torch's sparse products, since there are no faster ones: %s", error)
             return TorchStep(sae, moments, workers, "sparse")
     return TorchStep(sae, moments, workers, "sparse" if kernels == "sparse" else "dense")
+
+
+def fastest_cpu_kernels(d_model: int) -> CpuKernels:
+    """Multiply rounded numbers where that is faster. Raises UserError like `CpuKernels`."""
+    rounded = d_model >= _LEAST_ROUNDED_D_MODEL and cpu_kernels.has_rounded_product()
+    return CpuKernels(rounded=rounded)
+
+
+@torch.no_grad()
+def encode(sae: TopKSparseAutoencoder, pieces: Pieces, x: Tensor) -> tuple[Tensor, Tensor]:
+    """As `TopKSparseAutoencoder.encode`, by the given pieces."""
+    values, indices = pieces.encode(x - sae.b_pre, sae.W_enc, sae.b_enc, sae.config.k)
+    return values, indices.long()
+
+
+def fastest_encode(sae: TopKSparseAutoencoder) -> Encode:
+    """Return the `sae.encode` of `make_step("auto", …)`, for weights that stay as they are."""
+    if sae.W_enc.device.type != "cpu":
+        return sae.encode
+    try:
+        return partial(encode, sae, fastest_cpu_kernels(sae.config.d_model))
+    except UserError as error:
+        log.info("encoder: torch's, since there is no faster one: %s", error)
+        return sae.encode
 
 
 class TorchStep:
@@ -182,12 +211,9 @@ class FusedStep:
         self._dead = aux.dead if aux is not None else None
         return losses
 
-    @torch.no_grad()
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """See `Step`."""
-        sae = self.sae
-        values, indices = self.pieces.encode(x - sae.b_pre, sae.W_enc, sae.b_enc, sae.config.k)
-        return values, indices.long()
+        return encode(self.sae, self.pieces, x)
 
     def _sum_of_parts(self) -> SparseGradient:
         """Put the micro-batches' and then the ranks' tokens one after the other."""
@@ -220,10 +246,10 @@ class CppStep(FusedStep):
     pieces: CpuKernels
 
     def __init__(
-        self, sae: TopKSparseAutoencoder, moments: Moments, workers: Workers, *, rounded: bool
+        self, sae: TopKSparseAutoencoder, moments: Moments, workers: Workers, pieces: CpuKernels
     ):
-        self.name = "cpp" if rounded else "cpp_float32"
-        super().__init__(sae, moments, workers, CpuKernels(rounded=rounded))
+        self.name = "cpp" if pieces.encode.rounded else "cpp_float32"
+        super().__init__(sae, moments, workers, pieces)
 
     @torch.no_grad()
     def apply(self, learning_rate: float, grad_clip: float) -> Tensor:

@@ -194,11 +194,15 @@ def test_the_shuffle_killed_at_random_moments_ends_with_the_same_bytes(root, tmp
     assert (tmp_path / "mean.pt").read_bytes() == (root / "acts_mean.pt").read_bytes()
 
 
-def top_sentences(root: Path, data_dir: Path, out: Path) -> bytes:
+def top_args(root: Path, data_dir: Path, out: Path) -> list[object]:
     save_sae(root / "sae.pt", make_sae(layer=2))
     argv = ["--data_dir", data_dir, "--model_path", root / "sae.pt", "--top_n", 5]
-    argv += ["--captured_data_output_dir", out, "--pool_sentences", 50]
+    return [*argv, "--captured_data_output_dir", out, "--pool_sentences", 50]
+
+
+def top_sentences(root: Path, data_dir: Path, out: Path) -> bytes:
     with one_thread():
+        argv = top_args(root, data_dir, out)
         capture_top_activating_sentences.main([str(a) for a in argv])
     return (out / "top_sentences_max.yaml").read_bytes()
 
@@ -210,8 +214,16 @@ def test_in_place_survives_kills_and_top_sentences_still_works(root, tmp_path):
     arguments = [*preprocess_args(root, input_dir=store_dir, **outputs(tmp_path)), "--in_place"]
     died = call("sae_preprocessing", *arguments, die_at=90)
     assert died.returncode == -signal.SIGKILL
-    with pytest.raises(UserError, match="being preprocessed in place"):
+    with pytest.raises(UserError, match="finish sae_preprocessing.py --in_place"):
         open_store(store_dir)
+    (store_dir / "layer_2" / f".{shard_name(1)}.1.tmp").write_bytes(b"half a shard")
+    (problem,) = find_problems(store_dir)
+    assert "layer_2 is being preprocessed in place: finish sae_preprocessing.py" in problem
+    assert "the same command resumes" in problem
+    foreign = store_dir / "layer_2" / shard_name(88)
+    foreign.write_bytes(b"?")
+    assert f"{foreign} is foreign" in find_problems(store_dir)[1]
+    foreign.unlink()
     kill_and_resume("sae_preprocessing", arguments, tmp_path, 3, 60)
     plain = tree_bytes(root / "acts_batched")
     moved = tree_bytes(tmp_path / "rows")
@@ -301,6 +313,30 @@ def test_a_full_disk_stops_cleanly_and_the_run_resumes(root, tmp_path, stage):
     assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
 
 
+def test_a_full_disk_stops_top_sentences_cleanly_and_they_resume(root, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(capture_top_activating_sentences.shutil, "rmtree", lambda _: None)
+        top_sentences(tmp_path, root / "acts", tmp_path / "kept")
+    wanted = {n: d for n, d in tree_bytes(tmp_path / "kept").items() if "work" not in n}
+    sizes = {p.name: p.stat().st_size for p in (tmp_path / "kept").rglob("*")}
+    sparse = max(size for name, size in sizes.items() if name.startswith("sparse"))
+    limits = {"sparse": sparse - 1, "evidence": sizes["evidence.parquet"] - 1}
+    assert limits["sparse"] < limits["evidence"], "the first limit is hit first"
+    stage, arguments = (
+        "capture_top_activating_sentences",
+        top_args(tmp_path, root / "acts", tmp_path / "top"),
+    )
+    for limit in limits.values():
+        stopped = call(stage, *arguments, file_bytes=limit)
+        assert stopped.returncode == 1 and "Traceback" not in stopped.stderr, stopped.stderr
+        assert f"no space left for {tmp_path / 'top'}" in stopped.last_line
+        assert "run the same command" in stopped.last_line
+        assert not list(tmp_path.rglob("*.tmp")) and not list(tmp_path.glob("top/*.manifest.json"))
+    finished = call(stage, *arguments)
+    assert finished.returncode == 0, finished.stderr
+    assert tree_bytes(tmp_path / "top") == wanted
+
+
 def test_too_little_space_is_said_before_the_work(root, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=10_000)
     monkeypatch.setattr(runtime.shutil, "disk_usage", lambda _: usage)
@@ -309,6 +345,8 @@ def test_too_little_space_is_said_before_the_work(root, tmp_path, monkeypatch):
     assert not list(tmp_path.glob("acts/layer_2/*"))
     with pytest.raises(UserError, match="make room"):
         preprocess(root, **outputs(tmp_path))
+    with pytest.raises(UserError, match="make room"):
+        top_sentences(tmp_path, root / "acts", tmp_path / "top")
 
 
 def test_a_dataset_is_read_by_uri(root, tmp_path):
@@ -317,6 +355,54 @@ def test_a_dataset_is_read_by_uri(root, tmp_path):
         memory.pipe_file(f"/somewhere/{path.name}", path.read_bytes())
     capture(root, tmp_path / "acts", dataset_dir="memory://somewhere")
     assert tree_bytes(tmp_path / "acts") == tree_bytes(root / "acts")
+
+
+class _RefusedError(Exception):
+    """Like httpx's: no OSError."""
+
+
+class BrokenFileSystem(fsspec.get_filesystem_class("memory")):
+    """Fails at once under broken://, and from the third file that is opened under late://."""
+
+    protocol = ("broken", "late")
+    cachable = False
+    n_opened = 0
+
+    def info(self, path, **kwargs):
+        if path.startswith("broken"):
+            raise _RefusedError("connection refused")
+        return super().info(path, **kwargs)
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return path.replace("late://", "/").replace("broken://", "broken/")
+
+    def _open(self, path, *args, **kwargs):
+        BrokenFileSystem.n_opened += 1
+        if BrokenFileSystem.n_opened > 2:
+            raise PermissionError("token expired")
+        return super()._open(path, *args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("uri", "reason"),
+    [
+        ("broken://somewhere", "_RefusedError: connection refused"),
+        ("late://elsewhere", "PermissionError: token expired"),
+        ("nonsense://somewhere", "nonsense"),
+    ],
+)
+def test_what_a_remote_file_system_raises_is_one_error(root, tmp_path, uri, reason):
+    for protocol in BrokenFileSystem.protocol:
+        fsspec.register_implementation(protocol, BrokenFileSystem, clobber=True)
+    BrokenFileSystem.n_opened = 0
+    memory = fsspec.filesystem("memory")
+    for path in sorted((root / "data").iterdir()):
+        memory.pipe_file(f"/elsewhere/{path.name}", path.read_bytes())
+    with pytest.raises(UserError, match=f"--dataset_dir {uri} cannot be read: .*{reason}"):
+        capture(root, tmp_path / "acts", dataset_dir=uri)
+    if uri.startswith("late"):
+        assert BrokenFileSystem.n_opened == 3, "the files could be opened, and then not be read"
 
 
 def test_an_automatic_batch_size_is_settled_once(root, tmp_path, monkeypatch):
@@ -363,15 +449,17 @@ def test_the_store_names_every_damaged_missing_and_foreign_file(root, tmp_path, 
     other = out / "layer_5" / shard_name(0)
     other.parent.mkdir()
     other.write_bytes(b"?")
+    torn = out / "layer_2" / f".{shard_name(2)}.123.tmp"
+    torn.write_bytes(b"?")
     with pytest.raises(SystemExit, match="1"):
         activation_store.main([str(out)])
     errors = capsys.readouterr().err.splitlines()
     found = {str(path): [line for line in errors if str(path) in line] for path in
-             (flipped, short, missing, foreign, other)}  # fmt: skip
-    words = ("corrupt", "bytes", "missing", "foreign", "foreign")
+             (flipped, short, missing, foreign, other, torn)}  # fmt: skip
+    words = ("corrupt", "bytes", "missing", "foreign", "foreign", "an interrupted run")
     for (path, lines), word in zip(found.items(), words, strict=True):
         assert len(lines) == 1 and word in lines[0], path
-    assert len(errors) == 5
+    assert len(errors) == 6
 
 
 def test_statistics_are_those_of_dense_formulas_and_massive_tokens_are_named(tmp_path, caplog):
@@ -482,3 +570,90 @@ def test_the_store_holds_the_hidden_states_of_transformers(root: Path, tmp_path:
         with torch.no_grad():
             hidden = theirs(tokens, output_hidden_states=True).hidden_states[2][0, 1:]
         torch.testing.assert_close(shard.read(slice(a, b)).float(), hidden, rtol=8e-3, atol=1e-3)
+
+
+def resume(stage: str, arguments: list[object], output: Path) -> str:
+    """The summary of a run that finds all data and only the record of a begun run."""
+    (output / f"{stage}.manifest.json").rename(output / f"{stage}.partial.json")
+    finished = call(stage, *arguments)
+    assert finished.returncode == 0, finished.stderr
+    return finished.last_line
+
+
+def test_summaries_tell_only_of_what_this_run_did(root, tmp_path, monkeypatch, caplog):
+    shutil.copytree(root / "acts", tmp_path / "acts")
+    line = resume("capture_activations", capture_args(root, tmp_path / "acts"), tmp_path / "acts")
+    assert "an earlier run captured all of them" in line
+    assert "tokens/s" not in line and "BOS" not in line
+    caplog.set_level("INFO", logger="saint")
+    with monkeypatch.context() as patch:
+        patch.setattr(capture_top_activating_sentences.shutil, "rmtree", lambda _: None)
+        top_sentences(tmp_path, root / "acts", tmp_path / "top")
+    assert " sentences/s encoded and ranked" in caplog.messages[-1]
+    line = resume(
+        "capture_top_activating_sentences",
+        top_args(tmp_path, root / "acts", tmp_path / "top"),
+        tmp_path / "top",
+    )
+    assert "an earlier run encoded all of them" in line and "sentences/s" not in line
+
+
+def test_a_resumed_shuffle_counts_what_was_left_to_it(root, tmp_path, monkeypatch):
+    shares: list[float] = []
+    whole = sae_preprocessing.run_shuffle
+
+    def run_shuffle(plan):
+        result = whole(plan)
+        shares.append(result.share)
+        return result
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sae_preprocessing, "run_shuffle", run_shuffle)
+    flags = outputs(tmp_path) | OVER_DISK
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("saint.shuffle_passes.permute_file", die)
+        preprocess(root, **flags)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sae_preprocessing, "combine_sums", die)
+        preprocess(root, **flags)
+    preprocess(root, **flags)
+    preprocess(root, **(outputs(tmp_path / "alone") | OVER_DISK))
+    assert shares == [0.5, 0.0, 1.0]
+
+
+def test_without_a_terminal_progress_is_a_line_now_and_then(monkeypatch, caplog, capsys):
+    caplog.set_level("INFO", logger="saint")
+
+    def work(total):
+        with runtime.progress(total, unit="tok", description="encode", unit_scale=True) as bar:
+            bar.refresh()
+            for _ in range(4):
+                clock[0] += 100.0
+                bar.update(500)
+                bar.set_postfix(loss=1)
+        return [message for message in caplog.messages if "encode" in message]
+
+    clock = [0.0]
+    monkeypatch.setattr(runtime.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(runtime.tqdm, "monitor_interval", 0)
+    monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
+    lines = work(4000)
+    assert len(lines) == 2 and capsys.readouterr().err == ""
+    assert lines[0].startswith("encode: 1.00k/4.00k tok, 5.00tok/s")
+    assert "03:20 gone, 10:00 left" in lines[0] and "06:40 gone, 06:40 left" in lines[1]
+    assert "1.00k/? tok" in work(None)[2]
+    caplog.clear()
+    monkeypatch.setattr(runtime, "_LINE_SECONDS", 500.0)
+    assert work(4000) == []
+    monkeypatch.setattr(runtime, "_LINE_SECONDS", 1.0)
+    monkeypatch.setenv("RANK", "1")
+    assert work(4000) == []
+
+
+def test_a_bar_of_ranks_says_whose_it_is():
+    cpu = torch.device("cpu")
+    assert [runtime.Workers(0, *n).label("capture") for n in ((1, cpu), (4, cpu), (4, cpu, 4))] == [
+        "capture", "capture (rank 0's 1/4)", "capture",
+    ]  # fmt: skip

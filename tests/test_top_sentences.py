@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from pathlib import Path
@@ -13,15 +14,21 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_store import TinyStore, make_store
+from tiny_store import TinyStore, load, make_store
 
 import capture_top_activating_sentences as stage
-from sae import standardise
-from saint import cpu_kernels, sparse_activations, top_sentences
+from sae import SAEConfig, TopKSparseAutoencoder, standardise
+from saint import (
+    activation_store,
+    cpu_kernels,
+    sparse_activations,
+    top_sentences,
+    training_step,
+)
 from saint.activation_store import open_store
 from saint.evidence import KINDS, open_evidence
 from saint.manifests import read_manifest
-from saint.runtime import UserError
+from saint.runtime import UserError, Workers
 
 FILES = (*(f"top_sentences_{name}.yaml" for name in ("mean", "max", "last")), "evidence.parquet")
 N = 10
@@ -251,6 +258,48 @@ def test_kill_nine_at_any_time_resumes(store: TinyStore, output: Path, tmp_path:
     assert (tmp_path / "response_ids.yaml").exists(), "other stages' files stay"
 
 
+def test_the_encoder_is_the_one_that_training_has(
+    store: TinyStore, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not cpu_kernels.is_available():
+        pytest.skip("no C++ compiler")
+    with monkeypatch.context() as patch:
+        patch.setattr(TopKSparseAutoencoder, "encode", None)
+        stage.main(arguments(store, tmp_path / "cpp"))
+
+    def none(_: int) -> None:
+        raise UserError("no compiler")
+
+    monkeypatch.setattr(training_step, "fastest_cpu_kernels", none)
+    stage.main(arguments(store, tmp_path / "torch"))
+    assert digests(tmp_path / "cpp") == digests(tmp_path / "torch") == digests(output)
+
+
+@pytest.mark.parametrize("d_model", [64, 320])
+def test_the_fastest_encoder_is_exact_and_gives_ties_to_the_first_latent(d_model: int) -> None:
+    sae = TopKSparseAutoencoder(SAEConfig(d_model, 200, 8, layer=1)).requires_grad_(False)
+    sae.initialise(torch.zeros(d_model), seed=0)
+    sae.W_enc[100:] = sae.W_enc[:100]  # every latent has a twin
+    x = standardise(torch.randn(70, d_model, generator=torch.Generator().manual_seed(0)))[0]
+    encode = training_step.fastest_encode(sae)
+    values, indices = encode(x)
+    # In float64, the i-th latent and its twin are equally strong.
+    best = (x.double() @ sae.W_enc[:100].double().T).topk(4, dim=1)
+    wanted = torch.cat([best.indices, best.indices + 100], dim=1).sort(dim=1)
+    assert torch.equal(indices.sort(dim=1).values, wanted.values)
+    torch.testing.assert_close(
+        values.sort(dim=1).values[:, ::2], best.values.float().flip(1), rtol=1e-5, atol=1e-5
+    )
+    if not cpu_kernels.is_available():
+        return
+    sae.config = SAEConfig(d_model, 200, 7, layer=1)  # the last one kept has a twin that is not
+    kept = encode(x)[1].sort(dim=1).values
+    last = best.indices[:, 3:] + 100
+    assert torch.equal(kept, wanted.values[wanted.values != last].view(-1, 7))
+    again = torch.cat([encode(part)[1] for part in x.split(9)]).sort(dim=1).values
+    assert torch.equal(again, kept)
+
+
 def test_done_other_arguments_and_overwrite(
     store: TinyStore, output: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -309,6 +358,38 @@ def test_a_corrupt_shard_is_named(tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(UserError, match="shard_00001.safetensors is corrupt"):
         stage.main(arguments(store, tmp_path / "top"))
+    assert not [path for path in (tmp_path / "top").glob("*") if path.name in FILES]
+    ranks = program.call_ranks(2, stage.STAGE, *arguments(store, tmp_path / "ranks"))
+    assert "shard_00001.safetensors is corrupt" in ranks[1].last_line
+    assert not [path for path in (tmp_path / "ranks").glob("*") if path.name in FILES]
+
+
+@pytest.mark.parametrize("tensor", ["offsets", "sentence_ids", "token_ids"])
+def test_a_shard_whose_index_is_damaged_is_named(tmp_path: Path, tensor: str) -> None:
+    store = make_store(tmp_path, n_sentences=30)
+    path = store.data_dir / "layer_1" / "shard_00002.safetensors"
+    data = bytearray(path.read_bytes())
+    size = int.from_bytes(data[:8], "little")
+    start = json.loads(data[8 : 8 + size])[tensor]["data_offsets"][0]
+    data[8 + size + start + 9 : 8 + size + start + 15] = bytes([255] * 6)
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="shard_00002.safetensors is corrupt"):
+        stage.main(arguments(store, tmp_path / "top"))
+
+
+def test_a_rank_reads_only_its_own_shards_as_a_whole(
+    store: TinyStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verified: list[str] = []
+    monkeypatch.setattr(activation_store, "verify_file", lambda p, _: verified.append(p.name))
+    opened = open_store(store.data_dir)
+    index = sparse_activations.SentenceIndex.of(opened)
+    assert not verified and len(index.sentence_ids) == opened.n_sentences
+    workers = Workers(1, 2, torch.device("cpu"))
+    monkeypatch.setattr(sparse_activations, "merge_ranks", lambda *_: None)
+    sae, tally = load(store), top_sentences.Tally(store.n_latents, N, 0, 0)
+    sparse_activations.tally_store(sae, opened, index, tally, tmp_path, 64, workers)
+    assert verified == ["shard_00001.safetensors"]
 
 
 @settings(max_examples=40, deadline=None)
