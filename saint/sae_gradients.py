@@ -75,7 +75,7 @@ def losses_dense(
     n_tokens = max(1, x.shape[0])
     loss = normalised_mse(reconstruction - x, x.square().mean(dim=1)) / n_tokens
     total, aux_loss = loss, torch.zeros_like(loss)
-    if aux is not None:
+    if aux is not None and len(x[aux.tokens]):
         residual, dead_pre = (x - reconstruction).detach()[aux.tokens], pre[aux.tokens][:, aux.dead]
         dead_values, dead_indices = dead_pre.topk(aux.k, dim=1)
         dead_hidden = torch.zeros_like(dead_pre).scatter(1, dead_indices, dead_values.relu())

@@ -158,7 +158,7 @@ class Trainer:
         if self.workers.world_size > 1:
             for parameter in self.sae.parameters():
                 dist.broadcast(parameter.detach(), src=0)
-        # The old one may remember what it made of the old weights.
+        # The old one may keep the old weights, rounded.
         self.kernels = make_step(self.kernels.name, self.sae, self.moments, self.workers)
 
     def restore(self, path: Path) -> None:

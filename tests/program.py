@@ -141,8 +141,13 @@ def call(stage: str, *args: object, **options: Any) -> Finished:
         return finished(process, output)
 
 
-def call_ranks(n_ranks: int, stage: str, *args: object) -> list[Finished]:
-    """Run `stage`.py as `n_ranks` ranks of one process group, as torchrun would."""
+def call_ranks(
+    n_ranks: int, stage: str, *args: object, die_at: int | None = None
+) -> list[Finished]:
+    """Run `stage`.py as `n_ranks` ranks of one process group, as torchrun would.
+
+    die_at: of rank 0, see `_die_at`.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -155,6 +160,7 @@ def call_ranks(n_ranks: int, stage: str, *args: object) -> list[Finished]:
                 *args,
                 output=output,
                 env={**group, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                die_at=die_at if rank == 0 else None,
             )
             for rank, output in enumerate(outputs)
         ]

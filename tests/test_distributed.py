@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,23 @@ def test_training_on_two_ranks_is_training_on_one(root: Path, tmp_path: Path):  
     for one, many in zip(alone, together, strict=True):
         for name in {"train/loss", "train/fvu", "val/fvu", "train/grad_norm"} & one.keys():
             assert many[name] == pytest.approx(one[name], rel=1e-3)
+
+
+def test_two_ranks_of_which_one_is_killed_end_with_the_same_bits(
+    root: Path,  # noqa: F811
+    tmp_path: Path,
+):
+    whole, save = tmp_path / "whole" / "sae.pt", tmp_path / "killed" / "sae.pt"
+    size = {"n_latents": 64, "num_epochs": 1, "checkpoint_minutes": 1e-6}
+    runs = [train_args(root, path, **size) for path in (whole, save)]
+    all_well(call_ranks(2, "sae_training", *runs[0]))
+    for event in (45, 76):
+        killed, left = call_ranks(2, "sae_training", *runs[1], die_at=event)
+        assert killed.returncode == -signal.SIGKILL and left.returncode > 0
+        assert not save.exists() and list(save.parent.glob("sae_checkpoints/*.step_*"))
+    assert "continuing at step" in all_well(call_ranks(2, "sae_training", *runs[1])).stderr
+    for name in ("sae.pt", "sae_checkpoints/sae.best.pt"):
+        assert (save.parent / name).read_bytes() == (whole.parent / name).read_bytes()
 
 
 def test_four_ranks_take_one_ranks_steps_with_all_kernels(tmp_path: Path):

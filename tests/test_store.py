@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import resource
 import shutil
@@ -185,6 +186,27 @@ def test_capture_killed_at_random_moments_ends_with_the_same_bytes(root, tmp_pat
     kill_and_resume("capture_activations", arguments, tmp_path, 1, 100, "acts")
     assert tree_bytes(tmp_path / "acts") == tree_bytes(root / "acts")
     assert find_problems(tmp_path / "acts") == []
+
+
+def test_training_killed_at_random_moments_ends_with_the_same_bytes(root, tmp_path):
+    flags = {"data_dir": root / "acts_batched", "b_pre_path": root / "acts_mean.pt"}
+    flags |= {"checkpoint_minutes": 1e-6, "num_epochs": 2, "dead_tokens": 128}
+    # So high a rate that the best SAE is an early one.
+    flags |= {"learning_rate": 2, "lr_floor": 1, "warmup_fraction": 1, "decay_fraction": 0}
+    runs = [train_args(root, tmp_path / name / "sae.pt", **flags) for name in ("whole", "killed")]
+    assert call("sae_training", *runs[0]).returncode == 0
+    kill_and_resume("sae_training", runs[1], tmp_path, 2, 60, "killed")
+    whole, killed = (tree_bytes(tmp_path / name) for name in ("whole", "killed"))
+    assert whole.keys() == killed.keys() and len(whole) == 5
+    logs = []
+    for files in (whole, killed):
+        del files["sae.training.html"]
+        lines = files.pop("sae.metrics.jsonl").splitlines()
+        logs.append([json.loads(line) | {"tokens_per_s": None} for line in lines])
+    assert killed == whole and logs[0] == logs[1]
+    assert max(e["train/aux_loss"] for e in logs[0]) > 0
+    losses = [e["val/loss"] for e in logs[0] if "val/loss" in e]
+    assert losses.index(min(losses)) < len(losses) // 2
 
 
 def test_the_shuffle_killed_at_random_moments_ends_with_the_same_bytes(root, tmp_path):

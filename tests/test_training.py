@@ -15,6 +15,7 @@ import pytest
 import torch
 from program import call
 from safetensors.torch import save_file
+from test_sae import make_sae
 from torch import Tensor
 from training_ranks import RECIPE
 
@@ -23,11 +24,12 @@ from sae import TopKSparseAutoencoder, load_sae, standardise
 from saint import training_step
 from saint.batched_rows import open_batched_rows
 from saint.manifests import Output
-from saint.runtime import UserError
+from saint.runtime import UserError, Workers
 from saint.trainer import Trainer, density_quantiles
 from saint.training_page import curves, training_page
 
 N_STEPS = 24
+ALONE = Workers(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -220,6 +222,23 @@ def test_the_best_sae_has_its_own_steering_unit(data, tmp_path, kernels):
         torch.testing.assert_close(sae.max_activations, wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kernels", ["auto", "sparse"])
+def test_other_weights_are_encoded_with_at_once(kernels):
+    """Kernels keep rounded weights: another SAE's would send nearly all tokens through float32."""
+    saes = [make_sae(64, 500, 5, seed=seed) for seed in range(2)]
+    trainer = Trainer(saes[0], replace(RECIPE, n_latents=500), 1, ALONE, kernels)
+    x = standardise(torch.randn(50, 64))[0]
+    trainer.kernels.encode(x)
+    trainer.kernels.diagnostics()
+    trainer.take_weights(saes[1])
+    dense = [
+        torch.zeros(50, 500).scatter(1, indices, values)
+        for values, indices in (trainer.kernels.encode(x), saes[1].encode(x))
+    ]
+    torch.testing.assert_close(*dense, rtol=1e-4, atol=1e-4)
+    assert trainer.kernels.diagnostics().get("debug/float32_tokens_ratio", 0) < 0.5
+
+
 def test_no_checkpoint_and_no_best_sae_is_left_where_none_is_wanted(data, tmp_path):
     train(data, tmp_path / "sae.pt", "--keep_last_n", 0)
     assert (tmp_path / "sae.pt").exists() and not list((tmp_path / "sae_checkpoints").iterdir())
@@ -232,7 +251,7 @@ def test_a_resumed_runs_speed_is_that_of_its_own_steps(data, tmp_path, monkeypat
         on_step(patch, {19}, lambda rows: os.kill(os.getpid(), signal.SIGTERM) or rows)
         train(data, save)
     finish = sae_training.finish
-    monkeypatch.setattr(sae_training, "finish", lambda *args: finish(*args[:3], 2.0))
+    monkeypatch.setattr(sae_training, "finish", lambda a, b, c, _: finish(a, b, c, 2.0))
     train(data, save)
     assert "24 steps" in caplog.text and " 64 tokens/s" in caplog.text, "4 steps of 32, in 2 s"
 
