@@ -18,6 +18,7 @@ import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import ModuleType
@@ -141,8 +142,13 @@ def call(stage: str, *args: object, **options: Any) -> Finished:
         return finished(process, output)
 
 
-def call_ranks(n_ranks: int, stage: str, *args: object) -> list[Finished]:
-    """Run `stage`.py as `n_ranks` ranks of one process group, as torchrun would."""
+def call_ranks(
+    n_ranks: int, stage: str, *args: object, die_at: dict[int, int] | None = None
+) -> list[Finished]:
+    """Run `stage`.py as `n_ranks` ranks of one process group, as torchrun would.
+
+    die_at: by rank, see `_die_at`; where one fails, the others are then killed, as torchrun does.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -155,12 +161,24 @@ def call_ranks(n_ranks: int, stage: str, *args: object) -> list[Finished]:
                 *args,
                 output=output,
                 env={**group, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                die_at=(die_at or {}).get(rank),
             )
             for rank, output in enumerate(outputs)
         ]
+        if die_at:
+            _kill_with_the_first(ranks)
         for process in ranks:
             process.join(120)
         return [finished(*pair) for pair in zip(ranks, outputs, strict=True)]
+
+
+def _kill_with_the_first(ranks: list[BaseProcess]) -> None:
+    while running := [process for process in ranks if process.exitcode is None]:
+        if not wait([process.sentinel for process in running], timeout=120):
+            break
+        for process in running if any(process.exitcode for process in ranks) else ():
+            process.kill()
+            process.join()
 
 
 def finished(process: BaseProcess, output: Path) -> Finished:

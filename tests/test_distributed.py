@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,28 @@ def torchrun(n_ranks: int, stage: str, *args: object) -> subprocess.CompletedPro
 def test_capture_gives_the_same_bytes_on_two_ranks(root: Path, tmp_path: Path):  # noqa: F811
     finished = torchrun(2, "capture_activations", *capture_args(root, tmp_path / "acts"))
     assert finished.returncode == 0, finished.stderr
+    assert tree_bytes(tmp_path / "acts") == tree_bytes(root / "acts")
+
+
+def test_capture_on_two_nodes_gives_the_same_bytes(root: Path, tmp_path: Path):  # noqa: F811
+    """Two torchrun agents that meet over the loopback, a rank each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = ["--master_addr", "127.0.0.1", "--master_port", str(free.getsockname()[1])]
+    nodes = []
+    for node in range(2):
+        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", *address]
+        command += ["--node_rank", str(node), "--nproc_per_node", "1"]
+        command += [str(REPO / "capture_activations.py")]
+        command += map(str, capture_args(root, tmp_path / "acts"))
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        nodes.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env))
+    try:
+        errors = [node.communicate(timeout=120)[1] for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+    assert [node.returncode for node in nodes] == [0, 0], errors
     assert tree_bytes(tmp_path / "acts") == tree_bytes(root / "acts")
 
 
