@@ -18,6 +18,7 @@ import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import ModuleType
@@ -142,11 +143,11 @@ def call(stage: str, *args: object, **options: Any) -> Finished:
 
 
 def call_ranks(
-    n_ranks: int, stage: str, *args: object, die_at: int | None = None
+    n_ranks: int, stage: str, *args: object, die_at: dict[int, int] | None = None
 ) -> list[Finished]:
     """Run `stage`.py as `n_ranks` ranks of one process group, as torchrun would.
 
-    die_at: of rank 0, see `_die_at`.
+    die_at: by rank, see `_die_at`; where one fails, the others are then killed, as torchrun does.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -160,13 +161,24 @@ def call_ranks(
                 *args,
                 output=output,
                 env={**group, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                die_at=die_at if rank == 0 else None,
+                die_at=(die_at or {}).get(rank),
             )
             for rank, output in enumerate(outputs)
         ]
+        if die_at:
+            _kill_with_the_first(ranks)
         for process in ranks:
             process.join(120)
         return [finished(*pair) for pair in zip(ranks, outputs, strict=True)]
+
+
+def _kill_with_the_first(ranks: list[BaseProcess]) -> None:
+    while running := [process for process in ranks if process.exitcode is None]:
+        if not wait([process.sentinel for process in running], timeout=120):
+            break
+        for process in running if any(process.exitcode for process in ranks) else ():
+            process.kill()
+            process.join()
 
 
 def finished(process: BaseProcess, output: Path) -> Finished:

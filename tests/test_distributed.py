@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,28 @@ def test_capture_gives_the_same_bytes_on_two_ranks(root: Path, tmp_path: Path): 
     assert tree_bytes(tmp_path / "acts") == tree_bytes(root / "acts")
 
 
+def test_capture_on_two_nodes_gives_the_same_bytes(root: Path, tmp_path: Path):  # noqa: F811
+    """Two torchrun agents that meet over the loopback, a rank each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = ["--master_addr", "127.0.0.1", "--master_port", str(free.getsockname()[1])]
+    nodes = []
+    for node in range(2):
+        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", *address]
+        command += ["--node_rank", str(node), "--nproc_per_node", "1"]
+        command += [str(REPO / "capture_activations.py")]
+        command += map(str, capture_args(root, tmp_path / "acts"))
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        nodes.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env))
+    try:
+        errors = [node.communicate(timeout=120)[1] for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+    assert [node.returncode for node in nodes] == [0, 0], errors
+    assert tree_bytes(tmp_path / "acts") == tree_bytes(root / "acts")
+
+
 def test_training_on_two_ranks_is_training_on_one(root: Path, tmp_path: Path):  # noqa: F811
     ranks = call_ranks(2, "sae_training", *train_args(root, tmp_path / "sae.pt"))
     assert [rank.returncode for rank in ranks] == [0, 0], ranks[0].stderr
@@ -62,7 +85,7 @@ def test_two_ranks_of_which_one_is_killed_end_with_the_same_bits(
     runs = [train_args(root, path, **size) for path in (whole, save)]
     all_well(call_ranks(2, "sae_training", *runs[0]))
     for event in (45, 76):
-        killed, left = call_ranks(2, "sae_training", *runs[1], die_at=event)
+        killed, left = call_ranks(2, "sae_training", *runs[1], die_at={0: event})
         assert killed.returncode == -signal.SIGKILL and left.returncode > 0
         assert not save.exists() and list(save.parent.glob("sae_checkpoints/*.step_*"))
     assert "continuing at step" in all_well(call_ranks(2, "sae_training", *runs[1])).stderr

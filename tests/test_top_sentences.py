@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import random
 import shutil
+import signal
 import time
 from pathlib import Path
 
@@ -26,7 +29,7 @@ from saint import (
     training_step,
 )
 from saint.activation_store import open_store
-from saint.evidence import KINDS, open_evidence
+from saint.evidence import KINDS, EvidenceWriter, LatentBlock, open_evidence
 from saint.manifests import read_manifest
 from saint.runtime import UserError, Workers
 
@@ -258,6 +261,66 @@ def test_kill_nine_at_any_time_resumes(store: TinyStore, output: Path, tmp_path:
     assert (tmp_path / "response_ids.yaml").exists(), "other stages' files stay"
 
 
+def test_killed_at_any_write_it_ends_with_the_same_bytes(
+    store: TinyStore, output: Path, tmp_path: Path
+) -> None:
+    words = arguments(store, tmp_path / "top")
+    kills, rng = 0, random.Random(0)
+    for _ in range(10):
+        died = program.call(stage.STAGE, *words, die_at=rng.randint(2, 110))
+        assert died.returncode in (0, -signal.SIGKILL), died.stderr
+        kills += died.returncode == -signal.SIGKILL
+        if died.returncode == 0:
+            shutil.rmtree(tmp_path / "top")
+    finished = program.call(stage.STAGE, *words)
+    assert finished.returncode == 0 and kills > 4, finished.stderr
+    assert digests(tmp_path / "top") == digests(output)
+    assert sorted(path.name for path in (tmp_path / "top").iterdir()) == sorted(
+        path.name for path in output.iterdir()
+    )
+
+
+def die_in_the_evidence(words: list[str]) -> None:
+    write = EvidenceWriter.write
+
+    def write_and_die(self: EvidenceWriter, block: LatentBlock) -> None:
+        write(self, block)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    EvidenceWriter.write = write_and_die
+    stage.main(words)
+
+
+def test_killed_while_evidence_is_written_it_ends_with_the_same_bytes(
+    store: TinyStore, output: Path, tmp_path: Path
+) -> None:
+    words = arguments(store, tmp_path / "top")
+    process = program.fork(die_in_the_evidence, words)
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+    torn = [path.name for path in (tmp_path / "top").glob(".*")]
+    assert len(torn) == 1 and torn[0].startswith(".evidence.parquet")
+    assert "an earlier run encoded all" in program.call(stage.STAGE, *words).last_line
+    assert digests(tmp_path / "top") == digests(output)
+    assert not list((tmp_path / "top").glob(".*"))
+
+
+@pytest.mark.parametrize("die_at", [{1: 9}, {1: 24}, {0: 26}, {0: 60}])
+def test_a_rank_that_is_killed_resumes_on_two_and_on_one(
+    store: TinyStore, output: Path, tmp_path: Path, die_at: dict[int, int]
+) -> None:
+    words = arguments(store, tmp_path / "top")
+    ranks = program.call_ranks(2, stage.STAGE, *words, die_at=die_at)
+    (rank,) = die_at
+    assert ranks[rank].returncode == -signal.SIGKILL
+    shutil.copytree(tmp_path / "top", tmp_path / "copy")
+    ranks = program.call_ranks(2, stage.STAGE, *words)
+    assert [rank.returncode for rank in ranks] == [0, 0], ranks[0].stderr
+    assert digests(tmp_path / "top") == digests(output)
+    assert program.call(stage.STAGE, *arguments(store, tmp_path / "copy")).returncode == 0
+    assert digests(tmp_path / "copy") == digests(output)
+
+
 def test_the_encoder_is_the_one_that_training_has(
     store: TinyStore, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -387,6 +450,7 @@ def test_a_rank_reads_only_its_own_shards_as_a_whole(
     assert not verified and len(index.sentence_ids) == opened.n_sentences
     workers = Workers(1, 2, torch.device("cpu"))
     monkeypatch.setattr(sparse_activations, "merge_ranks", lambda *_: None)
+    monkeypatch.setattr(Workers, "gather", lambda _, n: [n])
     sae, tally = load(store), top_sentences.Tally(store.n_latents, N, 0, 0)
     sparse_activations.tally_store(sae, opened, index, tally, tmp_path, 64, workers)
     assert verified == ["shard_00001.safetensors"]
