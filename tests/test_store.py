@@ -675,7 +675,9 @@ def test_without_a_terminal_progress_is_a_line_now_and_then(monkeypatch, caplog,
 
 
 def test_a_bar_of_ranks_says_whose_it_is():
-    cpu = torch.device("cpu")
-    assert [runtime.Workers(0, *n).label("capture") for n in ((1, cpu), (4, cpu), (4, cpu, 4))] == [
-        "capture", "capture (rank 0's 1/4)", "capture",
-    ]  # fmt: skip
+    def label(world_size: int, model_parallel_size: int) -> str:
+        workers = runtime.Workers(0, world_size, torch.device("cpu"), model_parallel_size)
+        return workers.label("capture")
+
+    assert label(1, 1) == label(4, 4) == "capture"
+    assert label(4, 1) == "capture (rank 0's 1/4)"

@@ -450,7 +450,7 @@ def test_a_rank_reads_only_its_own_shards_as_a_whole(
     assert not verified and len(index.sentence_ids) == opened.n_sentences
     workers = Workers(1, 2, torch.device("cpu"))
     monkeypatch.setattr(sparse_activations, "merge_ranks", lambda *_: None)
-    monkeypatch.setattr(Workers, "gather", lambda _, n: [n])
+    monkeypatch.setattr(Workers, "gather", lambda _, value: [value])
     sae, tally = load(store), top_sentences.Tally(store.n_latents, N, 0, 0)
     sparse_activations.tally_store(sae, opened, index, tally, tmp_path, 64, workers)
     assert verified == ["shard_00001.safetensors"]
