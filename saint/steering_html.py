@@ -26,6 +26,7 @@ HUES = (
     (200, 70, 150),
 )
 _SURPRISING_NATS = 8.0
+_TICK_WIDTH = 36  # of the plot's units, for a number like 0.75 on a narrow screen
 
 
 def hue(index: int) -> str:
@@ -241,7 +242,8 @@ def prompt_view_html(
             f"aria-label='Add latent {setting.latent} to the mix'>+</button>"
         )
         body.append(
-            f"<tr><th scope='row'>{button}<span title='{name}'>{name}</span></th>{cells}</tr>"
+            f"<tr><th scope='row'><div>{button}<span title='{name}'>{name}</span></div></th>"
+            f"{cells}</tr>"
         )
     return (
         f"<div class='scroll'><table class='heat'><thead><tr><th></th>{head}</tr></thead>"
@@ -289,11 +291,11 @@ def report_page(title: str, body: str) -> str:
 
 def _dose_svg(report: DoseReport) -> str:
     """Two curves over the dose: the concept in the text, and the loss of fluency in nats."""
-    width, height, left, top = 560, 220, 44, 16
+    width, height, left, top = 480, 250, 50, 24
     points = report.points
     if len(points) < 2:
         return ""
-    plot_w, plot_h = width - 2 * left, height - 2 * top - 16
+    plot_w, plot_h = width - 2 * left, height - top - 32
     losses = [max(0.0, p.surprise - points[0].surprise) for p in points]
     scales = (max(0.1, *(p.concept for p in points)), max(2 * MAX_LOSS, *losses))
     most = points[-1].strength
@@ -311,10 +313,12 @@ def _dose_svg(report: DoseReport) -> str:
         return f"<g class='{kind}'><polyline points='{path}'/>{dots}</g>"
 
     middle = "text-anchor='middle'"
-    ticks = "".join(
-        f"<text x='{x(p.strength):.1f}' y='{height - 12}' {middle}>{p.strength:g}</text>"
-        for p in points
-    )
+    ticks, free = f"<text x='0' y='{height - 10}'>dose</text>", 0.0
+    for p in points:
+        if x(p.strength) >= free:  # else it would touch the number to its left
+            number = f"{p.strength:g}"
+            ticks += f"<text x='{x(p.strength):.1f}' y='{height - 10}' {middle}>{number}</text>"
+            free = x(p.strength) + _TICK_WIDTH
     limit = y(MAX_LOSS, scales[1])
     chosen = ""
     if report.proposed is not None:
@@ -329,8 +333,8 @@ def _dose_svg(report: DoseReport) -> str:
         f"<line class='limit' x1='{left}' x2='{left + plot_w}' y1='{limit:.1f}' y2='{limit:.1f}'/>"
         f"{chosen}{curve([p.concept for p in points], scales[0], 'concept')}"
         f"{curve(losses, scales[1], 'loss')}{ticks}"
-        f"<text class='concept' x='4' y='{top - 4}'>{scales[0]:.1f}×</text>"
-        f"<text class='loss' x='{width - 4}' y='{top - 4}' text-anchor='end'>"
+        f"<text class='concept' x='0' y='{top - 9}'>{scales[0]:.1f}×</text>"
+        f"<text class='loss' x='{width}' y='{top - 9}' text-anchor='end'>"
         f"{scales[1]:.1f} nats</text></svg>"
         "<p class='legend'><span class='concept'>● concept in the text (left)</span>"
         "<span class='loss'>● loss of fluency, nats per token (right; dashed: the limit)</span></p>"

@@ -188,7 +188,7 @@ def _chips(desk: Desk) -> str:
         for i, (label, _) in enumerate(desk.showcase())
     ]
     prompts = [
-        f"<button data-prompt='{i}'>{escape(text)} …</button>"
+        f"<button data-prompt='{i}'>{escape(text)}&nbsp;…</button>"
         for i, text in enumerate(EXAMPLE_PROMPTS)
     ]
     return f"<div class='saint chips'>{''.join(show)}{''.join(prompts)}</div>"

@@ -3,6 +3,7 @@
 import base64
 import json
 from collections.abc import Iterator
+from itertools import combinations
 
 import pytest
 from playwright import sync_api
@@ -278,3 +279,24 @@ def test_nothing_overflows_the_window_and_no_table_is_cut(site, browser, width):
         for name in ("Look inside", "Find the dose", "Keep and share"):
             tab.get_by_role("tab", name=name).click()
             assert tab.evaluate("document.documentElement.scrollWidth") <= width
+
+
+@pytest.mark.parametrize("width", [390, 1200])
+def test_the_numbers_of_plot_and_table_stay_apart(site, browser, width):
+    boxes = "texts => texts.map(t => t.getBoundingClientRect().toJSON())"
+    bottoms = "cells => cells.map(cell => cell.getBoundingClientRect().bottom)"
+    with open_tab(site, browser, width=width) as tab:
+        choose(tab)
+        tab.click("#look")
+        row = tab.locator("#view table.heat tbody tr").first
+        row.wait_for()
+        ends = row.locator("th, td").evaluate_all(bottoms)
+        assert len(ends) > 3 and max(ends) - min(ends) < 0.5  # one line under the whole row
+        tab.get_by_role("tab", name="Find the dose").click()
+        tab.click("#sweep")
+        tab.wait_for_function("document.querySelectorAll('#dose tbody tr').length === 9")
+        texts = tab.locator("#dose .doseplot text").evaluate_all(boxes)
+        assert len(texts) >= 8
+        for a, b in combinations(texts, 2):
+            apart = a["right"] + 3 <= b["left"] or b["right"] + 3 <= a["left"]
+            assert apart or a["bottom"] <= b["top"] or b["bottom"] <= a["top"]
