@@ -117,12 +117,15 @@ def _run(
         if workers.is_main:
             with atomic_path(args.export_vector) as temporary:
                 temporary.write_bytes(data)
+        log.info("wrote %s; README says how plain transformers uses it", args.export_vector)
         return
     if args.dose_report is not None:
         reports = _sweep_doses(studio, guides, request)
         if workers.is_main:
             _write_doses(reports, guides, args.dose_report)
         return
+    if not request.settings:
+        log.info("no --steer: both texts are the plain model's; --find_label WORD finds latents")
     pairs = _complete(studio, request, quiet=args.json or not workers.is_main)
     if args.json:
         record = {"request": request.to_json(), "pairs": [pair.to_json() for pair in pairs]}
@@ -134,6 +137,8 @@ def _run(
 
 def _request(args: argparse.Namespace) -> Request:
     if args.request is not None:
+        if not args.request.is_file():
+            raise UserError(f"--request {args.request} does not exist")
         try:
             return request_from_json(json.loads(args.request.read_text(encoding="utf-8")))
         except json.JSONDecodeError as error:
@@ -218,7 +223,7 @@ def _print_hits(hits: list, guides: list[Guide], *, as_json: bool) -> None:
     for row in rows:
         print(f"{row['sae']}:{row['latent']}  {row['label'] or '(no label)'}  ({row['reason']})")
     if not rows:
-        print("nothing found")
+        print("nothing found; --find_token and --find_text look beyond the labels")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import argparse
 import io
 import os
 import secrets
+import socket
 import threading
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -84,6 +85,18 @@ def choose_auth(auth: str | None, *, host: str, share: bool) -> tuple[str, str] 
     return "saint", secrets.token_urlsafe(12)
 
 
+def require_port(host: str, port: int) -> None:
+    """Raise UserError when a port cannot be listened on."""
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(
+            f"port {port} of {host} cannot be used ({reason}): --port names another"
+        ) from None
+
+
 def launch(
     studio: Studio,
     guides: list[Guide],
@@ -136,6 +149,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     log_arguments(argparse.Namespace(**vars(args) | {"auth": args.auth and "(given)"}))
     auth = choose_auth(args.auth, host=args.host, share=args.share)
     limits = Limits(args.max_prompts, new_tokens=args.max_new_tokens, tokens=args.max_total_tokens)
+    require_port(args.host, args.port)  # before the model is loaded
     studio, guides = load_studio(args, limits)
     page, _ = launch(studio, guides, host=args.host, port=args.port, share=args.share, auth=auth)
     if auth is not None and args.auth is None:

@@ -121,7 +121,7 @@ def test_finding(setup, loaded, find):
 
 
 def test_finding_nothing_says_so(setup):
-    assert succeed(setup, "--find_label", "zeppelin") == "nothing found\n"
+    assert succeed(setup, "--find_label", "zeppelin").startswith("nothing found; --find_token")
 
 
 def test_dose_report_of_every_latent_honours_where_and_chat(setup, loaded, tmp_path):
@@ -150,7 +150,8 @@ def test_dose_report_as_a_page(setup, tmp_path):
 
 def test_export_vector(setup, loaded, tmp_path):
     path = tmp_path / "steering.safetensors"
-    succeed(setup, "--steer", "3=+1.5", "9=-0.5", "--export_vector", path)
+    done = run(setup, "--steer", "3=+1.5", "9=-0.5", "--export_vector", path)
+    assert done.returncode == 0 and f"wrote {path}" in done.stderr
     expected = load(export_vector(loaded[0], (NUCLEAR, Setting(9, "add", -0.5))))
     with safe_open(path, "pt") as file:
         assert torch.equal(file.get_tensor("vector"), expected["vector"])
@@ -161,6 +162,8 @@ def test_export_vector(setup, loaded, tmp_path):
 
 
 def test_errors_are_one_line(setup):
+    done = run(setup, "--request", "nowhere.json")
+    assert done.returncode == 1 and done.last_line.endswith("--request nowhere.json does not exist")
     done = run(setup, "--prompt", "a", "--steer", "64=+1")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.last_line == "error: latent 64: this SAE has 0 to 63"
