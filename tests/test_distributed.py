@@ -86,7 +86,7 @@ def test_two_ranks_of_which_one_is_killed_end_with_the_same_bits(
     all_well(call_ranks(2, "sae_training", *runs[0]))
     for event in (45, 76):
         killed, left = call_ranks(2, "sae_training", *runs[1], die_at={0: event})
-        assert killed.returncode == -signal.SIGKILL and left.returncode > 0
+        assert killed.returncode == -signal.SIGKILL and left.returncode != 0
         assert not save.exists() and list(save.parent.glob("sae_checkpoints/*.step_*"))
     assert "continuing at step" in all_well(call_ranks(2, "sae_training", *runs[1])).stderr
     for name in ("sae.pt", "sae_checkpoints/sae.best.pt"):
