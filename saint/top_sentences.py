@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -330,10 +331,15 @@ class Tally:
         limit = max(
             1, (1 << max(0, 32 - (self.n_latents - 1).bit_length())) // chunk.values.shape[1]
         )
-        for part in chunk.split(min(limit, _CHUNK_TOKENS)):
-            pairs = self._reduce(part)
-            self._count(pairs)
-            self._rank(part, pairs)
+        parts = list(chunk.split(min(limit, _CHUNK_TOKENS)))
+        with ThreadPoolExecutor(1) as pool:  # a part is reduced while the one before is ranked
+            pairs = pool.submit(self._reduce, parts[0]) if parts else None
+            for part, following in zip_longest(parts, parts[1:]):
+                assert pairs is not None
+                found = pairs.result()
+                pairs = pool.submit(self._reduce, following) if following else None
+                self._count(found)
+                self._rank(part, found)
 
     def _reduce(self, part: Chunk) -> Pairs:
         arrays = part.values, part.indices, part.offsets
