@@ -203,11 +203,13 @@ def test_modes_remove_prompt_view_and_export(site, tab):
 def test_json_and_presets_bring_settings_back(site, tab):
     choose(tab)
     tab.click("#settings button")
+    sync_api.expect(field(tab, "seed")).to_have_value("0")
     field(tab, "seed").fill("17")
+    field(tab, "seed").press("Tab")  # what is typed counts when the field is left
     compare(tab)
     tab.get_by_role("tab", name="Keep and share").click()
-    tab.wait_for_function("document.querySelector('#json').innerText.includes('steered')")
-    assert '"seed": 17' in tab.inner_text("#json")
+    shown = "document.querySelector('#json').innerText"
+    tab.wait_for_function(f"{shown}.includes('steered') && {shown}.includes('\"seed\": 17')")
     field(tab, "preset_name").fill("mine")
     kept = tab.evaluate("localStorage.saint_presets")
     tab.click("#preset_save")
