@@ -18,8 +18,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from llama_3 import HOOK_NAMES, CheckpointError, HookPoint, load_args, load_llama
-from saint.activation_store import STAGE
-from saint.capture import (
+from saint.capture.record import Progress, begin, finish, plan_output, write_vocabulary
+from saint.capture.shards import (
     Capture,
     ShardJob,
     capture_shards,
@@ -29,10 +29,8 @@ from saint.capture import (
     shard_paths,
     shard_sizes,
 )
-from saint.capture_record import Progress, begin, finish, plan_output, write_vocabulary
-from saint.manifests import Output, State, read_manifest
-from saint.row_format import STORE_DTYPES, row_bytes
-from saint.runtime import (
+from saint.stage.manifests import Output, State, read_manifest
+from saint.stage.program import (
     UserError,
     Workers,
     add_device_flags,
@@ -47,7 +45,9 @@ from saint.runtime import (
     run_stage,
     start_workers,
 )
-from saint.sentences import Sampler, SentenceDataset, open_dataset
+from saint.store.activation_store import STAGE
+from saint.store.dataset import Sampler, SentenceDataset, open_dataset
+from saint.store.row_format import STORE_DTYPES, row_bytes
 
 
 def build_parser() -> argparse.ArgumentParser:

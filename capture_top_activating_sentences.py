@@ -18,11 +18,13 @@ from pathlib import Path
 
 from llama_3 import CheckpointError
 from sae import SAEConfig, TopKSparseAutoencoder, load_sae
-from saint.activation_store import ActivationStore, open_stores
-from saint.evidence import EvidenceWriter
-from saint.latent_examples import Directions, EvidenceBuilder, compare_maxima
-from saint.manifests import Output, State, file_checksum, model_fingerprint, read_manifest
-from saint.runtime import (
+from saint.evidence.builder import Directions, EvidenceBuilder, compare_maxima
+from saint.evidence.file import EvidenceWriter
+from saint.evidence.rankings import RANKINGS, Tally, write_top_sentences
+from saint.evidence.sample import ExampleSettings, SparseActivations
+from saint.evidence.sparse_activations import SentenceIndex, tally_store
+from saint.stage.manifests import Output, State, file_checksum, model_fingerprint, read_manifest
+from saint.stage.program import (
     UserError,
     Workers,
     add_device_flags,
@@ -37,10 +39,8 @@ from saint.runtime import (
     run_stage,
     start_workers,
 )
-from saint.sae_flags import add_bare_sae_flags, bare_sae_flags
-from saint.sparse_activations import SentenceIndex, tally_store
-from saint.sparse_sample import ExampleSettings, SparseActivations
-from saint.top_sentences import RANKINGS, Tally, write_top_sentences
+from saint.stage.sae_flags import add_bare_sae_flags, bare_sae_flags
+from saint.store.activation_store import ActivationStore, open_stores
 
 STAGE = "capture_top_activating_sentences"
 EVIDENCE = "evidence.parquet"

@@ -14,15 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from saint.answers import Reading, Response, read_all, read_keys
-from saint.evidence import open_evidence
-from saint.label_report import build_report, show_report
-from saint.labels import TOP_TOKENS, top_token_labels
-from saint.ledger import Ledger, State, read_response_ids
-from saint.manifests import Output, file_checksum, fingerprint, manifest_path, read_manifest
-from saint.prompts import LABELLED_TASKS, TASKS, label_hash
-from saint.responses import count, load_yaml, write_yaml
-from saint.runtime import (
+from saint.evidence.file import open_evidence
+from saint.evidence.labels import TOP_TOKENS, top_token_labels
+from saint.interpretation.answers import Reading, Response, read_all, read_keys
+from saint.interpretation.ledger import Ledger, State, read_response_ids
+from saint.interpretation.prompts import LABELLED_TASKS, TASKS, label_hash
+from saint.interpretation.report import build_report, show_report
+from saint.interpretation.responses import count, load_yaml, write_yaml
+from saint.interpretation.scores import Outcomes, outcomes, pooled, score
+from saint.stage.manifests import Output, file_checksum, fingerprint, manifest_path, read_manifest
+from saint.stage.program import (
     UserError,
     add_overwrite_flag,
     log,
@@ -30,7 +31,6 @@ from saint.runtime import (
     run_stage,
     write_json,
 )
-from saint.scoring import Outcomes, outcomes, pooled, score
 
 STAGE = "interpret_top_sentences_parse_responses"
 # A latent that was measured but not named: what readers have always taken for "no label".

@@ -17,8 +17,7 @@ from typing import Any
 import anthropic
 from anthropic.types.messages import MessageBatch
 
-from saint.anthropic_api import api_errors, describe, open_client, total_requests
-from saint.batches import (
+from saint.interpretation.batches import (
     Limits,
     Tally,
     add_batch_flags,
@@ -26,13 +25,14 @@ from saint.batches import (
     prepare_batches,
     say_what_is_out,
 )
-from saint.ledger import Ledger, parse_custom_id, read_response_ids
-from saint.manifests import Output, fingerprint
-from saint.prompts import TASKS
-from saint.reconciliation import reconcile
-from saint.responses import count, failed_kind, read_records
-from saint.retrieval import Paths, download, write_records
-from saint.runtime import UserError, log, log_arguments, progress, run_stage
+from saint.interpretation.client import api_errors, describe, open_client, total_requests
+from saint.interpretation.download import Paths, download, write_records
+from saint.interpretation.ledger import Ledger, parse_custom_id, read_response_ids
+from saint.interpretation.prompts import TASKS
+from saint.interpretation.reconciliation import reconcile
+from saint.interpretation.responses import count, failed_kind, read_records
+from saint.stage.manifests import Output, fingerprint
+from saint.stage.program import UserError, log, log_arguments, progress, run_stage
 
 _RESULTS_KEPT = timedelta(days=29)
 STAGE = "interpret_top_sentences_retrieve_batches"

@@ -19,8 +19,8 @@ from typing import Any
 import anthropic
 import yaml
 
-from saint.anthropic_api import have_key, open_client
-from saint.batches import (
+from saint.evidence.labels import Label, load_labels
+from saint.interpretation.batches import (
     Limits,
     Tally,
     ask_live,
@@ -30,22 +30,22 @@ from saint.batches import (
     prepare_batches,
     say_what_is_out,
 )
-from saint.labels import Label, load_labels
-from saint.ledger import Ledger, State, parse_custom_id
-from saint.manifests import Output
-from saint.prices import Quote, batch_price, check_budget
-from saint.prompts import (
+from saint.interpretation.client import have_key, open_client
+from saint.interpretation.ledger import Ledger, State, parse_custom_id
+from saint.interpretation.prices import Quote, batch_price, check_budget
+from saint.interpretation.prompts import (
     EXPECTED_OUTPUT_TOKENS,
     LABELLED_TASKS,
     PromptOptions,
     prompt_facts,
     request_params,
 )
-from saint.questions import Question, Source, choose_latents, open_source, questions
-from saint.reconciliation import reconcile, settle_open_intents
-from saint.responses import parse_answer
-from saint.runtime import UserError, atomic_path, log, log_arguments, run_stage
-from saint.send_flags import build_parser
+from saint.interpretation.questions import Question, Source, choose_latents, open_source, questions
+from saint.interpretation.reconciliation import reconcile, settle_open_intents
+from saint.interpretation.responses import parse_answer
+from saint.interpretation.send_flags import build_parser
+from saint.stage.manifests import Output
+from saint.stage.program import UserError, atomic_path, log, log_arguments, run_stage
 
 STAGE = "interpret_top_sentences_send_batches"
 _N_SHOWN = 3

@@ -21,11 +21,11 @@ from torch import Tensor
 
 from llama_3 import CheckpointError, load_llama
 from sae import TopKSparseAutoencoder, load_sae
-from saint.browser_data import Page, PageBuilder, WindowLimits
-from saint.evidence import Evidence, open_evidence
-from saint.labels import Label, load_labels
-from saint.prompt_view import prompt_activations, rows_html, strands_html, terminal_table
-from saint.runtime import (
+from saint.browser.pack import Page, PageBuilder, WindowLimits
+from saint.browser.prompt_view import prompt_activations, rows_html, strands_html, terminal_table
+from saint.evidence.file import Evidence, open_evidence
+from saint.evidence.labels import Label, load_labels
+from saint.stage.program import (
     UserError,
     add_device_flags,
     log,
@@ -36,9 +36,9 @@ from saint.runtime import (
     run_stage,
     write_text,
 )
-from saint.sae_flags import add_bare_sae_flags, bare_sae_flags
+from saint.stage.sae_flags import add_bare_sae_flags, bare_sae_flags
 
-TEMPLATES = Path(__file__).resolve().parent / "saint" / "templates"
+TEMPLATES = Path(__file__).resolve().parent / "saint" / "browser" / "templates"
 _N_STRANDS = 30
 
 

@@ -17,10 +17,8 @@ from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
 from llama_3 import CheckpointError, load_args
-from saint.completions import Pair, stream_pairs
-from saint.dose import DEFAULT_STRENGTHS, DoseReport, dose_request, sweep
-from saint.latent_guide import Guide, search_labels, search_text, search_token
-from saint.runtime import (
+from saint.page.fragments import dose_html, latent_name, report_page
+from saint.stage.program import (
     UserError,
     Workers,
     add_model_parallel_flag,
@@ -33,10 +31,19 @@ from saint.runtime import (
     write_json,
     write_text,
 )
-from saint.steering import UNLIMITED, WHERE, Request, Studio, parse_setting, request_from_json
-from saint.steering_html import dose_html, latent_name, report_page
-from saint.steering_vector import export_vector
-from saint.studio import EXAMPLE_PROMPTS, add_studio_flags, load_studio
+from saint.steering.completions import Pair, stream_pairs
+from saint.steering.dose import DEFAULT_STRENGTHS, DoseReport, dose_request, sweep
+from saint.steering.guide import Guide, search_labels, search_text, search_token
+from saint.steering.load import EXAMPLE_PROMPTS, add_studio_flags, load_studio
+from saint.steering.settings import (
+    UNLIMITED,
+    WHERE,
+    Request,
+    Studio,
+    parse_setting,
+    request_from_json,
+)
+from saint.steering.vector import export_vector
 
 
 def build_parser() -> argparse.ArgumentParser:

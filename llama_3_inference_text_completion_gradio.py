@@ -20,15 +20,15 @@ from contextlib import redirect_stdout
 from typing import TYPE_CHECKING
 
 from llama_3 import CheckpointError
-from saint.latent_guide import Guide
-from saint.runtime import UserError, log, log_arguments, positive_int, run_stage
-from saint.steering import Limits, Studio
-from saint.studio import add_studio_flags, load_studio
+from saint.stage.program import UserError, log, log_arguments, positive_int, run_stage
+from saint.steering.guide import Guide
+from saint.steering.load import add_studio_flags, load_studio
+from saint.steering.settings import Limits, Studio
 
 if TYPE_CHECKING:
     import gradio
 
-    from saint.steering_desk import Desk
+    from saint.page.handlers import Desk
 
 _LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 
@@ -112,8 +112,8 @@ def launch(
     """
     # Before gradio is imported: nothing is reported to anybody.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    from saint.steering_desk import Desk
-    from saint.steering_page import build_page, css, theme
+    from saint.page.handlers import Desk
+    from saint.page.layout import build_page, css, theme
 
     desk = Desk(studio, guides)
     page = build_page(desk)

@@ -14,8 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from saint import kernels
-from saint.runtime import UserError, save_torch
+from saint.kernels import torch_ops
+from saint.stage.program import UserError, save_torch
 
 FORMAT = "saint.sae"
 VERSION = 1
@@ -102,12 +102,12 @@ class TopKSparseAutoencoder(nn.Module):
         x: (n_tokens, d_model), already standardised. Memory is bounded: long inputs go in blocks.
         Returns values (n_tokens, k), non-negative, and indices (n_tokens, k), int64.
         """
-        return kernels.encode(x - self.b_pre, self.W_enc, self.b_enc, self.config.k)
+        return torch_ops.encode(x - self.b_pre, self.W_enc, self.b_enc, self.config.k)
 
     @torch.no_grad()
     def decode(self, values: Tensor, indices: Tensor) -> Tensor:
         """Return the (n_tokens, d_model) standardised reconstruction of sparse activations."""
-        return kernels.decode(values, indices, self.W_dec) + self.b_pre
+        return torch_ops.decode(values, indices, self.W_dec) + self.b_pre
 
     def forward(self, x: Tensor) -> Tensor:
         """Reconstruct standardised tokens x: (n_tokens, d_model)."""

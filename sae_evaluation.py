@@ -23,9 +23,9 @@ from torch.nn import functional as F
 
 from llama_3 import CheckpointError, HookPoint, Llama, load_args, load_llama, load_tokenizer
 from sae import TopKSparseAutoencoder, load_sae, standardise
-from saint.manifests import Output, State, file_checksum, model_fingerprint
-from saint.packing import Pack, batches_by_length, pack
-from saint.runtime import (
+from saint.capture.packing import Pack, batches_by_length, pack
+from saint.stage.manifests import Output, State, file_checksum, model_fingerprint
+from saint.stage.program import (
     UserError,
     add_device_flags,
     add_model_parallel_flag,
@@ -40,8 +40,8 @@ from saint.runtime import (
     start_workers,
     write_json,
 )
-from saint.sae_flags import add_bare_sae_flags, bare_sae_flags
-from saint.sentences import Sampler, SentenceDataset, is_held_out, open_dataset
+from saint.stage.sae_flags import add_bare_sae_flags, bare_sae_flags
+from saint.store.dataset import Sampler, SentenceDataset, is_held_out, open_dataset
 
 STAGE = "sae_evaluation"
 

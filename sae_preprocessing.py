@@ -17,9 +17,15 @@ from typing import Any
 
 import numpy as np
 
-from saint.activation_store import ActivationStore, add_layer_flags, open_stores
-from saint.batched_rows import STAGE
-from saint.manifests import (
+from saint.shuffle.on_disk import Result, clean_up, run_shuffle
+from saint.shuffle.plan import Shuffle, make_plan
+from saint.shuffle.statistics import (
+    MASSIVE_NORM_FACTOR,
+    combine_sums,
+    describe_norms,
+    massive_tokens,
+)
+from saint.stage.manifests import (
     Output,
     State,
     file_checksum,
@@ -27,14 +33,7 @@ from saint.manifests import (
     read_manifest,
     recorded_arguments,
 )
-from saint.row_format import row_bytes
-from saint.row_statistics import (
-    MASSIVE_NORM_FACTOR,
-    combine_sums,
-    describe_norms,
-    massive_tokens,
-)
-from saint.runtime import (
+from saint.stage.program import (
     UserError,
     add_overwrite_flag,
     log,
@@ -45,9 +44,10 @@ from saint.runtime import (
     run_stage,
     save_torch,
 )
-from saint.sentences import HELD_OUT_FRACTION, HELD_OUT_SEED
-from saint.shuffle import Shuffle, make_plan
-from saint.shuffle_passes import Result, clean_up, run_shuffle
+from saint.store.activation_store import ActivationStore, add_layer_flags, open_stores
+from saint.store.dataset import HELD_OUT_FRACTION, HELD_OUT_SEED
+from saint.store.row_format import row_bytes
+from saint.store.shuffled_rows import STAGE
 
 _FILE_BYTES = 500_000_000
 

@@ -27,9 +27,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sae import SAEConfig, TopKSparseAutoencoder, load_sae, normalise_decoder, save_sae
-from saint.batched_rows import BatchedRows, open_batched_rows
-from saint.manifests import Output, State, file_checksum, manifest_path, read_manifest
-from saint.runtime import (
+from saint.stage.manifests import Output, State, file_checksum, manifest_path, read_manifest
+from saint.stage.program import (
     UserError,
     Workers,
     log,
@@ -39,7 +38,10 @@ from saint.runtime import (
     run_stage,
     start_workers,
 )
-from saint.trainer import (
+from saint.store.shuffled_rows import BatchedRows, open_batched_rows
+from saint.training.recipe import build_parser, resolve_recipe
+from saint.training.run_files import RunFiles, WandbLog
+from saint.training.trainer import (
     LossMeter,
     Recipe,
     Trainer,
@@ -47,8 +49,6 @@ from saint.trainer import (
     largest_activations,
     validate,
 )
-from saint.training_flags import build_parser, resolve_recipe
-from saint.training_run import RunFiles, WandbLog
 
 STAGE = "sae_training"
 _PAGE_SECONDS = 20

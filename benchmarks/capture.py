@@ -51,7 +51,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 import sae_preprocessing
 from llama_3 import HookPoint, Llama, LlamaArgs, load_args, load_llama
-from saint.activation_store import (
+from saint.capture.shards import Capture, ShardJob, capture_shards
+from saint.stage.manifests import Output
+from saint.stage.program import pick_dtype
+from saint.store.activation_store import (
     SENTENCES,
     STAGE,
     VOCABULARY,
@@ -59,11 +62,8 @@ from saint.activation_store import (
     shard_file,
     shard_name,
 )
-from saint.batched_rows import open_batched_rows
-from saint.capture import Capture, ShardJob, capture_shards
-from saint.manifests import Output
-from saint.runtime import pick_dtype
-from saint.sentences import Sampler, open_dataset
+from saint.store.dataset import Sampler, open_dataset
+from saint.store.shuffled_rows import open_batched_rows
 
 SHAPES = {
     "embedded": LlamaArgs(

@@ -26,8 +26,8 @@ import yaml
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
-from saint.evidence import KINDS, N_BINS, ROWS_PER_GROUP, EvidenceWriter, Examples, LatentBlock  # noqa: E402
-from saint.runtime import run_stage  # noqa: E402
+from saint.evidence.file import KINDS, N_BINS, ROWS_PER_GROUP, EvidenceWriter, Examples, LatentBlock  # noqa: E402
+from saint.stage.program import run_stage  # noqa: E402
 
 STAGE = REPO / "latent_browser.py"
 N_WORDS = 40_000

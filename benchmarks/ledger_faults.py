@@ -22,7 +22,7 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPO), str(REPO / "tests")]
 
-from fault_campaign import campaign  # noqa: E402  # pyright: ignore[reportMissingImports]
+from tests.support.fault_campaign import campaign  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 
 def main() -> None:

@@ -39,13 +39,13 @@ import capture_activations
 import llama_3_inference_text_completion as terminal
 from llama_3 import CheckpointError, Llama, LlamaArgs
 from sae import SAEConfig, TopKSparseAutoencoder, save_sae, standardise
-from saint import kernels
-from saint.completions import stream_pairs
-from saint.moments import Moments
-from saint.runtime import Workers, log, pick_device, positive_int, run_stage
-from saint.steering import Limits, Request, Setting
-from saint.studio import load_studio
-from saint.training_step import make_step
+from saint.kernels import torch_ops
+from saint.stage.program import Workers, log, pick_device, positive_int, run_stage
+from saint.steering.completions import stream_pairs
+from saint.steering.load import load_studio
+from saint.steering.settings import Limits, Request, Setting
+from saint.training.moments import Moments
+from saint.training.steps import make_step
 
 SHAPE = LlamaArgs(3072, 28, 24, 8, 128, 8192, 128256, tied=True)
 DICTIONARY = SAEConfig(3072, 65536, 64, layer=22)
@@ -80,7 +80,7 @@ def demo_bytes(shape: LlamaArgs, dictionary: SAEConfig, limits: Limits) -> dict[
     parts["caches of both runs"] = (
         2 * 2 * shape.n_layers * rows * shape.n_kv_heads * shape.head_dim * 2
     )
-    block = min(rows, max(1, kernels.BLOCK_ELEMENTS // dictionary.n_latents))
+    block = min(rows, max(1, torch_ops.BLOCK_ELEMENTS // dictionary.n_latents))
     parts["pre-activations, one block"] = block * dictionary.n_latents * 4
     # float32 x, z, z - b_pre, two shifts and their sum, beside bf16 before, after and the residual.
     parts["steering"] = rows * d * (6 * 4 + 3 * 2)

@@ -30,11 +30,11 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sae import SAEConfig, TopKSparseAutoencoder  # noqa: E402
-from saint.moments import Moments  # noqa: E402
-from saint.runtime import Workers, pick_device  # noqa: E402
-from saint.sae_gradients import AuxK  # noqa: E402
-from saint.trainer import aux_every  # noqa: E402
-from saint.training_step import KERNELS, make_step  # noqa: E402
+from saint.stage.program import Workers, pick_device  # noqa: E402
+from saint.training.losses import AuxK  # noqa: E402
+from saint.training.moments import Moments  # noqa: E402
+from saint.training.steps import KERNELS, make_step  # noqa: E402
+from saint.training.trainer import aux_every  # noqa: E402
 
 
 def rows_like_activations(n: int, d_model: int, device: torch.device) -> Tensor:

@@ -42,11 +42,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from llama_3 import CheckpointError, Edit
 from sae import TopKSparseAutoencoder, standardise
-from saint.completions import generate_ids, read
-from saint.latent_guide import Guide, is_telling
-from saint.runtime import UserError, log, log_arguments, progress, run_stage, write_json
-from saint.steering import Request, Setting, Studio, build_edits
-from saint.studio import EXAMPLE_PROMPTS, add_studio_flags, load_studio
+from saint.stage.program import UserError, log, log_arguments, progress, run_stage, write_json
+from saint.steering.completions import generate_ids, read
+from saint.steering.guide import Guide, is_telling
+from saint.steering.load import EXAMPLE_PROMPTS, add_studio_flags, load_studio
+from saint.steering.settings import Request, Setting, Studio, build_edits
 
 PROMPTS = (
     *EXAMPLE_PROMPTS,

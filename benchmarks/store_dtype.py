@@ -22,11 +22,17 @@ from typing import Any
 import torch
 
 from sae import load_sae
-from saint.activation_store import SENTENCES, VOCABULARY, ActivationStore, open_store, shard_file
-from saint.batched_rows import open_batched_rows
-from saint.manifests import Output
-from saint.row_format import STORE_DTYPES, decode_rows, encode_rows, row_bytes
-from saint.trainer import validate
+from saint.stage.manifests import Output
+from saint.store.activation_store import (
+    SENTENCES,
+    VOCABULARY,
+    ActivationStore,
+    open_store,
+    shard_file,
+)
+from saint.store.row_format import STORE_DTYPES, decode_rows, encode_rows, row_bytes
+from saint.store.shuffled_rows import open_batched_rows
+from saint.training.trainer import validate
 
 REPO = Path(__file__).resolve().parent.parent
 _ROWS = 8192

@@ -31,9 +31,9 @@ REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
 from sae import SAEConfig, TopKSparseAutoencoder  # noqa: E402
-from saint.runtime import pick_device, run_stage  # noqa: E402
-from saint.top_sentences import Chunk, Tally, write_top_sentences  # noqa: E402
-from saint.training_step import fastest_encode  # noqa: E402
+from saint.evidence.rankings import Chunk, Tally, write_top_sentences  # noqa: E402
+from saint.stage.program import pick_device, run_stage  # noqa: E402
+from saint.training.steps import fastest_encode  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from embedded.packages import DEFAULT_CACHE_DIR, SMOLLM2, extract_member, wheel_path
-from saint.manifests import Output, State
-from saint.runtime import (
+from saint.stage.manifests import Output, State
+from saint.stage.program import (
     UserError,
     add_overwrite_flag,
     atomic_path,

@@ -17,16 +17,23 @@ from typing import Any
 import torch
 
 from llama_3 import CheckpointError
-from saint.clarity import clearest_latents
-from saint.completions import Pair, complete_pairs
-from saint.evidence import Evidence, open_evidence
-from saint.labels import Label, load_labels
-from saint.manifests import Output, State, file_checksum
-from saint.runtime import UserError, add_overwrite_flag, log, run_stage, write_json, write_text
-from saint.steering import Request, Setting, Studio, build_edits
-from saint.studio import EXAMPLE_PROMPTS, add_studio_flags, load_studio
-from saint.training_page import STYLE, curves
-from saint.training_run import RunFiles
+from saint.evidence.file import Evidence, open_evidence
+from saint.evidence.labels import Label, load_labels
+from saint.evidence.words import clearest_latents
+from saint.stage.manifests import Output, State, file_checksum
+from saint.stage.program import (
+    UserError,
+    add_overwrite_flag,
+    log,
+    run_stage,
+    write_json,
+    write_text,
+)
+from saint.steering.completions import Pair, complete_pairs
+from saint.steering.load import EXAMPLE_PROMPTS, add_studio_flags, load_studio
+from saint.steering.settings import Request, Setting, Studio, build_edits
+from saint.training.curves_page import STYLE, curves
+from saint.training.run_files import RunFiles
 
 _N_LATENTS = 20
 _N_WINDOWS = 5

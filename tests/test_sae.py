@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from sae import SAEConfig, TopKSparseAutoencoder, load_sae, save_sae, standardise
-from saint import kernels
-from saint.runtime import UserError
+from saint.kernels import torch_ops
+from saint.stage.program import UserError
 
 
 def make_sae(d_model: int = 24, n_latents: int = 64, k: int = 5, seed: int = 0, **facts):
@@ -32,10 +32,10 @@ def test_encode_keeps_the_k_largest_and_blocks_do_not_matter(monkeypatch):
             [max(0.0, w) for w in wanted], abs=1e-6
         )
         assert sorted(pre[indices[row]].tolist(), reverse=True) == pytest.approx(wanted, abs=1e-6)
-    monkeypatch.setattr(kernels, "BLOCK_ELEMENTS", 64 * 4)
+    monkeypatch.setattr(torch_ops, "BLOCK_ELEMENTS", 64 * 4)
     torch.testing.assert_close(sae.encode(x)[0].sort().values, values.sort().values)
     torch.testing.assert_close(
-        kernels.gather_dot(x, indices, sae.W_dec.detach()),
+        torch_ops.gather_dot(x, indices, sae.W_dec.detach()),
         torch.einsum("nd,nkd->nk", x, sae.W_dec[indices].detach()),
     )
 

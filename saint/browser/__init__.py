@@ -1,0 +1,1 @@
+"""The latent browser: one HTML file."""

@@ -1,0 +1,159 @@
+"""What fires on a prompt: tokens × active latents, as a terminal table or as HTML fragments."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llama_3 import HookPoint, Llama, Tokenizer
+from sae import TopKSparseAutoencoder, standardise
+from saint.stage.program import UserError
+
+
+@dataclass(frozen=True)
+class PromptActivations:
+    """Active latents on every token of a prompt (BOS left out).
+
+    tokens: display text, (n_tokens,). latents, values: (n_tokens, k) indices and activations, 0
+    where fewer than k fire. maxima: (n_latents,) largest seen activations, or None if unknown.
+    names: label by latent, for those that have one.
+    """
+
+    tokens: list[str]
+    latents: np.ndarray
+    values: np.ndarray
+    maxima: np.ndarray | None
+    names: Mapping[int, str]
+
+    @property
+    def unit(self) -> str:
+        """What `strength` counts, in words."""
+        if self.maxima is None:
+            return "their activations (no largest activation is known)"
+        return "their activations as a share of the largest seen"
+
+    def name(self, latent: int) -> str:
+        """Return a latent's number and label."""
+        return f"#{latent} {self.names.get(latent, '')}".rstrip()
+
+    @cached_property
+    def shares(self) -> np.ndarray:
+        """(n_tokens, k) activations as shares of their latent's largest, or of the prompt's."""
+        largest = self.values.max(initial=0) if self.maxima is None else self.maxima[self.latents]
+        return self.values / np.maximum(largest, np.finfo(np.float32).tiny)
+
+    def strength(self, token: int, place: int) -> str:
+        """Return an activation for display, see `unit`."""
+        if self.maxima is None:
+            return f"{self.values[token, place]:.3g}"
+        return f"{100 * self.shares[token, place]:.0f} %"
+
+    def strongest(self, token: int, n: int) -> list[int]:
+        """Return the places in a token's row of its n strongest active latents."""
+        order = np.argsort(-self.shares[token], kind="stable")[:n]
+        return [int(place) for place in order if self.values[token, place] > 0]
+
+    def strongest_anywhere(self, n: int) -> list[int]:
+        """Return the n latents with the largest strength anywhere on the prompt."""
+        flat = np.argsort(-self.shares.reshape(-1), kind="stable")
+        fired = flat[self.values.reshape(-1)[flat] > 0]
+        return list(dict.fromkeys(self.latents.reshape(-1)[fired].tolist()))[:n]
+
+
+@torch.inference_mode()
+def prompt_activations(
+    model: Llama,
+    tokenizer: Tokenizer,
+    sae: TopKSparseAutoencoder,
+    prompt: str,
+    *,
+    maxima: Tensor | None,
+    names: Mapping[int, str],
+) -> PromptActivations:
+    """Run a prompt and encode each of its tokens. Raises UserError for an empty prompt."""
+    config = sae.config
+    if config.layer is None:
+        raise UserError("the SAE does not know its layer: name it with --sae_layer_idx")
+    ids = tokenizer.encode(prompt, bos=config.prepend_bos)
+    first = int(config.prepend_bos)
+    if len(ids) <= first:
+        raise UserError("--prompt is empty")
+    hook = HookPoint(config.layer, config.hook_point)
+    captured = model.capture(torch.tensor([ids], device=model.device), [hook])[hook][0, first:]
+    values, latents = sae.encode(standardise(captured.to(sae.W_enc.device), config.norm_eps)[0])
+    return PromptActivations(
+        tokens=[tokenizer.token_text(i) for i in ids[first:]],
+        latents=latents.cpu().numpy(),
+        values=values.cpu().numpy(),
+        maxima=None if maxima is None else maxima.cpu().numpy(),
+        names=names,
+    )
+
+
+def terminal_table(found: PromptActivations, *, per_token: int, width: int) -> str:
+    """Return one line per token: its text, then its strongest latents with their strengths."""
+    texts = [repr(token)[1:-1] for token in found.tokens]
+    column = min(20, max(len(text) for text in texts))
+    lines = [f"{'token':<{column}}  strongest latents, with {found.unit}"]
+    for token, text in enumerate(texts):
+        cells = [
+            f"{found.strength(token, place)} {found.name(int(found.latents[token, place]))}"
+            for place in found.strongest(token, per_token)
+        ]
+        line = f"{text[:column]:<{column}}  {' | '.join(cells)}"
+        lines.append(line if len(line) <= width else line[: width - 1] + "…")
+    return "\n".join(lines)
+
+
+def strands_html(found: PromptActivations, n: int) -> str:
+    """Return list items, one per latent: its label, and the prompt marked where it fires."""
+    items = []
+    for latent in found.strongest_anywhere(n):
+        here = np.where((found.latents == latent) & (found.values > 0), found.shares, 0)
+        places, shares = here.argmax(axis=1), here.max(axis=1)
+        peak = int(shares.argmax())
+        text = "".join(
+            _marked(token, float(shares[i]), found.strength(i, int(places[i])), i == peak)
+            for i, token in enumerate(found.tokens)
+        )
+        figure = f"#{latent} · {found.strength(peak, int(places[peak]))}"
+        name = html.escape(found.names.get(latent) or f"Latent {latent}")
+        items.append(
+            f'<li><p class="name">{name}<small>{figure} on “'
+            f'{html.escape(found.tokens[peak].strip())}”</small></p><p class="text">{text}</p></li>'
+        )
+    return "\n".join(items)
+
+
+def _marked(token: str, share: float, strength: str, is_peak: bool) -> str:
+    shown = token.replace("\n", "⏎")
+    if share <= 0:
+        return html.escape(shown)
+    word = shown.lstrip(" ")
+    space = shown[: len(shown) - len(word)]
+    kind = ' class="peak"' if is_peak else ""
+    style = f"--share:{min(share, 1):.3f}"
+    return (
+        f'{space}<mark{kind} style="{style}" title="{strength}">{html.escape(word) or "␣"}</mark>'
+    )
+
+
+def rows_html(found: PromptActivations, per_token: int) -> str:
+    """Return table rows, one per token, with its strongest latents."""
+    rows = []
+    for i, token in enumerate(found.tokens):
+        cells = [
+            f'<li style="--share:{min(found.shares[i, place], 1):.3f}">'
+            f"{html.escape(found.name(int(found.latents[i, place])))} "
+            f"<b>{found.strength(i, place)}</b></li>"
+            for place in found.strongest(i, per_token)
+        ]
+        shown = html.escape(token.replace("\n", "⏎").strip(" ")) or "␣"
+        rows.append(f'<tr><th scope="row">{shown}</th><td><ul>{"".join(cells)}</ul></td></tr>')
+    return "\n".join(rows)

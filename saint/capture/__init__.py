@@ -1,0 +1,1 @@
+"""A language model's activations, packed and sharded."""

@@ -1,0 +1,157 @@
+"""Labels of latents: the reader of `parsed_responses.yaml`, and labels made of top tokens."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from saint.interpretation.responses import load_yaml
+from saint.stage.program import UserError
+
+TOP_TOKENS = "top tokens"
+_KNOWN = ("common_semantic", "certainty", "score")
+# Words that say little about a latent, unless it fires on nothing else.
+_STOP_WORDS = frozenset(
+    (
+        "a an the and or but of to in on at by for from with as is are was were be been it its "
+        "this that these those he she they we you i his her their our not no has have had will "
+        "would s t"
+    ).split()
+)
+
+
+@dataclass(frozen=True)
+class Label:
+    """One latent's label.
+
+    text: "" where a latent was measured (by the intruder test) and has no label. certainty: 0..1,
+    the model's own word, None where there is none. score: the measured balanced accuracy of
+    detection on held-out excerpts (0.5 is chance), None where it was not measured.
+    extra: whatever else the file says ("rationale", "source", "scores" of each task, …).
+    """
+
+    text: str
+    certainty: float | None = None
+    score: float | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def intruder(self) -> float | None:
+        """How often the odd one out of five was found (0.2 is chance): a score of the latent."""
+        return _measured(self.extra.get("scores"), "intruder")
+
+
+def load_labels(path: Path) -> dict[int, Label]:
+    """Read `parsed_responses.yaml` in the order of the file (certainty descending).
+
+    Raises UserError when the file is missing, is no mapping of latents, or an entry has no
+    common_semantic (which is empty for a latent that has a score and no label).
+    """
+    rows = load_yaml(path)
+    if rows is None:
+        return {}
+    if not isinstance(rows, dict):
+        raise UserError(f"{path} is not a mapping of latents to labels")
+    labels: dict[int, Label] = {}
+    for key, row in rows.items():
+        text = row.get("common_semantic") if isinstance(row, dict) else None
+        if not isinstance(text, str) or not str(key).isdecimal():
+            raise UserError(f"{path}: the entry {key!r} is not a latent with a common_semantic")
+        scores = row.get("score") or {}
+        extra = {name: value for name, value in row.items() if name not in _KNOWN}
+        if scores:
+            extra["scores"] = scores
+        labels[int(key)] = Label(
+            text,
+            _number(row.get("certainty")),
+            _measured(scores, "detect"),
+            extra,
+        )
+    return labels
+
+
+def _measured(scores: Any, task: str) -> float | None:
+    found = scores.get(task) if isinstance(scores, dict) else None
+    if not isinstance(found, dict):
+        return None
+    return _number(found.get("balanced_accuracy", found.get("accuracy")))
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def label_from_top_tokens(latent_evidence: Mapping[str, Any], *, n_words: int = 4) -> str:
+    """Name a latent by the words under its strongest tokens, most characteristic first.
+
+    latent_evidence: a row of the evidence file. A token that is a piece of a word is joined with
+    its neighbours; words are counted without regard to case, weighted by activation. Function
+    words only count when there is nothing else. Empty when the latent has no firing example.
+    """
+    weights: dict[str, float] = {}
+    spellings: dict[str, Counter[str]] = {}
+    for example in latent_evidence["examples"]:
+        if example["kind"] not in ("top", "quantile") or not example["tokens"]:
+            continue
+        word = word_at(example["tokens"], example["position"] - example["start"])
+        if word:
+            key = word.lower()
+            weights[key] = weights.get(key, 0.0) + max(float(example["value"]), 0.0)
+            spellings.setdefault(key, Counter())[word] += 1
+    ranked = sorted(weights, key=lambda w: -weights[w])
+    telling = [w for w in ranked if is_telling(w)]
+    words = _distinct(telling or ranked)[:n_words]
+    if telling:
+        # One-offs are noise beside words that carry a real share of the evidence.
+        total = sum(weights.values())
+        words = [w for i, w in enumerate(words) if i == 0 or weights[w] >= 0.03 * total]
+    return ", ".join(spellings[w].most_common(1)[0][0] for w in words)
+
+
+def top_token_labels(rows: Iterable[Mapping[str, Any]]) -> dict[int, dict[str, Any]]:
+    """Entries of a `parsed_responses.yaml` made of top tokens, for latents that fire."""
+    texts = ((row["latent"], label_from_top_tokens(row)) for row in rows)
+    about = {"certainty": None, "source": TOP_TOKENS}
+    return {latent: {"common_semantic": text, **about} for latent, text in texts if text}
+
+
+def _distinct(words: list[str]) -> list[str]:
+    """Drop forms of an earlier word: "engines" and "Germany" after "engine" and "German"."""
+    kept: list[str] = []
+    for word in words:
+        pairs = (sorted((word, other), key=len) for other in kept)
+        if not any(len(a) >= 4 and b.startswith(a) and len(b) - len(a) <= 3 for a, b in pairs):
+            kept.append(word)
+    return kept
+
+
+def is_telling(word: str) -> bool:
+    """Whether a lower-case word carries content: no function word, no bare punctuation."""
+    return word not in _STOP_WORDS and any(c.isalnum() for c in word)
+
+
+def word_at(tokens: list[str], index: int) -> str:
+    """Return the whole word around a token: its pieces from both sides, without white space."""
+    if not 0 <= index < len(tokens):
+        return ""
+    token = tokens[index]
+    if not any(c.isalnum() for c in token):
+        return token.strip()
+    low = high = index
+    while low > 0 and _joins(tokens[low - 1], tokens[low]):
+        low -= 1
+    while high + 1 < len(tokens) and _joins(tokens[high], tokens[high + 1]):
+        high += 1
+    return "".join(tokens[low : high + 1]).strip()[:40]
+
+
+def _joins(left: str, right: str) -> bool:
+    """Whether two neighbouring tokens are pieces of one word."""
+    return bool(left) and bool(right) and _is_letter(left[-1]) and _is_letter(right[0])
+
+
+def _is_letter(char: str) -> bool:
+    return char.isalnum() or char == "\ufffd"

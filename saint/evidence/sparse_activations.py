@@ -1,0 +1,194 @@
+"""What one pass of the encoder leaves on disk: sparse activations per shard, and who lies where."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file as load_arrays
+from torch import Tensor
+
+from sae import TopKSparseAutoencoder, standardise
+from saint.evidence.rankings import (
+    Chunk,
+    Tally,
+    batches_of_sentences,
+    first_of_equals,
+    hash_sentences,
+)
+from saint.stage.manifests import verify_file, verify_size
+from saint.stage.program import Workers, log, progress
+from saint.store.activation_store import INDEX_TENSORS, ActivationStore, Shard
+from saint.store.row_format import read_tensors, write_tensors
+from saint.training.steps import Encode, fastest_encode
+
+
+@dataclass(frozen=True)
+class SparseShard:
+    """A shard's activations after the encoder.
+
+    values: (n_tokens, k) float32. indices: (n_tokens, k) int32. pooled: (n_sentences, d_model)
+    float16, the mean of each sentence's standardised tokens. offsets: (n_sentences + 1,) int64.
+    """
+
+    values: Tensor
+    indices: Tensor
+    pooled: Tensor
+    offsets: Tensor
+
+
+def sparse_path(work_dir: Path, index: int) -> Path:
+    """Return where a shard's sparse activations lie."""
+    return work_dir / f"sparse_{index:05d}.safetensors"
+
+
+def write_sparse(path: Path, shard: SparseShard) -> None:
+    """Write a shard's sparse activations atomically."""
+    write_tensors(path, vars(shard))
+
+
+def read_sparse(path: Path) -> SparseShard:
+    """Memory-map a shard's sparse activations. Raises UserError when they cannot be read."""
+    return SparseShard(**read_tensors(path, tuple(SparseShard.__dataclass_fields__)))
+
+
+@dataclass(frozen=True)
+class SentenceIndex:
+    """Where every sentence of the store lies; all (n_sentences,), ascending by sentence_id.
+
+    canonical: whether no sentence with a smaller id has the same tokens.
+    """
+
+    sentence_ids: np.ndarray
+    shard: np.ndarray
+    row: np.ndarray
+    start: np.ndarray
+    length: np.ndarray
+    canonical: np.ndarray
+
+    @classmethod
+    def of(cls, store: ActivationStore) -> SentenceIndex:
+        """Read token ids and offsets of all shards, which are verified when they are encoded.
+
+        Raises UserError when one is missing or damaged, as far as can be seen without its rows.
+        """
+        columns: list[list[np.ndarray]] = [[] for _ in range(6)]
+        for i in range(store.n_shards):
+            verify_size(*store.recorded(i))
+            try:
+                parts = _sentences_of(store.read_index(i), i)
+            except (ValueError, IndexError, OverflowError, MemoryError) as error:
+                verify_file(*store.recorded(i))
+                raise AssertionError(f"{store.shard_path(i)} makes no sense") from error
+            for column, part in zip(columns, parts, strict=True):
+                column.append(part)
+        ids, *others, hashes = map(np.concatenate, columns)
+        order = np.argsort(ids)
+        first = first_of_equals(hashes, ids)
+        return cls(*(column[order] for column in (ids, *others, first)))
+
+    def find(self, sentence_ids: np.ndarray) -> np.ndarray:
+        """Return positions in this index of sentence ids that are in it."""
+        return np.searchsorted(self.sentence_ids, sentence_ids)
+
+
+def _sentences_of(index: dict[str, Tensor], shard: int) -> tuple[np.ndarray, ...]:
+    """Return (n_sentences,) ids, shard, row, start, length, hash. Raises where offsets are wild."""
+    token_ids, offsets, ids = (index[name].numpy() for name in INDEX_TENSORS)
+    lengths, n = np.diff(offsets), len(ids)
+    if len(lengths) != n or offsets[0] or offsets[-1] != len(token_ids) or (lengths < 0).any():
+        raise ValueError("offsets that are no offsets")
+    hashes = hash_sentences(token_ids, offsets)
+    return ids.copy(), np.full(n, shard), np.arange(n), offsets[:-1].copy(), lengths, hashes
+
+
+@torch.inference_mode()
+def encode_shard(
+    sae: TopKSparseAutoencoder, encode: Encode, shard: Shard, batch_tokens: int, bar: Any
+) -> SparseShard:
+    """Run `encode`, the SAE's, over a shard; returns sparse activations and sentence means on CPU.
+
+    Of equal pre-activations, the C++ encoder keeps the first latent's, whatever the batch.
+    """
+    k, n_tokens = sae.config.k, len(shard.token_ids)
+    sparse = SparseShard(
+        values=torch.empty(n_tokens, k),
+        indices=torch.empty(n_tokens, k, dtype=torch.int32),
+        pooled=torch.zeros(len(shard.sentence_ids), sae.config.d_model, dtype=torch.float16),
+        offsets=shard.offsets.clone(),
+    )
+    for first, end in batches_of_sentences(shard.offsets.numpy(), batch_tokens):
+        rows = slice(int(shard.offsets[first]), int(shard.offsets[end]))
+        x = shard.read(rows).to(sae.W_enc.device)
+        z = standardise(x, sae.config.norm_eps)[0]
+        values, indices = encode(z)
+        sparse.values[rows], sparse.indices[rows] = values.cpu(), indices.cpu()
+        lengths = (shard.offsets[first + 1 : end + 1] - shard.offsets[first:end]).to(z.device)
+        pooled = torch.segment_reduce(z, "mean", lengths=lengths, axis=0, initial=0)
+        sparse.pooled[first:end] = pooled.cpu()
+        bar.update(len(x))
+    return sparse
+
+
+def tally_store(
+    sae: TopKSparseAutoencoder,
+    store: ActivationStore,
+    index: SentenceIndex,
+    tally: Tally,
+    work_dir: Path,
+    batch_tokens: int,
+    workers: Workers,
+) -> int:
+    """Encode and tally this rank's shards; rank 0's tally then holds all ranks' shards.
+
+    Shards that an interrupted run encoded are read from work_dir. Returns how many sentences this
+    run encoded, on all ranks.
+    """
+    n_resumed, n_encoded, encode = 0, 0, fastest_encode(sae)
+
+    def count(sparse: SparseShard, ids: np.ndarray) -> None:
+        canonical = index.canonical[index.find(ids)]
+        values, indices, offsets = (
+            column.numpy() for column in (sparse.values, sparse.indices, sparse.offsets)
+        )
+        tally.add(Chunk(values, indices, offsets, ids, canonical))
+
+    own = range(workers.rank, store.n_shards, workers.world_size)
+    n_tokens = int(index.length[np.isin(index.shard, own)].sum())
+    bar = progress(n_tokens, unit="tok", description=workers.label("encode"), unit_scale=True)
+    with bar, ThreadPoolExecutor(1) as counting:  # beside the encoder, in the order of the shards
+        counted: Future[None] | None = None
+        for i in own:
+            shard, path = store.read_shard(i), sparse_path(work_dir, i)
+            if path.exists():
+                n_resumed += 1
+                bar.update(len(shard.token_ids))
+            else:
+                write_sparse(path, encode_shard(sae, encode, shard, batch_tokens, bar))
+                n_encoded += len(shard.sentence_ids)
+            if counted is not None:
+                counted.result()
+            counted = counting.submit(count, read_sparse(path), shard.sentence_ids.numpy())
+        if counted is not None:
+            counted.result()
+    if n_resumed:
+        log.info("resumed: %d of %d shards were encoded already", n_resumed, store.n_shards)
+    tally.finish()
+    merge_ranks(tally, work_dir, workers)
+    return sum(workers.gather(n_encoded))
+
+
+def merge_ranks(tally: Tally, work_dir: Path, workers: Workers) -> None:
+    """Add the other ranks' tallies, handed over as files, to rank 0's."""
+    paths = [work_dir / f"tally_{rank:05d}.safetensors" for rank in range(workers.world_size)]
+    if not workers.is_main:
+        state = {name: torch.from_numpy(array) for name, array in tally.state().items()}
+        write_tensors(paths[workers.rank], state)
+    workers.barrier()
+    if workers.is_main:
+        for path in paths[1:]:
+            tally.absorb(load_arrays(path))

@@ -1,0 +1,263 @@
+"""Which latents are asked about, and with what evidence: from the evidence file or the YAML."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from saint.evidence.file import Evidence, open_evidence
+from saint.evidence.labels import Label
+from saint.interpretation.prompts import (
+    LABELLED_TASKS,
+    RANKINGS,
+    SET_SIZE,
+    Prompt,
+    PromptOptions,
+    detect_prompt,
+    explain_prompt,
+    explain_sentences_prompt,
+    fuzz_prompt,
+    intruder_prompt,
+    label_hash,
+)
+from saint.interpretation.responses import load_yaml
+from saint.stage.manifests import file_checksum
+from saint.stage.program import UserError, log
+from saint.store.dataset import SentenceDataset, fetch_sentences, open_dataset
+
+
+@dataclass(frozen=True)
+class Question:
+    """One request to be: its task (also "detect_control"), latent, label hash and prompt."""
+
+    task: str
+    latent: int
+    label: str | None
+    prompt: Prompt
+
+    @property
+    def unit(self) -> str:
+        """Its name in the ledger, whatever the attempt."""
+        return "-".join(filter(None, (self.task, str(self.latent), self.label)))
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the evidence comes from. rows: latent -> ascending [[value, sentence_id], …] (YAML)."""
+
+    ranking: str | None
+    evidence: Evidence | None
+    evidence_path: Path | None
+    rows: Mapping[int, list[list[float]]]
+    dataset: SentenceDataset | None
+    fingerprint: str
+
+    @property
+    def kind(self) -> str:
+        """What the prompts are made from: "evidence" or "sentences"."""
+        return "evidence" if self.evidence else "sentences"
+
+    def n_sentences(self) -> dict[int, int]:
+        """Latent -> number of sentences on which it fires, as far as the source knows."""
+        if self.evidence is None:
+            return {latent: len(rows) for latent, rows in self.rows.items()}
+        table = self.evidence.summary()
+        latents, counts = table.column("latent"), table.column("n_firing_sentences")
+        return dict(zip(latents.to_pylist(), counts.to_pylist(), strict=True))
+
+
+def ranking_of(path: Path) -> str | None:
+    """The ranking that a YAML's name ends in ("top_sentences_mean.yaml" -> "mean")."""
+    word = path.stem.rsplit("_", 1)[-1]
+    return word if word in RANKINGS else None
+
+
+def open_source(
+    yaml_path: Path, evidence_path: Path | None, dataset_dir: str | None, *, text_column: str
+) -> Source:
+    """Open the evidence file beside the YAML, or the YAML and the dataset where there is none.
+
+    Raises UserError when neither is there, or the sentences' texts cannot be had.
+    """
+    ranking = ranking_of(yaml_path)
+    beside = yaml_path.parent / "evidence.parquet"
+    if evidence_path is None and ranking and beside.exists():
+        evidence_path = beside
+    if evidence_path is None and not yaml_path.exists():
+        raise UserError(
+            f"{yaml_path} does not exist (nor an evidence.parquet beside it): run "
+            "capture_top_activating_sentences.py first"
+        )
+    dataset = open_dataset(dataset_dir, text_column=text_column) if dataset_dir else None
+    if evidence_path is not None:
+        evidence = open_evidence(evidence_path)
+        if ranking in ("mean", "last") and dataset is None:
+            log.info("without --dataset_dir the prompts hold windows only, no whole sentences")
+        mark = file_checksum(evidence_path)["xxh3"]
+        return Source(ranking or "max", evidence, evidence_path, {}, dataset, mark)
+    if dataset is None:
+        raise UserError("--dataset_dir is needed: there is no evidence.parquet with the texts")
+    rows = _check_rows(load_yaml(yaml_path), yaml_path)
+    return Source(ranking, None, None, rows, dataset, file_checksum(yaml_path)["xxh3"])
+
+
+def _check_rows(rows: Any, path: Path) -> dict[int, list[list[float]]]:
+    if not isinstance(rows, dict) or not all(
+        isinstance(latent, int) and isinstance(pairs, list) for latent, pairs in rows.items()
+    ):
+        raise UserError(f"{path} is not a mapping of latents to [[value, sentence_id], …]")
+    for latent, pairs in rows.items():
+        for pair in pairs:
+            if not (isinstance(pair, list) and len(pair) == 2 and isinstance(pair[1], int)):
+                raise UserError(
+                    f"{path}: latent {latent} has a row that is not [value, sentence_id]"
+                )
+    return rows
+
+
+def choose_latents(
+    source: Source, wanted: str | None, min_sentences: int, labels: Mapping[int, Label] | None
+) -> list[int]:
+    """Latents that fire in at least min_sentences sentences (and are labelled), ascending.
+
+    wanted: such as "5,17,100-199", None for all. Raises UserError for an unknown latent, or when
+    none is left.
+    """
+    counts = source.n_sentences()
+    chosen = parse_latents(wanted) if wanted else sorted(counts)
+    if unknown := [i for i in chosen if i not in counts]:
+        raise UserError(f"--latents: there is no latent {unknown[0]}")
+    chosen = [i for i in chosen if counts[i] >= min_sentences]
+    if labels is not None:
+        chosen = [i for i in chosen if i in labels and labels[i].text]
+    if not chosen:
+        raise UserError("no latent is left to ask about: see --latents and --min_sentences")
+    return chosen
+
+
+def parse_latents(text: str) -> list[int]:
+    """Read "5,17,100-199" as a sorted list without repetitions."""
+    chosen: set[int] = set()
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        if not first.isdecimal() or (last and not last.isdecimal()):
+            raise UserError(f"--latents {text}: give numbers and ranges, such as 5,17,100-199")
+        chosen |= set(range(int(first), int(last or first) + 1))
+    return sorted(chosen)
+
+
+def questions(
+    task: str,
+    source: Source,
+    latents: list[int],
+    options: PromptOptions,
+    *,
+    labels: Mapping[int, Label] | None = None,
+    n_controls: int = 0,
+) -> Iterator[Question]:
+    """Yield the questions of a task in the order of the latents, where the evidence suffices.
+
+    labels: needed by detect and fuzz. n_controls: so many latents are also tested with the label
+    of another latent, which should score 0.5 (intruder: with excerpts of others, which score 0.2
+    only if marks or style alone do not give the odd one away).
+    """
+    if source.evidence is None:
+        if task != "explain":
+            raise UserError(f"--task {task} needs the evidence file: there is no evidence.parquet")
+        yield from _from_sentences(source, latents, options)
+        return
+    controls = _controls(labels or {}, latents, n_controls) if task in LABELLED_TASKS else {}
+    strangers = _strangers(latents, n_controls) if task == "intruder" else {}
+    texts = _ranked_texts(source, set(latents), options) if task == "explain" else {}
+    for row in source.evidence.iter_latents(latents):
+        latent = row["latent"]
+        if task == "explain":
+            prompt = explain_prompt(row, source.ranking or "max", texts.get(latent, {}), options)
+            if prompt.key["n_firing"]:
+                yield Question(task, latent, None, prompt)
+        elif task == "intruder":
+            yield from _question(task, latent, None, intruder_prompt(row, options))
+            if latent in strangers:
+                others = [source.evidence.latent(i) for i in strangers[latent]]
+                prompt = intruder_prompt(row, options, others)
+                yield from _question("intruder_control", latent, None, prompt)
+        elif labels:
+            ask = detect_prompt if task == "detect" else fuzz_prompt
+            yield from _question(
+                task, latent, labels[latent].text, ask(row, labels[latent].text, options)
+            )
+            if latent in controls:
+                prompt = ask(row, controls[latent], options, task=f"{task}_control")
+                yield from _question(f"{task}_control", latent, controls[latent], prompt)
+
+
+def _question(
+    task: str, latent: int, label: str | None, prompt: Prompt | None
+) -> Iterator[Question]:
+    if prompt is not None:
+        yield Question(task, latent, label_hash(label) if label is not None else None, prompt)
+
+
+def _controls(labels: Mapping[int, Label], latents: list[int], n: int) -> dict[int, str]:
+    """Give n latents, chosen by hash, the label of the next one, if its text is another."""
+    order = _by_hash(latents)
+    pairs = zip(order, order[1:] + order[:1], strict=True)
+    swapped = {a: labels[b].text for a, b in pairs if labels[a].text != labels[b].text}
+    return dict(list(swapped.items())[:n])
+
+
+def _strangers(latents: list[int], n: int) -> dict[int, list[int]]:
+    """Give n latents, chosen by hash, the next few, one for each excerpt that shares a pattern."""
+    order, n_others = _by_hash(latents), SET_SIZE - 1
+    if len(order) <= n_others:
+        return {}
+    twice = order + order[:n_others]
+    return {i: twice[place + 1 : place + 1 + n_others] for place, i in enumerate(order[:n])}
+
+
+def _by_hash(latents: list[int]) -> list[int]:
+    return sorted(latents, key=lambda i: hashlib.sha256(f"saint control {i}".encode()).digest())
+
+
+def _ranked_texts(
+    source: Source, latents: set[int], options: PromptOptions
+) -> dict[int, dict[int, str]]:
+    """Latent -> {sentence_id: text} of the best sentences, best first, for "mean" and "last"."""
+    if source.dataset is None or source.ranking not in ("mean", "last") or not source.evidence_path:
+        return {}
+    # Some of them turn out to be held out for testing: read more than are shown.
+    best = _best_ids(source.evidence_path, f"top_{source.ranking}", latents, options.n_top + 40)
+    texts = fetch_sentences(source.dataset, {i for ids in best.values() for i in ids})
+    return {latent: {i: texts[i] for i in ids} for latent, ids in best.items()}
+
+
+def _best_ids(path: Path, column: str, latents: set[int], n: int) -> dict[int, list[int]]:
+    best: dict[int, list[int]] = {}
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(columns=["latent", column]):
+            for latent, pairs in zip(
+                batch.column("latent").to_pylist(), batch.column(column), strict=True
+            ):
+                if latent in latents and pairs.values is not None:
+                    best[latent] = pairs.values[:n].field("sentence_id").to_pylist()
+    return best
+
+
+def _from_sentences(
+    source: Source, latents: Iterable[int], options: PromptOptions
+) -> Iterator[Question]:
+    assert source.dataset is not None
+    best = {i: source.rows[i][::-1][: options.n_sentences] for i in latents}
+    texts = fetch_sentences(
+        source.dataset, {int(pair[1]) for rows in best.values() for pair in rows}
+    )
+    for latent, rows in best.items():
+        ranked = [(float(value), int(i), texts[int(i)]) for value, i in rows]
+        if ranked:
+            prompt = explain_sentences_prompt(ranked, source.ranking, options)
+            yield Question("explain", latent, None, prompt)

@@ -1,0 +1,280 @@
+"""Reading Claude's answers: label objects (also in free text), refusals, and test answers.
+
+Nothing here invents a label: a response is a `Label`-to-be, a refusal, or a failure with a reason.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+from saint.stage.program import UserError, atomic_path
+
+# libyaml's loader and dumper are some ten times faster; they are missing from a few builds.
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+
+_MAX_LABEL_CHARS = 600
+_REFUSAL = re.compile(
+    r"\b(I apologi[sz]e|I['’]m sorry|I am sorry|I (can ?not|can['’]t|won['’]t|will not)"
+    r"|I must decline|I['’]m (not able|unable)|I am (not able|unable)|I['’]m not comfortable)\b",
+    re.IGNORECASE,
+)
+_NO_INPUT = re.compile(r"\b(no|any) (sentences|text|excerpts|examples)\b", re.IGNORECASE)
+# Errors that the same request would meet again.
+_LASTING_ERRORS = (
+    "invalid_request",
+    "request_too_large",
+    "not_found",
+    "permission",
+    "authentication",
+    "billing",
+)
+_NOT_A_LABEL = re.compile(
+    r"(n/?a|none|null|nan|unknown|error|label|todo|undefined|-+|\.*|<[^>]*>|\[[^\]]*\]"
+    r"|(parsing|parse) (error|failed)|no (clear |common |coherent |single )*"
+    r"(pattern|semantic|theme|meaning|label)s?( found| identified)?)\.?",
+    re.IGNORECASE,
+)
+# The pair as it stands in free text, with quotes inside the label left unescaped.
+_LOOSE_PAIR = re.compile(
+    r'"common_semantic"\s*:\s*"(?P<label>.*?)"\s*,\s*"certainty"\s*:\s*"?(?P<certainty>[\d.]+)',
+    re.DOTALL,
+)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What became of one response. kind: "label", "answer" (a test's), "refusal" or "failure"."""
+
+    kind: str
+    fields: dict[str, Any] = field(default_factory=dict)
+    reason: str = ""
+
+
+def parse_label(response: Mapping[str, Any]) -> Answer:
+    """Read a response to the explain task.
+
+    response: {"content", …, "status"?, "stop_reason"?} as in `output/<batch id>.yaml`; older files
+    have no status. A label has "common_semantic" and "certainty" (0..1, or None where unusable).
+    """
+    early = _not_succeeded(response)
+    if early:
+        return early
+    content = response.get("content")
+    if not isinstance(content, str) or not content.strip():
+        return Answer("failure", reason="empty response")
+    found = find_object(content, "common_semantic") or _loose_pair(content)
+    if found is None:
+        return _without_object(content, response)
+    label = _one_line(found.get("common_semantic"))
+    if not label or _NOT_A_LABEL.fullmatch(label):
+        return Answer("failure", reason=f"no label in the answer ({label[:60]!r})")
+    if len(label) > _MAX_LABEL_CHARS:
+        return Answer("failure", reason=f"label of {len(label)} characters")
+    fields: dict[str, Any] = {"common_semantic": label}
+    fields["certainty"] = certainty(found.get("certainty"))
+    if rationale := _one_line(found.get("rationale")):
+        fields["rationale"] = rationale
+    if isinstance(found.get("fits"), list):
+        fields["fits"] = sorted({i for i in found["fits"] if type(i) is int and i > 0})
+    return Answer("label", fields)
+
+
+def parse_test(response: Mapping[str, Any], name: str) -> Answer:
+    """Read a response to a scoring task: its list `name` ("fires", "correct", "intruders")."""
+    early = _not_succeeded(response)
+    if early:
+        return early
+    content = response.get("content")
+    found = find_object(content, name) if isinstance(content, str) else None
+    if found is None:
+        return _without_object(content if isinstance(content, str) else "", response)
+    if not isinstance(found[name], list):
+        return Answer("failure", reason=f'"{name}" is not a list')
+    return Answer("answer", {name: found[name]})
+
+
+# What a test's answer is called.
+TEST_FIELDS = {"detect": "fires", "fuzz": "correct", "intruder": "intruders"}
+
+
+def parse_answer(task: str, response: Mapping[str, Any]) -> Answer:
+    """Read a response to any task ("explain", "detect", "detect_control", …)."""
+    name = TEST_FIELDS.get(task.removesuffix("_control"))
+    return parse_test(response, name) if name else parse_label(response)
+
+
+def _not_succeeded(response: Mapping[str, Any]) -> Answer | None:
+    status = response.get("status", "succeeded")
+    if status != "succeeded":
+        return Answer("failure", reason=f"{status}: {response.get('error') or 'no answer'}")
+    if response.get("stop_reason") == "refusal":
+        return Answer("refusal", reason=_one_line(response.get("content"))[:300])
+    return None
+
+
+def _without_object(content: str, response: Mapping[str, Any]) -> Answer:
+    if response.get("stop_reason") == "max_tokens":
+        return Answer("failure", reason="cut off at max_tokens")
+    if _REFUSAL.search(content[:400]) and not _NO_INPUT.search(content[:400]):
+        return Answer("refusal", reason=_one_line(content)[:300])
+    return Answer("failure", reason=f"no JSON object in the answer: {_one_line(content)[:120]!r}")
+
+
+def find_object(content: str, name: str) -> dict[str, Any] | None:
+    """Return the last JSON object in free text that has the key `name`; None when there is none.
+
+    Braces inside strings are no matter. Backslashes that JSON does not know (LaTeX) are kept.
+    """
+    starts = [match.start() for match in re.finditer(r"\{", content)]
+    for text in (content, _escape_latex(content)):
+        if text is not content:
+            starts = [match.start() for match in re.finditer(r"\{", text)]
+        for start in reversed(starts):
+            if name not in text[start:]:
+                continue
+            try:
+                value, _ = _DECODER.raw_decode(text, start)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(value, dict) and name in value:
+                return value
+    return None
+
+
+_DECODER = json.JSONDecoder(strict=False)
+
+
+def _escape_latex(text: str) -> str:
+    return re.sub(r'\\(?!["\\/bfnrtu])|\\u(?![0-9a-fA-F]{4})', lambda m: "\\" + m.group(), text)
+
+
+def _loose_pair(content: str) -> dict[str, Any] | None:
+    matches = list(_LOOSE_PAIR.finditer(content))
+    if not matches:
+        return None
+    match = matches[-1]
+    return {"common_semantic": match["label"], "certainty": match["certainty"].rstrip(".")}
+
+
+def _one_line(value: object) -> str:
+    """A string on one line; JSON escapes that were LaTeX commands get their backslash back."""
+    if not isinstance(value, str):
+        return ""
+    value = re.sub(r"[\f\b](?=[a-z])", lambda m: {"\f": "\\f", "\b": "\\b"}[m.group()], value)
+    value = re.sub(r"\t(?=(heta|au|ext|imes|o)\b)", r"\\t", value)
+    value = re.sub(r"\r(?=(ho|ight)\b)", r"\\r", value)
+    value = re.sub(r"\n(?=(u|eq|abla|eg)\b)", r"\\n", value)
+    return " ".join("".join(c for c in value if c.isprintable() or c.isspace()).split())
+
+
+def certainty(value: object) -> float | None:
+    """Read a certainty as a share: 1, 0.9, "0.9", "90%" and 90 count; anything else is None."""
+    if isinstance(value, str):
+        text = value.strip()
+        try:
+            value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        except ValueError:
+            return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    share = float(value) / 100 if 1 < value <= 100 else float(value)
+    return share if 0 <= share <= 1 else None
+
+
+# --- result rows and their YAML --------------------------------------------------------------
+
+
+def record(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn a results line's "result" into a record of `output/<batch id>.yaml`.
+
+    Only text blocks make the content: a thinking block may come first.
+    """
+    if result["type"] != "succeeded":
+        error = result.get("error") or {}
+        inner = error.get("error", error) if isinstance(error, dict) else {}
+        kind, message = inner.get("type"), inner.get("message")
+        return {
+            "content": None,
+            "model": None,
+            "input_tokens": 0,
+            "output_tokens": 0,
+            "status": result["type"],
+            "stop_reason": None,
+            "error": f"{kind}: {message}" if kind else None,
+        }
+    message = result.get("message") or {}
+    usage = message.get("usage") or {}
+    blocks = message.get("content") or []
+    texts = [b.get("text", "") for b in blocks if b.get("type") == "text"]
+    return {
+        "content": "".join(texts),
+        "model": message.get("model"),
+        "input_tokens": usage.get("input_tokens", 0),
+        "output_tokens": usage.get("output_tokens", 0),
+        "status": "succeeded",
+        "stop_reason": message.get("stop_reason"),
+    }
+
+
+def dump_yaml(value: Any, stream: IO[str]) -> None:
+    """Write YAML in the order given, readable text unescaped."""
+    yaml.dump(value, stream, Dumper=DUMPER, sort_keys=False, allow_unicode=True, width=100)
+
+
+def write_yaml(path: Path, value: Any) -> None:
+    """Write a YAML file atomically, in the order given."""
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        dump_yaml(value, file)
+
+
+def load_yaml(path: Path) -> Any:
+    """Read YAML safely; raises UserError when the file is missing or damaged."""
+    if not path.exists():
+        raise UserError(f"{path} does not exist")
+    try:
+        with path.open(encoding="utf-8") as file:
+            return yaml.load(file, Loader=LOADER)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" (line {where.line + 1})" if where else ""
+        raise UserError(f"{path} is not readable YAML{line}") from None
+
+
+def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (custom_id, record) of one `output/<batch id>.yaml`, this version's or an older one."""
+    rows = load_yaml(path)
+    if rows is None:
+        return
+    if not isinstance(rows, dict):
+        raise UserError(f"{path} is not a mapping of custom ids to responses")
+    for custom_id, row in rows.items():
+        if not isinstance(row, dict):
+            row = {"content": row if isinstance(row, str) else None}
+        yield str(custom_id), row
+
+
+def failed_kind(row: Mapping[str, Any]) -> str | None:
+    """Return "failed" (worth sending again), "invalid" (it would fail again) or None (answered)."""
+    status = row.get("status", "succeeded")
+    if status == "succeeded" or status == "unreadable":
+        return None
+    if status == "errored" and str(row.get("error")).startswith(_LASTING_ERRORS):
+        return "invalid"
+    return "failed"
+
+
+def count(kinds: Iterable[str]) -> dict[str, int]:
+    """Count by kind, in order of first appearance."""
+    totals: dict[str, int] = {}
+    for kind in kinds:
+        totals[kind] = totals.get(kind, 0) + 1
+    return totals

@@ -1,0 +1,1 @@
+"""The fast pieces: the same mathematics in torch, C++ and Triton."""

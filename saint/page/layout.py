@@ -1,0 +1,285 @@
+"""The layout of the steering page, in Gradio; `saint.page.handlers` has what it does."""
+
+from __future__ import annotations
+
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from gradio import themes
+from gradio.events import api
+
+from saint.page.handlers import TEMPERATURE, TOP_P, Desk, api_endpoints, shown
+from saint.steering.load import EXAMPLE_PROMPTS
+from saint.steering.settings import WHERE, Limits
+
+_HERE = Path(__file__).parent
+# One request computes at a time: nobody's batch depends on who else is there.
+_MODEL: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
+_QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+_BUSY: dict[str, Any] = {"api_visibility": "private", "show_progress": "minimal"}
+_PRESS = """
+element.addEventListener('click', (event) => {
+  const button = event.target.closest('button');
+  if (button) trigger('pressed', { ...Object.fromEntries(
+    Object.entries(button.dataset).map(([key, value]) => [key, Number(value)])) });
+});
+"""
+# After a run: the link, and the same in the address bar, so that reloading brings the pair back.
+_SHARE_JS = """(query) => {
+  if (!query) return query;
+  const link = location.origin + location.pathname + query.slice(query.indexOf('?'));
+  history.replaceState(null, '', link);
+  return link;
+}"""
+_HEADER = """
+<div class="saint"><h1>Turn a model's concepts up and down</h1>
+<p class="lead">Choose a concept, give it a strength, and compare what the model writes by itself
+with what it writes when that concept is turned up.</p>
+<details><summary>How does this work, and what is a latent?</summary>
+<p>While a language model reads, each token is a long list of numbers inside it. A <em>sparse
+autoencoder</em> (SAE) has learned to write that list as a sum of a few out of many directions, and
+many of those directions stand for something one can name: nuclear weapons, court rulings, quoted
+speech. Such a direction is called a <em>latent</em>. Steering adds more or less of it to the
+numbers while the model writes.</p>
+<p>A strength of 1 is the strongest activation ever seen on this latent. Too much of it and
+the text falls apart: watch the <em>surprise</em>, how unlikely the plain model finds a token.</p>
+</details>
+<p class="muted">{facts}</p></div>
+"""
+
+
+def theme() -> themes.Base:
+    """Return a theme that uses the visitor's own fonts: the page asks no other server for any."""
+    return themes.Default(
+        primary_hue="orange",
+        neutral_hue="slate",
+        radius_size="lg",
+        font=["system-ui", "sans-serif"],
+        font_mono=["ui-monospace", "monospace"],
+    )
+
+
+def css() -> str:
+    """Return the page's style sheet."""
+    return (_HERE / "page.css").read_text(encoding="utf-8")
+
+
+def build_page(desk: Desk) -> gr.Blocks:
+    """Lay the page out and wire it; start it with `launch`."""
+    page = gr.Blocks(title="SAINT: steer a language model", analytics_enabled=False)
+    with page:
+        gr.HTML(_HEADER.format(facts=escape(_facts(desk))), elem_id="header")
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=5, min_width=320):
+                mix = _latents_column(desk)
+            with gr.Column(scale=6, min_width=320):
+                fields, chips, run, stop, result = _writing_column(desk, mix)
+        tools = _Tools(desk, mix, fields)
+        outputs = [result, tools.query, tools.json]
+        compare = run.click(shown(desk.compare), fields, outputs, **_BUSY, **_MODEL)
+        compare.then(None, tools.query, tools.link, js=_SHARE_JS, **_QUIET)
+        _wire_chips(desk, chips, fields)
+        restored = gr.State(False)
+        page.load(shown(desk.restore), None, [*fields, restored], **_QUIET)
+        # Only a link's visitor has something to wait for in the queue.
+        again = restored.change(shown(desk.compare), fields, outputs, **_BUSY, **_MODEL)
+        stop.click(None, cancels=[compare, again], **_QUIET)
+        for name, function in api_endpoints(desk).items():
+            api(shown(function), api_name=name, **_MODEL)
+    page.queue(max_size=32, default_concurrency_limit=1)
+    return page
+
+
+def _facts(desk: Desk) -> str:
+    parts = []
+    for dictionary, guide in zip(desk.studio.dictionaries, desk.guides, strict=True):
+        labels = f"{len(guide.labels):,} labelled" if guide.labels else "no labels"
+        parts.append(
+            f"{dictionary.name}: {dictionary.sae.config.n_latents:,} latents ({labels}) at layer "
+            f"{dictionary.hook.layer}, {dictionary.hook.name}; strength in units of the "
+            f"{dictionary.unit_source}"
+        )
+    return " · ".join(parts)
+
+
+def _latents_column(desk: Desk) -> gr.HTML:
+    gr.HTML("<div class='saint'><h3><span class='num'>1</span>Choose latents</h3></div>")
+    kind = gr.Radio(
+        [("Label", "label"), ("Token", "token"), ("Example text", "example text")],
+        value="label" if any(g.labels for g in desk.guides) else "example text",
+        label="Search by",
+        elem_id="search_by",
+    )
+    query = gr.Textbox(
+        label="Search for",
+        placeholder="nuclear, court, … or #896 for a latent itself",
+        submit_btn="Search",
+        max_length=2000,
+        elem_id="query",
+    )
+    results = gr.HTML("", js_on_load=_PRESS, elem_id="results")
+    gr.HTML("<div class='saint'><h3>Your mix</h3></div>")
+    mix = gr.HTML(
+        [],
+        html_template="<div class='saint dials'></div>",
+        js_on_load=(_HERE / "page.js").read_text(encoding="utf-8"),
+        elem_id="mix",
+    )
+    gr.on(
+        [query.submit, kind.change],
+        shown(desk.find),
+        [kind, query],
+        results,
+        trigger_mode="always_last",
+        **_BUSY,
+        **_MODEL,
+    )
+    results.pressed(shown(desk.choose), mix, mix, **_QUIET)
+    return mix
+
+
+def _writing_column(desk: Desk, mix: gr.HTML) -> tuple[list[Any], gr.HTML, Any, Any, gr.HTML]:
+    limits = desk.studio.limits
+    gr.HTML("<div class='saint'><h3><span class='num'>2</span>Write</h3></div>")
+    prompts = gr.Textbox(
+        value=EXAMPLE_PROMPTS[3],
+        label="Prompts, one per line",
+        lines=2,
+        max_lines=8,
+        max_length=limits.prompts * limits.prompt_chars,
+        elem_id="prompts",
+    )
+    chips = gr.HTML(_chips(desk), js_on_load=_PRESS, elem_id="chips")
+    fields = [prompts, mix, *_settings(limits, has_chat=desk.studio.tokenizer.has_chat)]
+    with gr.Row():
+        run = gr.Button("Compare", variant="primary", elem_id="run", scale=3)
+        stop = gr.Button("Stop", elem_id="stop", scale=1, min_width=90)
+    gr.HTML("<div class='saint'><h3><span class='num'>3</span>Compare</h3></div>")
+    empty = (
+        "<div class='saint'><p class='empty'>Both completions appear here, side by side.</p></div>"
+    )
+    result = gr.HTML(empty, elem_id="result")
+    return fields, chips, run, stop, result
+
+
+def _settings(limits: Limits, *, has_chat: bool) -> list[Any]:
+    chat = gr.Checkbox(
+        label="Chat: each line is a question, the model answers", visible=has_chat, elem_id="chat"
+    )
+    with gr.Accordion("Settings", open=False, elem_id="settings"):
+        names = {"both": "prompt and new", "generated": "only new", "prompt": "only the prompt's"}
+        choices = [(names[where], where) for where in WHERE]
+        where = gr.Radio(choices, value="both", label="Steer on which tokens", elem_id="where")
+        n = gr.Slider(1, limits.new_tokens, 40, step=1, label="New tokens", elem_id="length")
+        with gr.Row():
+            temperature = gr.Slider(
+                0, 2, TEMPERATURE, step=0.05, label="Temperature (0: the likeliest)", min_width=150
+            )
+            top_p = gr.Slider(0.05, 1, TOP_P, step=0.05, label="Top-p", min_width=150)
+            seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=100, elem_id="seed")
+    return [where, n, temperature, top_p, seed, chat]
+
+
+def _chips(desk: Desk) -> str:
+    show = [
+        f"<button data-show='{i}'>Try: {escape(label[:48])}</button>"
+        for i, (label, _) in enumerate(desk.showcase())
+    ]
+    prompts = [
+        f"<button data-prompt='{i}'>{escape(text)}&nbsp;…</button>"
+        for i, text in enumerate(EXAMPLE_PROMPTS)
+    ]
+    return f"<div class='saint chips'>{''.join(show)}{''.join(prompts)}</div>"
+
+
+def _wire_chips(desk: Desk, chips: gr.HTML, fields: list[Any]) -> None:
+    showcase = desk.showcase()
+
+    def press(event: gr.EventData) -> list[Any]:
+        chosen = event._data or {}
+        if chosen.get("show") in range(len(showcase)):
+            return desk.fields(showcase[int(chosen["show"])][1])[:2]
+        if chosen.get("prompt") in range(len(EXAMPLE_PROMPTS)):
+            return [EXAMPLE_PROMPTS[int(chosen["prompt"])], gr.skip()]
+        return [gr.skip(), gr.skip()]
+
+    chips.pressed(shown(press), None, fields[:2], **_QUIET)
+
+
+class _Tools:
+    """The tabs below: looking closer, finding the dose, keeping and sharing."""
+
+    def __init__(self, desk: Desk, mix: gr.HTML, fields: list[Any]) -> None:
+        prompts, chat = fields[0], fields[-1]
+        with gr.Tabs():
+            with gr.Tab("Look inside"):
+                look = gr.Button("Show the first prompt, token by token", elem_id="look")
+                view = gr.HTML("", js_on_load=_PRESS, elem_id="view")
+                look.click(shown(desk.view), [prompts, mix, chat], view, **_BUSY, **_MODEL)
+                view.pressed(shown(desk.choose), mix, mix, **_QUIET)
+            with gr.Tab("Find the dose"):
+                gr.HTML(
+                    "<div class='saint'><p class='muted'>Turns one latent of the mix up step by "
+                    "step on a few prompts, and looks for the strongest dose that leaves the text "
+                    "fluent.</p></div>"
+                )
+                which = gr.Dropdown([], label="Latent of the mix", elem_id="dose_latent")
+                with gr.Row():
+                    start = gr.Button("Sweep this latent", elem_id="sweep")
+                    end = gr.Button("Stop", scale=0, min_width=90)
+                plot = gr.HTML("", elem_id="dose")
+                mix.change(shown(desk.dose_choices), [mix, which], which, **_QUIET)
+                inputs = [which, *fields]
+                sweeping = start.click(shown(desk.sweep_chosen), inputs, plot, **_BUSY, **_MODEL)
+                end.click(None, cancels=[sweeping], **_QUIET)
+            with gr.Tab("Keep and share"):
+                self._keep(desk, mix, fields)
+
+    def _keep(self, desk: Desk, mix: gr.HTML, fields: list[Any]) -> None:
+        self.query = gr.Textbox(visible=False)
+        self.link = gr.Textbox(
+            label="Link that brings back exactly this pair (after Compare)",
+            buttons=["copy"],
+            interactive=False,
+            elem_id="link",
+        )
+        with gr.Row():
+            with gr.Column(min_width=300):
+                self.json = gr.Code(
+                    label="Settings and results as JSON", language="json", elem_id="json"
+                )
+                load = gr.Button("Load the settings written here", elem_id="load")
+                load.click(shown(desk.load), self.json, fields, **_QUIET)
+            with gr.Column(min_width=300):
+                _presets(desk, fields)
+                vector = gr.Button("Make a steering vector of the mix", elem_id="export")
+                download = gr.HTML("", elem_id="download")
+                vector.click(shown(desk.export), mix, download, **_QUIET)
+
+
+def _presets(desk: Desk, fields: list[Any]) -> None:
+    """Named settings, kept in the visitor's own browser."""
+    kept = gr.BrowserState({}, storage_key="saint_presets", secret="saint")
+    name = gr.Textbox(label="Preset", placeholder="a name", max_length=60, elem_id="preset_name")
+    choice = gr.Dropdown([], label="Saved in this browser", elem_id="preset_choice")
+    with gr.Row():
+        save = gr.Button("Save", min_width=80, elem_id="preset_save")
+        load = gr.Button("Load", min_width=80, elem_id="preset_load")
+        drop = gr.Button("Delete", min_width=80, elem_id="preset_delete")
+
+    def listed(presets: Any) -> Any:
+        return gr.Dropdown(choices=sorted(presets or {}), value=None)
+
+    def store(presets: Any, title: str, *values: Any) -> Any:
+        title = str(title or "").strip() or "unnamed"
+        return dict(presets or {}) | {title[:60]: desk.preset(*values)}
+
+    def without(presets: Any, title: Any) -> Any:
+        return {k: v for k, v in (presets or {}).items() if k != title}
+
+    save.click(shown(store), [kept, name, *fields], kept, **_QUIET)
+    load.click(shown(desk.load_preset), [kept, choice], fields, **_QUIET)
+    drop.click(without, [kept, choice], kept, **_QUIET)
+    gr.on(None, listed, kept, choice, **_QUIET)  # when the page opens and when they change

@@ -1,0 +1,1 @@
+"""Stored activations become training rows in one global order."""

@@ -1,0 +1,1 @@
+"""What makes a script a stage: errors, flags, workers, devices, files, manifests."""

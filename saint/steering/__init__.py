@@ -1,0 +1,1 @@
+"""Edits of the residual stream, and what they do to the text."""

@@ -1,0 +1,1 @@
+"""Rows on disk: sentences, activations, shuffled rows."""

@@ -1,0 +1,1 @@
+"""Objectives, step, loop and curves of an SAE's training."""

@@ -1,0 +1,141 @@
+"""What a training run leaves beside its SAE: checkpoints, metrics.jsonl, W&B, a page of curves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from saint.stage.program import UserError, atomic_path, log, save_torch, write_text
+from saint.training.curves_page import training_page
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """Where a run keeps its checkpoints, metrics and curves; all named after the SAE's file."""
+
+    model: Path
+    keep_last_n: int = 1
+
+    @property
+    def checkpoint_dir(self) -> Path:
+        """Directory of this run's checkpoints."""
+        return self.model.parent / "sae_checkpoints"
+
+    @property
+    def best(self) -> Path:
+        """The SAE with the lowest val/loss so far."""
+        return self.checkpoint_dir / f"{self.model.stem}.best.pt"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line."""
+        return self.model.with_name(f"{self.model.stem}.metrics.jsonl")
+
+    @property
+    def page(self) -> Path:
+        """A page of curves, renewed while the run goes on."""
+        return self.model.with_name(f"{self.model.stem}.training.html")
+
+    def patterns(self) -> tuple[str, ...]:
+        """Return glob patterns of everything that a run writes, relative to the SAE's directory."""
+        checkpoints = f"{self.checkpoint_dir.name}/{self.model.stem}"
+        names = (self.model.name, self.metrics.name, self.page.name)
+        return (*names, f"{checkpoints}.step_*.pt", f"{checkpoints}.best.pt")
+
+    def checkpoints(self) -> list[Path]:
+        """Return the checkpoints, oldest first."""
+        return sorted(self.checkpoint_dir.glob(f"{self.model.stem}.step_*.pt"))
+
+    def save(self, state: Mapping[str, Any], step: int) -> None:
+        """Write a checkpoint, and only then remove the older ones beyond keep_last_n."""
+        path = self.checkpoint_dir / f"{self.model.stem}.step_{step:09d}.pt"
+        save_torch(path, dict(state))
+        for old in self.checkpoints()[: -max(1, self.keep_last_n)]:
+            old.unlink()
+
+    def clear_checkpoints(self) -> None:
+        """After success with keep_last_n 0: leave none, nor the best SAE."""
+        if self.keep_last_n == 0:
+            for path in (*self.checkpoints(), self.best):
+                path.unlink(missing_ok=True)
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Return all logged metrics; a last line cut short by a kill is left out."""
+        lines = self.metrics.read_text().splitlines() if self.metrics.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("}")]
+
+    def truncate_metrics(self, step: int) -> None:
+        """Drop what was logged after a checkpoint, so that a resumed run logs each step once."""
+        if self.metrics.exists():
+            kept = [entry for entry in self.read_metrics() if entry["step"] <= step]
+            with atomic_path(self.metrics) as temporary:
+                temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+
+    def append_metrics(self, entry: Mapping[str, Any]) -> None:
+        """Add one line to metrics.jsonl."""
+        self.metrics.parent.mkdir(parents=True, exist_ok=True)
+        with self.metrics.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def write_page(self, settings: Mapping[str, Any], *, done: bool) -> None:
+        """Draw all that was logged."""
+        title = f"Training {self.model.name}"
+        entries = self.read_metrics()
+        write_text(self.page, training_page(entries, title=title, settings=settings, done=done))
+
+
+class WandbLog:
+    """Mirrors metrics to Weights & Biases; a resumed run continues its curves.
+
+    Raises UserError where W&B refuses from the start. What fails later is a warning, once:
+    metrics.jsonl has it all.
+    """
+
+    def __init__(self, project: str, *, run_id: str, offline: bool, config: Mapping[str, Any]):
+        import wandb
+
+        self._warned = False
+        try:
+            self._run = wandb.init(
+                project=project,
+                id=run_id,
+                resume="allow",
+                mode="offline" if offline else "online",
+                config=dict(config),
+            )
+        except wandb.Error as error:
+            raise UserError(
+                f"--wandb_project {project}: {error} (or give --wandb_offline, and send the run "
+                "later with `wandb sync`)"
+            ) from None
+
+    def log(self, entry: Mapping[str, Any], density: torch.Tensor | None) -> None:
+        """Log one entry; density (n_latents,) becomes a histogram of log10."""
+        import wandb
+
+        shown = dict(entry)
+        if density is not None:
+            values = density[density > 0].log10().tolist()
+            shown["val/log10_latent_density"] = wandb.Histogram(values)
+        with self._never_fatal():
+            self._run.log(shown, step=entry["step"])
+
+    def close(self) -> None:
+        """Finish the run."""
+        with self._never_fatal():
+            self._run.finish()
+
+    @contextmanager
+    def _never_fatal(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever a service's library raises: training matters more
+            if not self._warned:
+                log.warning("warning: W&B does not get all metrics: %s", error)
+            self._warned = True

@@ -1,0 +1,65 @@
+"""The fused training step in Triton, on a GPU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sae import TopKSparseAutoencoder
+from saint.kernels import triton_ops
+from saint.kernels.triton_encoder import Encoder
+from saint.stage.program import UserError, Workers
+from saint.training.moments import Moments
+from saint.training.steps import BETAS, EPS, FusedStep
+
+_LEAST_CAPABILITY = (8, 0)  # Ampere: products of bfloat16
+
+
+class TritonKernels:
+    """The pieces of the step in Triton. Raises UserError where the device cannot run them."""
+
+    def __init__(self, device: torch.device) -> None:
+        if not triton_ops.interpreted():
+            if device.type != "cuda":
+                raise UserError(f"--kernels triton works on a GPU, this run is on {device}")
+            capability = torch.cuda.get_device_capability(device)
+            if capability < _LEAST_CAPABILITY:
+                name = torch.cuda.get_device_name(device)
+                raise UserError(
+                    f"--kernels triton needs bfloat16 products (compute capability 8.0 or more), "
+                    f"{name} has {capability[0]}.{capability[1]}"
+                )
+        self.encode = Encoder()
+        self.reconstruct = triton_ops.reconstruct
+
+
+class TritonStep(FusedStep):
+    """The fused step in Triton."""
+
+    name = "triton"
+    pieces: TritonKernels
+
+    def __init__(self, sae: TopKSparseAutoencoder, moments: Moments, workers: Workers):
+        super().__init__(sae, moments, workers, TritonKernels(workers.device))
+
+    @torch.no_grad()
+    def apply(self, learning_rate: float, grad_clip: float) -> Tensor:
+        """See `Step`."""
+        sae, whole = self.sae, self._sum_of_parts()
+        gradient = triton_ops.group_by_latent(sae.config.n_latents, whole, self._dead)
+        grad_b, squares = triton_ops.gradient_squares(gradient, sae.W_dec.detach())
+        # b_pre also enters every pre-activation, through W_enc · (x − b_pre).
+        grad_b_pre = whole.g.sum(dim=0) - sae.W_enc.T @ grad_b
+        norm = (squares.double().sum() + grad_b_pre.double().square().sum()).sqrt()
+        scale = (grad_clip / (norm + 1e-6)).clamp(max=1.0).float()
+        step = triton_ops.AdamStep(*BETAS, EPS, *self._adam_constants(learning_rate))
+        weights = self.pieces.encode.rounded_weights(sae.W_enc)
+        parameters = [self._weight_and_moments(name) for name in ("W_enc", "b_enc", "W_dec")]
+        rounded = (weights.rows, weights.norms)
+        triton_ops.update(gradient, parameters, rounded, grad_b, scale, step)
+        step.move(*self._weight_and_moments("b_pre"), scale * grad_b_pre)
+        return norm.float()
+
+    def diagnostics(self) -> dict[str, float]:
+        """See `Step`."""
+        return self.pieces.encode.diagnostics()

@@ -1,0 +1,415 @@
+"""Scores measure what a judge knows: mock judges of known accuracy, controls, disjoint splits."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from saint.evidence.labels import load_labels
+from saint.interpretation.prompts import (
+    PromptOptions,
+    detect_prompt,
+    explain_prompt,
+    fuzz_prompt,
+    intruder_prompt,
+    render,
+)
+from saint.interpretation.prompts import (
+    test_sentences as held_out_sentences,
+)
+from saint.interpretation.scores import outcomes, pooled, score
+from tests.support.interpretation_data import (
+    example,
+    row,
+    write_dataset,
+    write_evidence,
+    write_top_sentences,
+)
+from tests.support.interpretation_workplace import Workplace, error_of
+
+
+def judge(accuracy: float, seed: int = 0):
+    """Answers like Claude, knowing the concept; each excerpt is judged right with `accuracy`."""
+    rng = random.Random(seed)
+
+    def answer(params: dict[str, Any]) -> str:
+        text = params["messages"][0]["content"]
+        system = params["system"]
+        if "You name one latent" in system:
+            word = re.findall(r"«(topic\d+)»", text)[0]
+            return json.dumps({"common_semantic": f"the word {word}", "certainty": 0.9})
+        if "intruder" in system:
+            letters = []
+            for part in text.split("Set ")[1:]:
+                rows = dict(re.findall(r"^([A-E])\. (.*)$", part, re.MULTILINE))
+                topics = re.findall(r"«(topic\d+)»", part)
+                odd = next(letter for letter, line in rows.items() if "«topic" not in line)
+                if len(set(topics)) > 1:  # no pattern is shared
+                    odd = rng.choice("ABCDE")
+                wrong = [letter for letter in rows if letter != odd]
+                letters.append(odd if rng.random() < accuracy else rng.choice(wrong))
+            return json.dumps({"intruders": letters})
+        label = re.findall(r"Label: the word (topic\d+)", text)[0]
+        excerpts = re.findall(r"^(\d+)\. (.*)$", text, re.MULTILINE)
+        sign = f"«{label}»" if "marked tokens" in system else label
+        name = "correct" if "marked tokens" in system else "fires"
+        chosen = [int(n) for n, t in excerpts if (sign in t) == (rng.random() < accuracy)]
+        return json.dumps({name: chosen})
+
+    return answer
+
+
+@pytest.mark.parametrize("accuracy", [1.0, 0.8, 0.5])
+def test_a_judge_of_known_accuracy_is_measured_as_such(tmp_path: Path, accuracy: float):
+    work = Workplace(tmp_path, n_latents=12)
+    work.api.answer = judge(accuracy)
+    assert len(work.everything("--no_smoke_test")) == 12
+    for task in ("detect", "fuzz", "intruder"):
+        done = work.send("--task", task, "--labels_path", work.labels, "--n_controls", 6)
+        assert done.returncode == 0, done.stderr
+    assert work.retrieve().returncode == 0
+    assert work.parse("--report").returncode == 0
+    report = json.loads((work.output / "parsed_responses.report.json").read_text())
+    scores = report["scores"]
+    assert all(scores[task]["latents"] == 12 for task in scores)
+    # 480, 240 and 60 decisions: four standard errors.
+    assert scores["detect"]["mean"] == pytest.approx(accuracy, abs=0.09)
+    assert scores["fuzz"]["mean"] == pytest.approx(accuracy, abs=0.13)
+    assert scores["intruder"]["mean"] == pytest.approx(accuracy, abs=0.26)
+    # 240, 120 and 30 decisions.
+    for task, chance, width in (("detect", 0.5, 0.13), ("fuzz", 0.5, 0.16), ("intruder", 0.2, 0.3)):
+        control = report["shuffled_label_controls"][task]
+        assert control["latents"] == 6 and control["mean"] == pytest.approx(chance, abs=width)
+    labels = yaml.safe_load(work.labels.read_text())
+    found = labels[3]["score"]["detect"]
+    assert found["n"] == 40 and found["ci_low"] <= found["balanced_accuracy"] <= found["ci_high"]
+    assert found["ci_low"] < found["ci_high"]
+    assert len(work.api.live_requests) == 3
+    controlled = [r for r in labels.values() if "control" in r["score"]["intruder"]]
+    assert len(controlled) == 6 and all(
+        0 <= r["score"]["intruder"]["control"] <= 1 for r in controlled
+    )
+    work.api.close()
+
+
+def test_the_intruder_test_needs_no_label(tmp_path: Path):
+    work = Workplace(tmp_path, n_latents=6)
+    work.api.answer = judge(1.0)
+    assert work.send("--task", "intruder", "--n_controls", 2).returncode == 0
+    assert work.retrieve().returncode == 0
+    done = work.parse("--report")
+    assert done.returncode == 0 and "0 labels" in done.stderr, done.stderr
+    found = yaml.safe_load(work.labels.read_text())
+    assert sorted(found) == list(range(6))
+    for record in found.values():
+        # No word stands in for the label that is not there.
+        assert record["common_semantic"] == "" and record["certainty"] is None
+        measured = record["score"]["intruder"]
+        assert measured["accuracy"] == 1 and measured["ci_low"] < 1 == measured["ci_high"]
+        assert measured["chance"] == 0.2 and measured["n"] == 5
+    assert sum("control" in r["score"]["intruder"] for r in found.values()) == 2
+    report = json.loads((work.output / "parsed_responses.report.json").read_text())
+    assert report["labels"] == 0 and report["scores"]["intruder"]["latents"] == 6
+    assert report["shuffled_label_controls"]["intruder"]["latents"] == 2
+    label = load_labels(work.labels)[3]
+    assert label.text == "" and label.intruder == 1.0 and label.score is None
+    # There is nothing that detection could test.
+    assert "no latent is left" in error_of(
+        work.send("--task", "detect", "--labels_path", work.labels)
+    )
+    # Words from the evidence may name them, and Claude some of them later: all scores stay.
+    words = work.top_tokens()
+    assert words.returncode == 0, words.stderr
+    named = yaml.safe_load(work.labels.read_text())
+    assert named[3]["common_semantic"] == "topic3" and named[3]["score"]["intruder"]["n"] == 5
+    assert work.send("--latents", "2,4").returncode == 0
+    work.retrieve()
+    for task in (("--task", "explain"), ()):
+        assert work.parse(*task).returncode == 0
+        named = yaml.safe_load(work.labels.read_text())
+        assert {i for i, r in named.items() if r["common_semantic"]} == {2, 4}
+        assert list(named)[:2] == [2, 4] and named[2]["common_semantic"] == "the word topic2"
+        assert all(r["score"]["intruder"]["accuracy"] == 1 for r in named.values())
+    work.api.close()
+
+
+def test_strangers_share_no_pattern():
+    others = [row(i) for i in (4, 5, 6, 7)]
+    prompt = intruder_prompt(row(3), PromptOptions(), others)
+    assert prompt is not None and "topic3" not in prompt.text
+    for part in prompt.text.split("Set ")[1:]:
+        assert sorted(re.findall(r"«topic(\d)»", part)) == ["4", "5", "6", "7"]
+
+
+def test_scores_belong_to_the_label_they_measured(tmp_path: Path):
+    work = Workplace(tmp_path, n_latents=5)
+    work.api.answer = judge(1.0)
+    work.everything("--no_smoke_test")
+    work.send("--task", "detect", "--labels_path", work.labels, "--n_controls", 0)
+    work.retrieve()
+    work.parse("--task", "detect")
+    labels = yaml.safe_load(work.labels.read_text())
+    assert labels[2]["score"]["detect"]["balanced_accuracy"] == 1.0
+    # Parsing the labels again keeps scores of the same text, also where the tests are left out.
+    assert work.parse("--task", "explain").returncode == 0
+    assert "score" in yaml.safe_load(work.labels.read_text())[2]
+    # A label of another text has not been measured, and is asked about again.
+    plain = work.api.answer
+    work.api.answer = lambda p: plain(p).replace("the word", "any word")
+    work.everything("--no_smoke_test", "--overwrite")
+    assert "score" not in yaml.safe_load(work.labels.read_text())[2]
+    assert "scores left out: 5 of a label of another text" in work.calls[-1].stderr
+    work.api.answer = lambda p: plain({**p, "messages": [_the_word(p)]})
+    work.send("--task", "detect", "--labels_path", work.labels, "--n_controls", 0)
+    work.retrieve()
+    work.parse()
+    assert yaml.safe_load(work.labels.read_text())[2]["score"]["detect"]["n"] == 40
+    work.api.close()
+
+
+def _replace_evidence(work: Workplace) -> None:
+    """Write another dictionary's evidence in its place: latent i fires on what i + 1 fired on."""
+    n = len(work.rows)
+    rows = [row((i + 1) % n) | {"latent": i} for i in range(n)]
+    write_evidence(work.tops / "evidence.parquet", rows)
+
+
+def _with_intruder_scores(work: Workplace) -> list[int]:
+    found = yaml.safe_load(work.labels.read_text())
+    return sorted(i for i, r in found.items() if "intruder" in (r.get("score") or {}))
+
+
+@pytest.mark.parametrize("named_by", ["top tokens", "Claude"])
+def test_intruder_scores_are_not_given_to_another_dictionary(tmp_path: Path, named_by: str):
+    work = Workplace(tmp_path, n_latents=6)
+    work.api.answer = judge(1.0)
+    work.send("--task", "intruder", "--n_controls", 2)
+    work.retrieve()
+    assert work.parse("--task", "intruder").returncode == 0
+    assert _with_intruder_scores(work) == list(range(6))
+    _replace_evidence(work)
+    if named_by == "Claude":
+        assert work.send("--no_smoke_test").returncode == 0
+        work.retrieve()
+        ways = [lambda: work.parse("--task", "explain", "--overwrite"), work.parse]
+    else:
+        ways = [work.top_tokens, work.parse, lambda: work.parse("--task", "intruder")]
+    for n_way, way in enumerate(ways):
+        done = way()
+        assert done.returncode == 0, done.stderr
+        assert "scores left out: 6 measured on other evidence" in done.stderr, n_way
+        assert "1" in yaml.safe_load(work.labels.read_text())[0]["common_semantic"]
+        assert not _with_intruder_scores(work)
+    manifest = json.loads((work.output / "parsed_responses.yaml.manifest.json").read_text())
+    assert not manifest["facts"]["controls"]
+    # Asked about the new latents, the test's answers are theirs, and stay so.
+    assert work.send("--task", "intruder", "--n_controls", 2, "--overwrite").returncode == 0
+    work.retrieve()
+    for done in (work.parse("--task", "intruder"), work.parse()):
+        assert done.returncode == 0 and "left out" not in done.stderr
+        assert _with_intruder_scores(work) == list(range(6))
+    work.api.close()
+
+
+def test_labels_from_top_tokens_follow_the_evidence(tmp_path: Path):
+    work = Workplace(tmp_path, n_latents=5)
+    work.api.answer = lambda _: '{"fires": [1]}'
+    work.top_tokens()
+    work.send("--task", "detect", "--labels_path", work.labels, "--n_controls", 0)
+    work.retrieve()
+    assert work.parse("--task", "detect").returncode == 0
+    for way in (work.top_tokens, work.top_tokens):
+        assert "kept" not in way().stderr
+        found = yaml.safe_load(work.labels.read_text())
+        assert all(r["source"] == "top tokens" and "detect" in r["score"] for r in found.values())
+    _replace_evidence(work)
+    done = work.top_tokens()
+    assert done.returncode == 0 and "scores left out: 5 measured on other" in done.stderr
+    found = yaml.safe_load(work.labels.read_text())
+    assert [found[i]["common_semantic"] for i in range(5)] == [f"topic{(i + 1) % 5}" for i in found]
+    assert not any("score" in r for r in found.values())
+    # What a model wrote is kept.
+    work.api.answer = judge(1.0)
+    labels = work.everything("--no_smoke_test")
+    assert "a model wrote these labels" in work.top_tokens().stderr
+    assert yaml.safe_load(work.labels.read_text()) == labels
+    work.api.close()
+
+
+@pytest.mark.parametrize("task", ["intruder", "explain"])
+def test_a_task_without_answers_writes_nothing(tmp_path: Path, task: str):
+    work = Workplace(tmp_path)
+    other = "explain" if task == "intruder" else "intruder"
+    work.api.answer = judge(1.0)
+    assert work.send("--task", other, "--no_smoke_test").returncode == 0
+    work.retrieve()
+    before = work.files()
+    assert f"answers --task {task}" in error_of(work.parse("--task", task))
+    assert work.files() == before
+    # Nor does it touch labels that are there.
+    assert work.parse().returncode == 0
+    times = {path: path.stat().st_mtime_ns for path in work.files()}
+    error_of(work.parse("--task", task, "--overwrite"))
+    assert {path: path.stat().st_mtime_ns for path in work.files()} == times
+    work.api.close()
+
+
+def _the_word(params: dict[str, Any]) -> dict[str, Any]:
+    return {"content": params["messages"][0]["content"].replace("any word", "the word")}
+
+
+def _swapped(latent: int) -> dict[str, Any]:
+    """The evidence of another run, whose test split is what the first one's explainer saw."""
+    other = {"explain": "test", "test": "explain", "": ""}
+    examples = [e | {"split": other[e["split"]]} for e in row(latent)["examples"]]
+    return row(latent) | {"examples": examples}
+
+
+@pytest.mark.parametrize("made_from", ["the same file", "another file", "the YAML"])
+def test_no_label_is_tested_on_what_it_was_made_from(tmp_path: Path, made_from: str):
+    work = Workplace(tmp_path, n_latents=3)
+    work.api.answer = judge(1.0)
+    evidence = work.tops / "evidence.parquet"
+    aside = evidence.rename(work.tops / "aside.parquet")
+    if made_from == "the YAML":
+        work.api.answer = lambda _: json.dumps({"common_semantic": "words", "certainty": 0.9})
+        write_top_sentences(work.yaml, 3)
+        labels = work.everything("--dataset_dir", write_dataset(tmp_path / "data", 50))
+    else:
+        labels = work.everything("--evidence_path", aside)
+    assert len(labels) == 3
+    rows = [row(i) if made_from != "another file" else _swapped(i) for i in range(3)]
+    write_evidence(evidence, rows)
+    before, asked = work.files(), len(work.api.log)
+    for task in ("detect", "fuzz"):
+        for dry in ((), ("--dry_run",)):
+            done = work.send("--task", task, "--labels_path", work.labels, *dry)
+            if made_from == "the same file":
+                assert done.returncode == 0 and "not known" not in done.stderr
+            else:
+                assert "latent 0 would be tested on sentence" in error_of(done)
+    if made_from != "the same file":
+        assert work.files() == before and len(work.api.log) == asked
+    # Labels of which this ledger knows nothing are tested, and it says so.
+    work.ids = work.tops / "other_ids.yaml"
+    work.api.answer = lambda _: '{"fires": [1]}'
+    done = work.send("--task", "detect", "--labels_path", work.labels)
+    assert done.returncode == 0 and "3 of 3 labels were not made by this ledger" in done.stderr
+    work.api.close()
+
+
+def test_tests_need_labels_and_evidence(tmp_path: Path):
+    work = Workplace(tmp_path)
+    work.labels.parent.mkdir()
+    work.labels.write_text("77: {common_semantic: x, certainty: 1}\n")
+    done = work.send("--task", "detect", "--labels_path", work.labels)
+    assert "no latent is left" in error_of(done)
+    work.api.close()
+
+
+@st.composite
+def evidence_rows(draw: st.DrawFn) -> dict[str, Any]:
+    """Rows with overlapping splits, few examples, and tokens that fire anywhere."""
+    base = row(1)
+    examples = []
+    for _ in range(draw(st.integers(0, 60))):
+        kind = draw(st.sampled_from(["top", "quantile", "near_miss", "random"]))
+        split = "" if kind == "top" else draw(st.sampled_from(["explain", "test"]))
+        word = "hit" if kind in ("top", "quantile") else None
+        window = example(kind, split, draw(st.integers(0, 30)), word)
+        if word and draw(st.booleans()):
+            window["activations"][draw(st.integers(0, 10))] = 0.5
+        examples.append(window)
+    return base | {"examples": examples}
+
+
+@settings(max_examples=80, deadline=None)
+@given(evidence_rows(), st.integers(1, 20))
+def test_splits_are_disjoint_and_classes_balanced(latent: dict[str, Any], n_test: int):
+    options = PromptOptions(n_test=n_test)
+    texts = {i: f"sentence number {i}" for i in range(31)}
+    for ranking in ("max", "mean"):
+        shown = set(explain_prompt(latent, ranking, texts, options).key["shown"])
+        assert not shown & held_out_sentences(latent)
+        for prompt in (
+            detect_prompt(latent, "label", options),
+            fuzz_prompt(latent, "label", options),
+            intruder_prompt(latent, options),
+        ):
+            if prompt is not None:
+                assert not set(prompt.key["tested"]) & shown
+    for ask in (detect_prompt, fuzz_prompt):
+        if prompt := ask(latent, "label", options):
+            truth = prompt.key["truth"]
+            assert 8 <= len(truth) <= 2 * n_test and sum(truth) * 2 == len(truth)
+            assert len(re.findall(r"^\d+\. ", prompt.text, re.MULTILINE)) == len(truth)
+
+
+def test_fuzz_marks_as_many_wrong_tokens_as_right_ones():
+    prompt = fuzz_prompt(row(3), "label", PromptOptions())
+    assert prompt is not None
+    lines = re.findall(r"^\d+\. (.*)$", prompt.text, re.MULTILINE)
+    for line, truth in zip(lines, prompt.key["truth"], strict=True):
+        assert ("«topic3»" in line) == bool(truth)
+        assert line.count("«") == 1
+
+
+def test_detect_hides_the_marks():
+    prompt = detect_prompt(row(3), "label", PromptOptions())
+    assert prompt is not None and "«" not in prompt.text
+    lines = re.findall(r"^\d+\. (.*)$", prompt.text, re.MULTILINE)
+    assert [int("topic3" in line) for line in lines] == prompt.key["truth"]
+
+
+def test_windows_are_cut_around_the_strongest_token():
+    window = example("top", "", 1, "hit") | {"tokens": [f" w{i}" for i in range(11)]}
+    text = render(window, PromptOptions(window_tokens=4), marks=[5])
+    assert text.split() == ["w4", "«w5»", "w6", "w3"] or text.split() == ["w3", "w4", "«w5»", "w6"]
+    long = window | {"tokens": ["x" * 500] * 11}
+    assert len(render(long, PromptOptions(excerpt_chars=100), marks=[5])) <= 104
+    nasty = window | {"tokens": [" «", "»\n", "\x07a", " b", " c", " hit", *[" d"] * 5]}
+    assert render(nasty, PromptOptions(), marks=[5]) == "‹›⏎a b c «hit» d d d d d"
+
+
+def test_neighbouring_marks_are_joined():
+    window = example("top", "", 1, "hit") | {"tokens": [" a", " summary", " judgment", " b"]}
+    window |= {"start": 0, "position": 1}
+    assert render(window, PromptOptions(), marks=[1, 2]) == "a «summary judgment» b"
+    spaces = window | {"tokens": [" a", " ", "", " b"]}
+    assert render(spaces, PromptOptions(), marks=[1]) == "a«␣» b"
+
+
+def test_outcomes_and_scores():
+    results = outcomes("detect", {"fires": [1, "3", 9, "x"]}, [1, 1, 0, 0])
+    assert results == [(1, True), (1, False), (0, False), (0, True)]
+    assert outcomes("intruder", {"intruders": ["a", "C."]}, ["A", "C", "B"]) == [
+        (0, True),
+        (0, True),
+        (0, False),
+    ]
+    # Balanced: the classes' shares are averaged, whatever their sizes.
+    uneven = [(1, True)] * 8 + [(0, True)] * 1 + [(0, False)] * 1
+    assert score("detect", uneven, seed=0)["balanced_accuracy"] == pytest.approx(0.75)
+    assert score("intruder", [(0, True)] * 5, seed=0)["chance"] == pytest.approx(0.2)
+
+
+def test_intervals_cover_the_truth():
+    """Of 200 latents with a true accuracy of 0.8, about 95 % of the intervals contain it."""
+    rng = np.random.default_rng(1)
+    covered, everything = 0, []
+    for seed in range(200):
+        results = [(i % 2, bool(rng.random() < 0.8)) for i in range(40)]
+        everything.append(results)
+        found = score("detect", results, seed=seed)
+        covered += found["ci_low"] <= 0.8 <= found["ci_high"]
+    assert 0.90 <= covered / 200 <= 0.99
+    assert pooled("detect", everything)["ci_low"] <= 0.8 <= pooled("detect", everything)["ci_high"]

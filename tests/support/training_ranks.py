@@ -1,0 +1,49 @@
+"""What one rank of `test_distributed` does: twenty steps on its share of the same batches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from sae import standardise
+from saint.stage.program import Workers
+from saint.training.trainer import Recipe, Trainer
+from tests.test_sae import make_sae
+
+N_STEPS, BATCH = 20, 64
+RECIPE = Recipe(
+    n_latents=64, k=5, num_epochs=1, batch_size=BATCH, learning_rate=1e-3, warmup_fraction=0.1,
+    decay_fraction=0.5, lr_floor=0.0, k_start=8, k_anneal_steps=4, grad_clip=0.5, k_aux=4,
+    aux_coefficient=1 / 32, dead_tokens=128, seed=0,
+)  # fmt: skip
+
+
+def walk(kernels: str, workers: Workers) -> dict:
+    """Take 20 steps on this rank's share; return losses, the first step's gradient, and weights."""
+    sae = make_sae()
+    with torch.no_grad():
+        sae.b_enc[:20] -= 3  # some latents are dead soon
+    trainer = Trainer(sae, RECIPE, N_STEPS, workers, kernels)
+    generator = torch.Generator().manual_seed(9)
+    losses, first, n_dead = [], {}, 0
+    for step in range(N_STEPS):
+        batch = standardise(torch.randn(BATCH, 24, generator=generator))[0]
+        n_dead = max(n_dead, len(trainer.dead()))
+        share = batch.chunk(workers.world_size)[workers.rank]
+        losses.append(float(trainer.train_step(share, 11)[0].loss))
+        if step == 0:
+            first = {name: moment.clone() for name, moment in trainer.moments.first.items()}
+    weights = {name: p.detach().clone() for name, p in sae.named_parameters()}
+    return {"losses": losses, "first": first, "weights": weights, "n_dead": n_dead}
+
+
+def rank_main(rank: int, world_size: int, directory: Path) -> None:
+    torch.set_num_threads(1)
+    store = f"file://{directory}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
+    workers = Workers(rank, world_size, torch.device("cpu"))
+    results = {kernels: walk(kernels, workers) for kernels in ("cpp", "sparse")}
+    torch.save(results, directory / f"{rank}.pt")
+    dist.destroy_process_group()

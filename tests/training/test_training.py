@@ -1,0 +1,386 @@
+"""A training run that is left alone: bad batches, signals, schedules, its page."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import statistics
+from dataclasses import asdict, replace
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import sae_training
+from sae import TopKSparseAutoencoder, load_sae, standardise
+from saint.stage.manifests import Output
+from saint.stage.program import UserError, Workers
+from saint.store.shuffled_rows import open_batched_rows
+from saint.training import steps
+from saint.training.curves_page import curves, training_page
+from saint.training.trainer import Trainer, density_quantiles
+from tests.support.program import call
+from tests.support.training_ranks import RECIPE
+from tests.test_sae import make_sae
+
+N_STEPS = 24
+ALONE = Workers(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows as preprocessing leaves them."""
+    root = tmp_path_factory.mktemp("rows")
+    output = Output(root / "rows", "sae_preprocessing", {}, {}, single_file=False)
+    output.begin(overwrite=False)
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(6, 16, generator=generator)
+    batches = []
+    for name, n in (("train", 256), ("val", 64)):
+        batches.append((torch.randn(n, 6, generator=generator).relu() @ mixing).bfloat16())
+        save_file({"activations": batches[-1]}, output.path / f"{name}_00000.safetensors")
+    facts = dict.fromkeys(("layer", "max_token_length", "model_fingerprint", "dataset_fingerprint"))
+    facts |= {"d_model": 16, "rows": {"train": [256], "val": [64]}, "batch_size": 32}
+    facts |= {"hook_point": "resid_pre", "prepend_bos": True}
+    facts |= {"held_out_fraction": 0.05, "held_out_seed": 0}
+    x = standardise(torch.cat(batches[:-1]))[0].double()
+    facts |= {"variance": float((x - x.mean(0)).square().sum(1).mean())}
+    names = ["train_00000.safetensors", "val_00000.safetensors"]
+    output.finish(facts=facts, counts={}, files=names)
+    torch.save(torch.zeros(16), root / "mean.pt")
+    return root
+
+
+@pytest.fixture(autouse=True)
+def rounded_product_at_any_size(monkeypatch):
+    monkeypatch.setattr(steps, "_LEAST_ROUNDED_D_MODEL", 1)
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """The stage sets handlers: put back those of the tests."""
+    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def train(data: Path, save: Path, *flags: object) -> None:
+    files = ("--data_dir", data / "rows", "--b_pre_path", data / "mean.pt")
+    size = ("--n_latents", 32, "--k", 3, "--num_epochs", 3, "--logs_per_epoch", 4)
+    size += ("--validations_per_epoch", 2)
+    arguments = (*files, "--model_save_path", save, *size, "--device", "cpu", *flags)
+    sae_training.main([str(argument) for argument in arguments])
+
+
+def on_step(monkeypatch: pytest.MonkeyPatch, steps: set[int], act) -> None:
+    """Give these steps act(rows) for their rows."""
+    plain = Trainer.train_step
+
+    def train_step(self, rows, micro_batch_size):
+        if self.step in steps:
+            rows = act(rows)
+        return plain(self, rows, micro_batch_size)
+
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+
+
+def metrics_of(save: Path) -> list[dict]:
+    return [json.loads(line) for line in save.with_suffix(".metrics.jsonl").open()]
+
+
+def newest_checkpoint(save: Path) -> dict:
+    path = sorted((save.parent / "sae_checkpoints").glob(f"{save.stem}.step_*.pt"))[-1]
+    return torch.load(path, weights_only=True)
+
+
+@pytest.mark.parametrize("kernels", ["auto", "dense"])
+def test_a_bad_batch_is_stepped_over_once_from_a_checkpoint(
+    data, tmp_path, monkeypatch, caplog, kernels
+):
+    caplog.set_level("INFO", logger="saint")
+    on_step(monkeypatch, {13}, lambda rows: rows * torch.nan)
+    save = tmp_path / "sae.pt"
+    train(data, save, "--checkpoint_minutes", 0.000001, "--kernels", kernels)
+    assert "the loss was not finite at step 13: going on from step 1" in caplog.text
+    state = newest_checkpoint(save)
+    assert (state["step"], state["moments"]["n_steps"]) == (N_STEPS, N_STEPS - 1)
+    assert state["skipped_steps"] == [13]
+    assert all(torch.isfinite(p).all() for p in load_sae(save, device="cpu").parameters())
+    steps = [entry["step"] for entry in metrics_of(save)]
+    assert steps == sorted(set(steps))
+
+
+def test_a_bad_last_batch_leaves_a_finished_run(data, tmp_path, monkeypatch):
+    on_step(monkeypatch, {N_STEPS - 1}, lambda rows: rows * torch.nan)
+    save = tmp_path / "sae.pt"
+    train(data, save, "--checkpoint_minutes", 0.000001)
+    last = metrics_of(save)[-1]
+    assert last["step"] == N_STEPS and last["val/fvu"] < 1 and last["train/loss"] > 0
+    assert "http-equiv" not in save.with_name("sae.training.html").read_text(), "it is over"
+
+
+def test_a_second_bad_batch_ends_the_run(data, tmp_path, monkeypatch):
+    on_step(monkeypatch, {5, 15}, lambda rows: rows * torch.nan)
+    with pytest.raises(UserError, match="not finite at step 15, and was not at step 5"):
+        train(data, tmp_path / "sae.pt")
+    assert not (tmp_path / "sae.pt").exists()
+
+
+@pytest.mark.parametrize("moments", ["float32", "int8"])
+def test_a_run_keeps_to_the_moments_that_it_began_with(data, tmp_path, monkeypatch, moments):
+    whole, save = tmp_path / "whole.pt", tmp_path / "sae.pt"
+    train(data, whole, "--moments", moments)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        on_step(patch, {8}, lambda rows: os.kill(os.getpid(), signal.SIGTERM) or rows)
+        train(data, save, "--moments", moments)
+    other = {"float32": "int8", "int8": "float32"}[moments]
+    with pytest.raises(UserError, match="--moments"):
+        train(data, save, "--moments", other)
+    train(data, save, "--moments", moments)
+    mine, theirs = (load_sae(p, device="cpu").state_dict() for p in (save, whole))
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_checkpoints_and_the_same_command_ends_with_the_same_bits(
+    data, tmp_path, monkeypatch, number
+):
+    train(data, tmp_path / "whole.pt", "--k_anneal_steps", 10)
+    save = tmp_path / "sae.pt"
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit_:
+        on_step(patch, {8}, lambda rows: os.kill(os.getpid(), number) or rows)
+        train(data, save, "--k_anneal_steps", 10)
+    assert exit_.value.code == 128 + number
+    assert newest_checkpoint(save)["step"] == 9 and not save.exists()
+    train(data, save, "--k_anneal_steps", 10)
+    mine, theirs = (load_sae(p, device="cpu") for p in (save, tmp_path / "whole.pt"))
+    for name, weights in theirs.state_dict().items():
+        assert torch.equal(mine.state_dict()[name], weights), name
+    best = load_sae(tmp_path / "sae_checkpoints" / "sae.best.pt", device="cpu")
+    assert best.config == mine.config
+
+
+def test_one_long_epoch_shows_fvu_and_a_best_sae_before_its_end(data, tmp_path, monkeypatch):
+    flags = ("--num_epochs", 1, "--validations_per_epoch", 4, "--logs_per_epoch", 8)
+    monkeypatch.setattr(sae_training, "_LEAST_VAL_ROWS", 10)
+    whole, save = tmp_path / "whole.pt", tmp_path / "sae.pt"
+    train(data, whole, *flags)
+    entries = metrics_of(whole)
+    assert [e["step"] for e in entries if "val/fvu" in e] == [2, 4, 6, 8]
+    x = standardise(open_batched_rows(data / "rows").read("val", 0, 64))[0]
+    last = load_sae(whole, device="cpu")
+    assert entries[-1]["val/fvu"] == pytest.approx(fvu(last, x), rel=1e-4), "of all, at the end"
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        on_step(patch, {4}, lambda rows: os.kill(os.getpid(), signal.SIGTERM) or rows)
+        train(data, save, *flags)
+    best = load_sae(tmp_path / "sae_checkpoints" / "sae.best.pt", device="cpu")
+    entry = metrics_of(save)[3]
+    assert entry["step"] == 4 and entry["val/fvu"] == pytest.approx(fvu(best, x[:16]), rel=1e-4)
+    train(data, save, *flags)
+    for name in ("{}.pt", "sae_checkpoints/{}.best.pt"):
+        mine, theirs = ((tmp_path / name.format(n)).read_bytes() for n in ("sae", "whole"))
+        assert mine == theirs
+    assert [without_times(e) for e in metrics_of(save)] == [without_times(e) for e in entries]
+
+
+def test_density_quantiles_are_those_of_the_activations(data, tmp_path):
+    save = tmp_path / "sae.pt"
+    train(data, save, "--n_latents", 64)
+    x = standardise(open_batched_rows(data / "rows").read("val", 0, 64))[0]
+    values, indices = load_sae(save, device="cpu").encode(x)
+    counts = [int((values[indices == i] > 0).sum()) for i in range(64)]
+    logs = [math.log10(count / 64) for count in counts if count]
+    last = metrics_of(save)[-1]
+    tenths = statistics.quantiles(logs, n=10, method="inclusive")
+    for percent, wanted in ((10, tenths[0]), (50, statistics.median(logs)), (90, tenths[8])):
+        assert last[f"val/log10_density_p{percent}"] == pytest.approx(wanted, abs=1e-6)
+    assert last["val/silent_latents_ratio"] == counts.count(0) / 64
+    assert density_quantiles(torch.zeros(3)) == {}
+
+
+@pytest.mark.parametrize("kernels", ["cpp", "dense"])
+def test_the_best_sae_has_its_own_steering_unit(data, tmp_path, kernels):
+    save, best = tmp_path / "sae.pt", tmp_path / "sae_checkpoints" / "sae.best.pt"
+    # So high a rate at the end that an earlier SAE is the best.
+    rate = ("--learning_rate", 0.3, "--lr_floor", 1, "--warmup_fraction", 1, "--grad_clip", 100)
+    train(data, save, *rate, "--kernels", kernels)
+    rows = open_batched_rows(data / "rows")
+    x = standardise(torch.cat([rows.read("train", 0, 256), rows.read("val", 0, 64)]).float())[0]
+    saes = [load_sae(path, device="cpu") for path in (save, best)]
+    assert not torch.equal(saes[0].W_enc, saes[1].W_enc)
+    for sae in saes:
+        values, indices = sae.encode(x)
+        wanted = torch.zeros(len(x), 32).scatter(1, indices, values).amax(0)
+        assert sae.max_activations is not None
+        torch.testing.assert_close(sae.max_activations, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kernels", ["auto", "sparse"])
+def test_other_weights_are_encoded_with_at_once(kernels):
+    """Kernels keep rounded weights: another SAE's would send nearly all tokens through float32."""
+    saes = [make_sae(64, 500, 5, seed=seed) for seed in range(2)]
+    trainer = Trainer(saes[0], replace(RECIPE, n_latents=500), 1, ALONE, kernels)
+    x = standardise(torch.randn(50, 64))[0]
+    trainer.kernels.encode(x)
+    trainer.kernels.diagnostics()
+    trainer.take_weights(saes[1])
+    dense = [
+        torch.zeros(50, 500).scatter(1, indices, values)
+        for values, indices in (trainer.kernels.encode(x), saes[1].encode(x))
+    ]
+    torch.testing.assert_close(*dense, rtol=1e-4, atol=1e-4)
+    assert trainer.kernels.diagnostics().get("debug/float32_tokens_ratio", 0) < 0.5
+
+
+def test_no_checkpoint_and_no_best_sae_is_left_where_none_is_wanted(data, tmp_path):
+    train(data, tmp_path / "sae.pt", "--keep_last_n", 0)
+    assert (tmp_path / "sae.pt").exists() and not list((tmp_path / "sae_checkpoints").iterdir())
+
+
+def test_a_resumed_runs_speed_is_that_of_its_own_steps(data, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO", logger="saint")
+    save = tmp_path / "sae.pt"
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        on_step(patch, {19}, lambda rows: os.kill(os.getpid(), signal.SIGTERM) or rows)
+        train(data, save)
+    finish = sae_training.finish
+    monkeypatch.setattr(sae_training, "finish", lambda a, b, c, _: finish(a, b, c, 2.0))
+    train(data, save)
+    assert "24 steps" in caplog.text and " 64 tokens/s" in caplog.text, "4 steps of 32, in 2 s"
+
+
+def fvu(sae: TopKSparseAutoencoder, x: Tensor) -> float:
+    error = (sae(x) - x).square().sum()
+    return float(error / (x - x.mean(0)).square().sum())
+
+
+def without_times(entry: dict) -> dict:
+    return {name: value for name, value in entry.items() if name != "tokens_per_s"}
+
+
+@pytest.mark.parametrize("kernels", ["cpp", "sparse", "dense"])
+def test_the_training_fvu_is_that_of_the_batch_before_the_step(
+    data, tmp_path, monkeypatch, kernels
+):
+    seen = []
+    plain = Trainer.train_step
+
+    def train_step(self, rows, micro_batch_size):
+        x = standardise(rows)[0]
+        seen.append(float((self.sae(x) - x).square().sum()) / len(x))
+        return plain(self, rows, micro_batch_size)
+
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+    save = tmp_path / "sae.pt"
+    train(data, save, "--kernels", kernels, "--micro_batch_size", 12)
+    variance = open_batched_rows(data / "rows").facts["variance"]
+    for i, entry in enumerate(metrics_of(save)):  # one log for two steps
+        assert entry["train/fvu"] == pytest.approx(
+            sum(seen[2 * i : 2 * i + 2]) / 2 / variance, 1e-4
+        )
+
+
+class FakeRun:
+    """What `wandb.init` returns; keeps what is logged, and can fail."""
+
+    def __init__(self, fails: bool):
+        self.fails, self.logged = fails, []
+
+    def log(self, entry: dict, step: int) -> None:
+        if self.fails:
+            raise ConnectionError("no route to W&B")
+        self.logged.append((step, entry))
+
+    def finish(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_wandb_gets_the_metrics_and_a_histogram_and_never_ends_a_run(
+    data, tmp_path, monkeypatch, caplog, fails
+):
+    run = FakeRun(fails)
+    monkeypatch.setattr("wandb.init", lambda **settings: run)
+    save = tmp_path / "sae.pt"
+    train(data, save, "--wandb_project", "test")
+    assert load_sae(save, device="cpu").max_activations is not None
+    assert caplog.text.count("W&B does not get all metrics: no route to W&B") == int(fails)
+    if fails:
+        return
+    entries = metrics_of(save)
+    assert [step for step, _ in run.logged] == [entry["step"] for entry in entries]
+    for entry, (_, shown) in zip(entries, run.logged, strict=True):
+        histogram = shown.pop("val/log10_latent_density", None)
+        assert shown == entry and (histogram is not None) == ("val/fvu" in entry)
+        if histogram is not None:
+            n_silent = round(32 * entry["val/silent_latents_ratio"])
+            assert sum(histogram.histogram) == 32 - n_silent and histogram.bins[-1] <= 0.1
+
+
+def test_wandb_writes_offline_and_without_a_key_asks_for_one(data, tmp_path, monkeypatch):
+    flags = ["--data_dir", data / "rows", "--b_pre_path", data / "mean.pt", "--n_latents", 32]
+    flags += ["--k", 3, "--num_epochs", 1, "--device", "cpu", "--wandb_project", "test"]
+    flags += ["--model_save_path", tmp_path / "sae.pt"]
+    env = {"WANDB_DIR": str(tmp_path), "HOME": str(tmp_path), "NETRC": str(tmp_path / "none")}
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    refused = call("sae_training", *flags, env=env | {"WANDB_API_KEY": ""})
+    assert refused.returncode == 1 and "Traceback" not in refused.stderr
+    assert refused.last_line.startswith("error: --wandb_project test: No API key configured")
+    assert "wandb login" in refused.last_line and "--wandb_offline" in refused.last_line
+    done = call("sae_training", *flags, "--wandb_offline", env=env)
+    assert done.returncode == 0, done.stderr
+    (log,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert b"val/log10_latent_density" in log.read_bytes()
+
+
+def test_the_schedule_goes_by_steps():
+    recipe = replace(
+        RECIPE, learning_rate=2.0, lr_floor=0.25, warmup_fraction=0.04, decay_fraction=0.4,
+        k=4, k_start=16, k_anneal_steps=6,
+    )  # fmt: skip
+    rates = [recipe.learning_rate_at(step, 100) for step in range(100)]
+    assert rates[:5] == pytest.approx([0.5, 1.0, 1.5, 2.0, 2.0])
+    assert rates[60] == 2.0 and rates[80] == pytest.approx(2 * (0.25 + 0.75 / 2))
+    assert rates[99] == pytest.approx(2 * (0.25 + 0.75 / 40)) and min(rates[60:]) == rates[99]
+    assert [recipe.k_at(step) for step in range(8)] == [16, 14, 12, 10, 8, 6, 4, 4]
+    assert {replace(recipe, k_anneal_steps=0).k_at(step) for step in (0, 5)} == {4}
+
+
+def test_flags_that_contradict_each_other_are_named_together(data, tmp_path):
+    with pytest.raises(UserError) as error:
+        train(data, tmp_path / "a.pt", "--lr_floor", 2, "--k_anneal_steps", 5, "--k_start", 2)
+    assert "--lr_floor 2.0 is not a share" in str(error.value)
+    assert "--k_start 2 is smaller than --k 3" in str(error.value)
+
+
+def test_the_page_shows_every_curve_and_renews_itself_until_the_end(data, tmp_path):
+    save = tmp_path / "sae.pt"
+    train(data, save, "--k_anneal_steps", 10)
+    entries = metrics_of(save)
+    assert entries[0]["train/l0"] > 4 and entries[-1]["train/l0"] <= 3
+    page = save.with_suffix(".training.html").read_text()
+    assert "finished" in page and "http-equiv" not in page and "k_anneal_steps" in page
+    assert "src=" not in page and "href=" not in page
+    tree = ElementTree.fromstring(curves(entries))
+    figures = tree.findall("figure")
+    assert len(figures) == 9
+    for figure in figures:
+        drawn = [line.attrib["points"].split() for line in figure.findall(".//polyline")]
+        assert all(drawn) and len(drawn) in (1, 2, 3), ElementTree.tostring(figure)
+    assert len(figures[3].findall(".//polyline")) == 3
+    losses = figures[0].findall(".//polyline")
+    points = [pair.split(",") for pair in losses[0].attrib["points"].split()]
+    assert len(points) == len(entries)
+    heights = [-float(y) for _, y in points]
+    order = sorted(range(len(entries)), key=lambda i: entries[i]["train/loss"])
+    assert heights[order[0]] < heights[order[-1]]
+    running = training_page(entries[:2], title="<b>", settings=asdict(RECIPE), done=False)
+    assert 'http-equiv="refresh"' in running and "<b></title>" not in running
+    training_page([], title="nothing yet", settings={}, done=False)
