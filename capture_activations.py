@@ -29,22 +29,18 @@ from saint.capture.shards import (
     shard_paths,
     shard_sizes,
 )
-from saint.stage.manifests import Output, State, read_manifest
-from saint.stage.program import (
-    UserError,
-    Workers,
+from saint.stage.devices import pick_dtype
+from saint.stage.errors import UserError, log
+from saint.stage.files import naming_full_disk
+from saint.stage.flags import (
     add_device_flags,
     add_model_parallel_flag,
     add_overwrite_flag,
-    log,
-    log_arguments,
-    naming_full_disk,
-    pick_dtype,
     positive_int,
-    progress,
-    run_stage,
-    start_workers,
 )
+from saint.stage.manifests import Output, State, read_manifest
+from saint.stage.program import log_arguments, progress, run_stage
+from saint.stage.workers import Workers, start_workers
 from saint.store.activation_store import STAGE
 from saint.store.dataset import Sampler, SentenceDataset, open_dataset
 from saint.store.row_format import STORE_DTYPES, row_bytes

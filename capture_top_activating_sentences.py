@@ -23,23 +23,18 @@ from saint.evidence.file import EvidenceWriter
 from saint.evidence.rankings import RANKINGS, Tally, write_top_sentences
 from saint.evidence.sample import ExampleSettings, SparseActivations
 from saint.evidence.sparse_activations import SentenceIndex, tally_store
-from saint.stage.manifests import Output, State, file_checksum, model_fingerprint, read_manifest
-from saint.stage.program import (
-    UserError,
-    Workers,
+from saint.stage.errors import UserError, log
+from saint.stage.files import atomic_path, naming_full_disk, require_space
+from saint.stage.flags import (
+    add_bare_sae_flags,
     add_device_flags,
     add_overwrite_flag,
-    atomic_path,
-    log,
-    log_arguments,
-    naming_full_disk,
+    bare_sae_flags,
     positive_int,
-    progress,
-    require_space,
-    run_stage,
-    start_workers,
 )
-from saint.stage.sae_flags import add_bare_sae_flags, bare_sae_flags
+from saint.stage.manifests import Output, State, file_checksum, model_fingerprint, read_manifest
+from saint.stage.program import log_arguments, progress, run_stage
+from saint.stage.workers import Workers, start_workers
 from saint.store.activation_store import ActivationStore, open_stores
 
 STAGE = "capture_top_activating_sentences"

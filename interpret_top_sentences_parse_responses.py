@@ -20,17 +20,14 @@ from saint.interpretation.answers import Reading, Response, read_all, read_keys
 from saint.interpretation.ledger import Ledger, State, read_response_ids
 from saint.interpretation.prompts import LABELLED_TASKS, TASKS, label_hash
 from saint.interpretation.report import build_report, show_report
-from saint.interpretation.responses import count, load_yaml, write_yaml
+from saint.interpretation.responses import count
 from saint.interpretation.scores import Outcomes, outcomes, pooled, score
+from saint.stage.errors import UserError, log
+from saint.stage.files import write_json
+from saint.stage.flags import add_overwrite_flag
 from saint.stage.manifests import Output, file_checksum, fingerprint, manifest_path, read_manifest
-from saint.stage.program import (
-    UserError,
-    add_overwrite_flag,
-    log,
-    log_arguments,
-    run_stage,
-    write_json,
-)
+from saint.stage.program import log_arguments, run_stage
+from saint.stage.yaml_files import load_yaml, write_yaml
 
 STAGE = "interpret_top_sentences_parse_responses"
 # A latent that was measured but not named: what readers have always taken for "no label".

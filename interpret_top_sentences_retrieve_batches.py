@@ -31,8 +31,9 @@ from saint.interpretation.ledger import Ledger, parse_custom_id, read_response_i
 from saint.interpretation.prompts import TASKS
 from saint.interpretation.reconciliation import reconcile
 from saint.interpretation.responses import count, failed_kind, read_records
+from saint.stage.errors import UserError, log
 from saint.stage.manifests import Output, fingerprint
-from saint.stage.program import UserError, log, log_arguments, progress, run_stage
+from saint.stage.program import log_arguments, progress, run_stage
 
 _RESULTS_KEPT = timedelta(days=29)
 STAGE = "interpret_top_sentences_retrieve_batches"

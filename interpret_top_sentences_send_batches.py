@@ -44,8 +44,10 @@ from saint.interpretation.questions import Question, Source, choose_latents, ope
 from saint.interpretation.reconciliation import reconcile, settle_open_intents
 from saint.interpretation.responses import parse_answer
 from saint.interpretation.send_flags import build_parser
+from saint.stage.errors import UserError, log
+from saint.stage.files import atomic_path
 from saint.stage.manifests import Output
-from saint.stage.program import UserError, atomic_path, log, log_arguments, run_stage
+from saint.stage.program import log_arguments, run_stage
 
 STAGE = "interpret_top_sentences_send_batches"
 _N_SHOWN = 3

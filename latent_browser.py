@@ -25,18 +25,11 @@ from saint.browser.pack import Page, PageBuilder, WindowLimits
 from saint.browser.prompt_view import prompt_activations, rows_html, strands_html, terminal_table
 from saint.evidence.file import Evidence, open_evidence
 from saint.evidence.labels import Label, load_labels
-from saint.stage.program import (
-    UserError,
-    add_device_flags,
-    log,
-    log_arguments,
-    pick_device,
-    pick_dtype,
-    positive_int,
-    run_stage,
-    write_text,
-)
-from saint.stage.sae_flags import add_bare_sae_flags, bare_sae_flags
+from saint.stage.devices import pick_device, pick_dtype
+from saint.stage.errors import UserError, log
+from saint.stage.files import write_text
+from saint.stage.flags import add_bare_sae_flags, add_device_flags, bare_sae_flags, positive_int
+from saint.stage.program import log_arguments, run_stage
 
 TEMPLATES = Path(__file__).resolve().parent / "saint" / "browser" / "templates"
 _N_STRANDS = 30

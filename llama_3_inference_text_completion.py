@@ -18,31 +18,17 @@ from pathlib import Path
 
 from llama_3 import CheckpointError, load_args
 from saint.page.fragments import dose_html, latent_name, report_page
-from saint.stage.program import (
-    UserError,
-    Workers,
-    add_model_parallel_flag,
-    atomic_path,
-    log,
-    log_arguments,
-    progress,
-    run_stage,
-    start_workers,
-    write_json,
-    write_text,
-)
+from saint.stage.errors import UserError, log
+from saint.stage.files import atomic_path, write_json, write_text
+from saint.stage.flags import add_model_parallel_flag
+from saint.stage.program import log_arguments, progress, run_stage
+from saint.stage.workers import Workers, start_workers
 from saint.steering.completions import Pair, stream_pairs
 from saint.steering.dose import DEFAULT_STRENGTHS, DoseReport, dose_request, sweep
-from saint.steering.guide import Guide, search_labels, search_text, search_token
-from saint.steering.load import EXAMPLE_PROMPTS, add_studio_flags, load_studio
-from saint.steering.settings import (
-    UNLIMITED,
-    WHERE,
-    Request,
-    Studio,
-    parse_setting,
-    request_from_json,
-)
+from saint.steering.guide import Guide
+from saint.steering.search import search_labels, search_text, search_token
+from saint.steering.settings import UNLIMITED, WHERE, Request, parse_setting, request_from_json
+from saint.steering.studio import EXAMPLE_PROMPTS, Studio, add_studio_flags, load_studio
 from saint.steering.vector import export_vector
 
 

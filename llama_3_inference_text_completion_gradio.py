@@ -20,10 +20,12 @@ from contextlib import redirect_stdout
 from typing import TYPE_CHECKING
 
 from llama_3 import CheckpointError
-from saint.stage.program import UserError, log, log_arguments, positive_int, run_stage
+from saint.stage.errors import UserError, log
+from saint.stage.flags import positive_int
+from saint.stage.program import log_arguments, run_stage
 from saint.steering.guide import Guide
-from saint.steering.load import add_studio_flags, load_studio
-from saint.steering.settings import Limits, Studio
+from saint.steering.settings import Limits
+from saint.steering.studio import Studio, add_studio_flags, load_studio
 
 if TYPE_CHECKING:
     import gradio

@@ -13,12 +13,15 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from saint.kernels import torch_ops
-from saint.stage.program import UserError, save_torch
+from saint.stage.errors import UserError
+from saint.stage.files import save_torch
 
 FORMAT = "saint.sae"
 VERSION = 1
+# Pre-activations of one block: 2^26 float32 are 256 MB.
+BLOCK_ELEMENTS = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,28 @@ def standardise(x: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor, Tensor]:
     std, mean = torch.std_mean(x, dim=-1, keepdim=True)
     scale = std + eps
     return (x - mean) / scale, mean, scale
+
+
+def encode(a: Tensor, w_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return the k largest of a · w_encᵀ + b_enc per row, after ReLU, and their indices.
+
+    a: (n_tokens, d_model) float32. w_enc: (n_latents, d_model). b_enc: (n_latents,).
+    Returns values (n_tokens, k) float32 and indices (n_tokens, k) int64, in no particular order.
+    """
+    n_tokens, n_latents = a.shape[0], w_enc.shape[0]
+    rows = max(1, BLOCK_ELEMENTS // n_latents)
+    values = a.new_empty(n_tokens, k)
+    indices = torch.empty(n_tokens, k, dtype=torch.int64, device=a.device)
+    for start in range(0, n_tokens, rows):
+        block = slice(start, start + rows)
+        pre = torch.addmm(b_enc, a[block], w_enc.T)
+        torch.topk(pre, k, dim=1, sorted=False, out=(values[block], indices[block]))
+    return values.relu_(), indices
+
+
+def decode(values: Tensor, indices: Tensor, w_dec: Tensor) -> Tensor:
+    """Return (n_tokens, d_model) sums of values · decoder rows; w_dec: (n_latents, d_model)."""
+    return F.embedding_bag(indices, w_dec, per_sample_weights=values, mode="sum")
 
 
 class TopKSparseAutoencoder(nn.Module):
@@ -102,12 +127,12 @@ class TopKSparseAutoencoder(nn.Module):
         x: (n_tokens, d_model), already standardised. Memory is bounded: long inputs go in blocks.
         Returns values (n_tokens, k), non-negative, and indices (n_tokens, k), int64.
         """
-        return torch_ops.encode(x - self.b_pre, self.W_enc, self.b_enc, self.config.k)
+        return encode(x - self.b_pre, self.W_enc, self.b_enc, self.config.k)
 
     @torch.no_grad()
     def decode(self, values: Tensor, indices: Tensor) -> Tensor:
         """Return the (n_tokens, d_model) standardised reconstruction of sparse activations."""
-        return torch_ops.decode(values, indices, self.W_dec) + self.b_pre
+        return decode(values, indices, self.W_dec) + self.b_pre
 
     def forward(self, x: Tensor) -> Tensor:
         """Reconstruct standardised tokens x: (n_tokens, d_model)."""

@@ -24,23 +24,20 @@ from torch.nn import functional as F
 from llama_3 import CheckpointError, HookPoint, Llama, load_args, load_llama, load_tokenizer
 from sae import TopKSparseAutoencoder, load_sae, standardise
 from saint.capture.packing import Pack, batches_by_length, pack
-from saint.stage.manifests import Output, State, file_checksum, model_fingerprint
-from saint.stage.program import (
-    UserError,
+from saint.stage.devices import pick_dtype
+from saint.stage.errors import UserError, log
+from saint.stage.files import atomic_path, write_json
+from saint.stage.flags import (
+    add_bare_sae_flags,
     add_device_flags,
     add_model_parallel_flag,
     add_overwrite_flag,
-    atomic_path,
-    log,
-    log_arguments,
-    pick_dtype,
+    bare_sae_flags,
     positive_int,
-    progress,
-    run_stage,
-    start_workers,
-    write_json,
 )
-from saint.stage.sae_flags import add_bare_sae_flags, bare_sae_flags
+from saint.stage.manifests import Output, State, file_checksum, model_fingerprint
+from saint.stage.program import log_arguments, progress, run_stage
+from saint.stage.workers import start_workers
 from saint.store.dataset import Sampler, SentenceDataset, is_held_out, open_dataset
 
 STAGE = "sae_evaluation"

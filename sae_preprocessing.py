@@ -25,6 +25,9 @@ from saint.shuffle.statistics import (
     describe_norms,
     massive_tokens,
 )
+from saint.stage.errors import UserError, log
+from saint.stage.files import naming_full_disk, require_space, save_torch
+from saint.stage.flags import add_overwrite_flag, positive_int
 from saint.stage.manifests import (
     Output,
     State,
@@ -33,17 +36,7 @@ from saint.stage.manifests import (
     read_manifest,
     recorded_arguments,
 )
-from saint.stage.program import (
-    UserError,
-    add_overwrite_flag,
-    log,
-    log_arguments,
-    naming_full_disk,
-    positive_int,
-    require_space,
-    run_stage,
-    save_torch,
-)
+from saint.stage.program import log_arguments, run_stage
 from saint.store.activation_store import ActivationStore, add_layer_flags, open_stores
 from saint.store.dataset import HELD_OUT_FRACTION, HELD_OUT_SEED
 from saint.store.row_format import row_bytes

@@ -27,28 +27,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sae import SAEConfig, TopKSparseAutoencoder, load_sae, normalise_decoder, save_sae
+from saint.stage.errors import UserError, log
+from saint.stage.files import naming_full_disk
 from saint.stage.manifests import Output, State, file_checksum, manifest_path, read_manifest
-from saint.stage.program import (
-    UserError,
-    Workers,
-    log,
-    log_arguments,
-    naming_full_disk,
-    progress,
-    run_stage,
-    start_workers,
-)
+from saint.stage.program import log_arguments, progress, run_stage
+from saint.stage.workers import Workers, start_workers
 from saint.store.shuffled_rows import BatchedRows, open_batched_rows
-from saint.training.recipe import build_parser, resolve_recipe
+from saint.training.metrics import LossMeter, describe_step, largest_activations, validate
+from saint.training.recipe import Recipe, build_parser, resolve_recipe
 from saint.training.run_files import RunFiles, WandbLog
-from saint.training.trainer import (
-    LossMeter,
-    Recipe,
-    Trainer,
-    describe_step,
-    largest_activations,
-    validate,
-)
+from saint.training.trainer import Trainer
 
 STAGE = "sae_training"
 _PAGE_SECONDS = 20

@@ -52,8 +52,8 @@ from torch.nn.utils.rnn import pad_sequence
 import sae_preprocessing
 from llama_3 import HookPoint, Llama, LlamaArgs, load_args, load_llama
 from saint.capture.shards import Capture, ShardJob, capture_shards
+from saint.stage.devices import pick_dtype
 from saint.stage.manifests import Output
-from saint.stage.program import pick_dtype
 from saint.store.activation_store import (
     SENTENCES,
     STAGE,

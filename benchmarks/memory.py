@@ -38,12 +38,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import capture_activations
 import llama_3_inference_text_completion as terminal
 from llama_3 import CheckpointError, Llama, LlamaArgs
-from sae import SAEConfig, TopKSparseAutoencoder, save_sae, standardise
-from saint.kernels import torch_ops
-from saint.stage.program import Workers, log, pick_device, positive_int, run_stage
+from sae import BLOCK_ELEMENTS, SAEConfig, TopKSparseAutoencoder, save_sae, standardise
+from saint.stage.devices import pick_device
+from saint.stage.errors import log
+from saint.stage.flags import positive_int
+from saint.stage.program import run_stage
+from saint.stage.workers import Workers
 from saint.steering.completions import stream_pairs
-from saint.steering.load import load_studio
 from saint.steering.settings import Limits, Request, Setting
+from saint.steering.studio import load_studio
 from saint.training.moments import Moments
 from saint.training.steps import make_step
 
@@ -80,7 +83,7 @@ def demo_bytes(shape: LlamaArgs, dictionary: SAEConfig, limits: Limits) -> dict[
     parts["caches of both runs"] = (
         2 * 2 * shape.n_layers * rows * shape.n_kv_heads * shape.head_dim * 2
     )
-    block = min(rows, max(1, torch_ops.BLOCK_ELEMENTS // dictionary.n_latents))
+    block = min(rows, max(1, BLOCK_ELEMENTS // dictionary.n_latents))
     parts["pre-activations, one block"] = block * dictionary.n_latents * 4
     # float32 x, z, z - b_pre, two shifts and their sum, beside bf16 before, after and the residual.
     parts["steering"] = rows * d * (6 * 4 + 3 * 2)

@@ -29,7 +29,8 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sae import SAEConfig, TopKSparseAutoencoder, standardise  # noqa: E402
-from saint.stage.program import Workers, pick_device  # noqa: E402
+from saint.stage.devices import pick_device  # noqa: E402
+from saint.stage.workers import Workers  # noqa: E402
 from saint.store.shuffled_rows import BatchedRows, Split, open_batched_rows  # noqa: E402
 from saint.training import recipe as training_recipe  # noqa: E402
 from saint.training.trainer import Trainer  # noqa: E402

@@ -30,7 +30,8 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sae import SAEConfig, TopKSparseAutoencoder  # noqa: E402
-from saint.stage.program import Workers, pick_device  # noqa: E402
+from saint.stage.devices import pick_device  # noqa: E402
+from saint.stage.workers import Workers  # noqa: E402
 from saint.training.losses import AuxK  # noqa: E402
 from saint.training.moments import Moments  # noqa: E402
 from saint.training.steps import KERNELS, make_step  # noqa: E402

@@ -42,11 +42,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from llama_3 import CheckpointError, Edit
 from sae import TopKSparseAutoencoder, standardise
-from saint.stage.program import UserError, log, log_arguments, progress, run_stage, write_json
+from saint.stage.errors import UserError, log
+from saint.stage.files import write_json
+from saint.stage.program import log_arguments, progress, run_stage
 from saint.steering.completions import generate_ids, read
-from saint.steering.guide import Guide, is_telling
-from saint.steering.load import EXAMPLE_PROMPTS, add_studio_flags, load_studio
-from saint.steering.settings import Request, Setting, Studio, build_edits
+from saint.steering.guide import Guide
+from saint.steering.search import is_telling
+from saint.steering.settings import Request, Setting
+from saint.steering.studio import (
+    EXAMPLE_PROMPTS,
+    Studio,
+    add_studio_flags,
+    build_edits,
+    load_studio,
+)
 
 PROMPTS = (
     *EXAMPLE_PROMPTS,

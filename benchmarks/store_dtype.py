@@ -32,7 +32,7 @@ from saint.store.activation_store import (
 )
 from saint.store.row_format import STORE_DTYPES, decode_rows, encode_rows, row_bytes
 from saint.store.shuffled_rows import open_batched_rows
-from saint.training.trainer import validate
+from saint.training.metrics import validate
 
 REPO = Path(__file__).resolve().parent.parent
 _ROWS = 8192

@@ -32,8 +32,9 @@ sys.path.insert(0, str(REPO))
 
 from sae import SAEConfig, TopKSparseAutoencoder  # noqa: E402
 from saint.evidence.rankings import Chunk, Tally, write_top_sentences  # noqa: E402
-from saint.stage.program import pick_device, run_stage  # noqa: E402
-from saint.training.steps import fastest_encode  # noqa: E402
+from saint.kernels.fastest import fastest_encode  # noqa: E402
+from saint.stage.devices import pick_device  # noqa: E402
+from saint.stage.program import run_stage  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -18,16 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from embedded.packages import DEFAULT_CACHE_DIR, SMOLLM2, extract_member, wheel_path
+from saint.stage.errors import UserError, log
+from saint.stage.files import atomic_path, write_json
+from saint.stage.flags import add_overwrite_flag
 from saint.stage.manifests import Output, State
-from saint.stage.program import (
-    UserError,
-    add_overwrite_flag,
-    atomic_path,
-    log,
-    log_arguments,
-    run_stage,
-    write_json,
-)
+from saint.stage.program import log_arguments, run_stage
 
 # torch and gguf are imported where they are used: a second run only has to find the manifest.
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from saint.stage.program import UserError
+from saint.stage.errors import UserError
 
 DEFAULT_CACHE_DIR = Path("runs/quickstart/cache")
 _CHUNK_BYTES = 1 << 20

@@ -20,18 +20,20 @@ from llama_3 import CheckpointError
 from saint.evidence.file import Evidence, open_evidence
 from saint.evidence.labels import Label, load_labels
 from saint.evidence.words import clearest_latents
+from saint.stage.errors import UserError, log
+from saint.stage.files import write_json, write_text
+from saint.stage.flags import add_overwrite_flag
 from saint.stage.manifests import Output, State, file_checksum
-from saint.stage.program import (
-    UserError,
-    add_overwrite_flag,
-    log,
-    run_stage,
-    write_json,
-    write_text,
-)
+from saint.stage.program import run_stage
 from saint.steering.completions import Pair, complete_pairs
-from saint.steering.load import EXAMPLE_PROMPTS, add_studio_flags, load_studio
-from saint.steering.settings import Request, Setting, Studio, build_edits
+from saint.steering.settings import Request, Setting
+from saint.steering.studio import (
+    EXAMPLE_PROMPTS,
+    Studio,
+    add_studio_flags,
+    build_edits,
+    load_studio,
+)
 from saint.training.curves_page import STYLE, curves
 from saint.training.run_files import RunFiles
 

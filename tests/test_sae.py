@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import sae as sae_module
 from sae import SAEConfig, TopKSparseAutoencoder, load_sae, save_sae, standardise
 from saint.kernels import torch_ops
-from saint.stage.program import UserError
+from saint.stage.errors import UserError
 
 
 def make_sae(d_model: int = 24, n_latents: int = 64, k: int = 5, seed: int = 0, **facts):
@@ -32,7 +33,7 @@ def test_encode_keeps_the_k_largest_and_blocks_do_not_matter(monkeypatch):
             [max(0.0, w) for w in wanted], abs=1e-6
         )
         assert sorted(pre[indices[row]].tolist(), reverse=True) == pytest.approx(wanted, abs=1e-6)
-    monkeypatch.setattr(torch_ops, "BLOCK_ELEMENTS", 64 * 4)
+    monkeypatch.setattr(sae_module, "BLOCK_ELEMENTS", 64 * 4)
     torch.testing.assert_close(sae.encode(x)[0].sort().values, values.sort().values)
     torch.testing.assert_close(
         torch_ops.gather_dot(x, indices, sae.W_dec.detach()),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llama_3 import HookPoint, Llama, Tokenizer
 from sae import TopKSparseAutoencoder, standardise
-from saint.stage.program import UserError
+from saint.stage.errors import UserError
 
 
 @dataclass(frozen=True)

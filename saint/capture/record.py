@@ -14,6 +14,9 @@ import torch
 
 from llama_3 import HookPoint, LlamaArgs, Tokenizer
 from saint.capture.shards import CapturedBatch, ShardJob, Tokenised, read_record
+from saint.stage.devices import available_bytes, pick_dtype
+from saint.stage.errors import UserError
+from saint.stage.files import atomic_path, require_space
 from saint.stage.manifests import (
     Output,
     State,
@@ -23,7 +26,6 @@ from saint.stage.manifests import (
     read_manifest,
     recorded_arguments,
 )
-from saint.stage.program import UserError, atomic_path, available_bytes, pick_dtype, require_space
 from saint.store.activation_store import SENTENCES, STAGE, VOCABULARY, layer_dir_name, part_name
 from saint.store.dataset import Sampler, SentenceDataset
 from saint.store.row_format import row_bytes

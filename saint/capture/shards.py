@@ -24,8 +24,8 @@ import torch
 from llama_3 import HookPoint, Llama, Tokenizer
 from llama_3.model import to_device
 from saint.capture.packing import batches_by_length, pack
+from saint.stage.files import atomic_path
 from saint.stage.manifests import file_checksum
-from saint.stage.program import atomic_path
 from saint.store.activation_store import (
     SENTENCES,
     layer_dir_name,

@@ -19,7 +19,8 @@ from sae import TopKSparseAutoencoder
 from saint.evidence.file import KINDS, N_BINS, ROWS_PER_GROUP, SPLITS, Examples, LatentBlock
 from saint.evidence.rankings import RANKINGS, Tally, TopN, mix, run_lengths, run_starts
 from saint.evidence.sample import ROWS_AT_ONCE, SparseActivations, activation_rows, ragged_rows
-from saint.stage.program import log, pick_dtype
+from saint.stage.devices import pick_dtype
+from saint.stage.errors import log
 
 _N_RELATED = 10
 _N_PROMOTED = 10

@@ -26,7 +26,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from saint.stage.program import UserError
+from saint.stage.errors import UserError
 
 FORMAT = "saint.evidence"
 VERSION = 1

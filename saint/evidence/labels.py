@@ -8,19 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from saint.interpretation.responses import load_yaml
-from saint.stage.program import UserError
+from saint.evidence.words import _distinct, is_telling, word_at
+from saint.stage.errors import UserError
+from saint.stage.yaml_files import load_yaml
 
 TOP_TOKENS = "top tokens"
+SET_SIZE = 5  # excerpts of an intruder test, one of them another latent's
+
+
 _KNOWN = ("common_semantic", "certainty", "score")
-# Words that say little about a latent, unless it fires on nothing else.
-_STOP_WORDS = frozenset(
-    (
-        "a an the and or but of to in on at by for from with as is are was were be been it its "
-        "this that these those he she they we you i his her their our not no has have had will "
-        "would s t"
-    ).split()
-)
 
 
 @dataclass(frozen=True)
@@ -116,42 +112,3 @@ def top_token_labels(rows: Iterable[Mapping[str, Any]]) -> dict[int, dict[str, A
     texts = ((row["latent"], label_from_top_tokens(row)) for row in rows)
     about = {"certainty": None, "source": TOP_TOKENS}
     return {latent: {"common_semantic": text, **about} for latent, text in texts if text}
-
-
-def _distinct(words: list[str]) -> list[str]:
-    """Drop forms of an earlier word: "engines" and "Germany" after "engine" and "German"."""
-    kept: list[str] = []
-    for word in words:
-        pairs = (sorted((word, other), key=len) for other in kept)
-        if not any(len(a) >= 4 and b.startswith(a) and len(b) - len(a) <= 3 for a, b in pairs):
-            kept.append(word)
-    return kept
-
-
-def is_telling(word: str) -> bool:
-    """Whether a lower-case word carries content: no function word, no bare punctuation."""
-    return word not in _STOP_WORDS and any(c.isalnum() for c in word)
-
-
-def word_at(tokens: list[str], index: int) -> str:
-    """Return the whole word around a token: its pieces from both sides, without white space."""
-    if not 0 <= index < len(tokens):
-        return ""
-    token = tokens[index]
-    if not any(c.isalnum() for c in token):
-        return token.strip()
-    low = high = index
-    while low > 0 and _joins(tokens[low - 1], tokens[low]):
-        low -= 1
-    while high + 1 < len(tokens) and _joins(tokens[high], tokens[high + 1]):
-        high += 1
-    return "".join(tokens[low : high + 1]).strip()[:40]
-
-
-def _joins(left: str, right: str) -> bool:
-    """Whether two neighbouring tokens are pieces of one word."""
-    return bool(left) and bool(right) and _is_letter(left[-1]) and _is_letter(right[0])
-
-
-def _is_letter(char: str) -> bool:
-    return char.isalnum() or char == "\ufffd"

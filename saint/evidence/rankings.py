@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from saint.kernels import cpu
-from saint.stage.program import atomic_path
+from saint.stage.files import atomic_path
 
 EMPTY = -1
 RANKINGS = ("mean", "max", "last")

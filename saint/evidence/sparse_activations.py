@@ -20,11 +20,13 @@ from saint.evidence.rankings import (
     first_of_equals,
     hash_sentences,
 )
+from saint.kernels.fastest import Encode, fastest_encode
+from saint.stage.errors import log
 from saint.stage.manifests import verify_file, verify_size
-from saint.stage.program import Workers, log, progress
+from saint.stage.program import progress
+from saint.stage.workers import Workers
 from saint.store.activation_store import INDEX_TENSORS, ActivationStore, Shard
 from saint.store.row_format import read_tensors, write_tensors
-from saint.training.steps import Encode, fastest_encode
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from saint.interpretation.ledger import Ledger, RequestId, State, parse_custom_id
 from saint.interpretation.responses import Answer, parse_answer, read_records
-from saint.stage.program import UserError, log
+from saint.stage.errors import UserError, log
 
 
 @dataclass(frozen=True)

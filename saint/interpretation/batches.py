@@ -27,7 +27,8 @@ from saint.interpretation.prices import (
     dollars,
 )
 from saint.interpretation.responses import record
-from saint.stage.program import UserError, log, positive_float, positive_int
+from saint.stage.errors import UserError, log
+from saint.stage.flags import positive_float, positive_int
 
 # Answers after which the API certainly made no batch. Others (5xx, time-outs) leave it open.
 _REFUSALS = frozenset({400, 401, 402, 403, 404, 405, 413, 415, 422, 429})

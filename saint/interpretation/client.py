@@ -17,7 +17,7 @@ import anthropic
 from anthropic._decoders.jsonl import JSONLDecoder
 from anthropic.types.messages import MessageBatch, MessageBatchIndividualResponse
 
-from saint.stage.program import UserError
+from saint.stage.errors import UserError
 
 _READ_RETRIES = 4
 _CONNECT_S = 5.0

@@ -13,8 +13,10 @@ from typing import Any
 import anthropic
 
 from saint.interpretation.client import read_row, stream_lines
-from saint.interpretation.responses import dump_yaml, record
-from saint.stage.program import UserError, atomic_path, log
+from saint.interpretation.responses import record
+from saint.stage.errors import UserError, log
+from saint.stage.files import atomic_path
+from saint.stage.yaml_files import dump_yaml
 
 _ATTEMPTS = 12
 _CHUNK_ROWS = 500

@@ -24,8 +24,9 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from saint.interpretation.responses import DUMPER
-from saint.stage.program import UserError, atomic_path, write_text
+from saint.stage.errors import UserError
+from saint.stage.files import atomic_path, sync_directory, write_text
+from saint.stage.yaml_files import DUMPER
 
 _CUSTOM_ID = re.compile(
     r"(?P<task>[a-z_]+)-(?P<latent>\d+)(?:-(?P<label>h[0-9a-f]{8}))?-(?P<attempt>\d+)"
@@ -278,7 +279,7 @@ class Ledger:
             file.flush()
             os.fsync(file.fileno())
         if new:
-            _fsync_directory(self.path.parent)
+            sync_directory(self.path.parent)
 
     def write_response_ids(self) -> list[str]:
         """Rewrite `response_ids.yaml`: the ids of all batches that exist, oldest first."""
@@ -360,11 +361,3 @@ def read_response_ids(path: Path) -> list[str]:
     ):
         raise UserError(f"{path} is not a plain list of batch ids")
     return ids
-
-
-def _fsync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from saint.stage.program import UserError
+from saint.stage.errors import UserError
 
 PRICES_DATE = "2026-11"
 # Batch prices in $ per million tokens: input, output. A live request costs twice that.

@@ -11,11 +11,10 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from saint.evidence.file import Evidence, open_evidence
-from saint.evidence.labels import Label
+from saint.evidence.labels import SET_SIZE, Label
+from saint.evidence.rankings import RANKINGS
 from saint.interpretation.prompts import (
     LABELLED_TASKS,
-    RANKINGS,
-    SET_SIZE,
     Prompt,
     PromptOptions,
     detect_prompt,
@@ -25,9 +24,9 @@ from saint.interpretation.prompts import (
     intruder_prompt,
     label_hash,
 )
-from saint.interpretation.responses import load_yaml
+from saint.stage.errors import UserError, log
 from saint.stage.manifests import file_checksum
-from saint.stage.program import UserError, log
+from saint.stage.yaml_files import load_yaml
 from saint.store.dataset import SentenceDataset, fetch_sentences, open_dataset
 
 

@@ -9,7 +9,7 @@ import anthropic
 
 from saint.interpretation.client import api_errors, read_custom_id, stream_lines, total_requests
 from saint.interpretation.ledger import Intent, Ledger, parse_custom_id
-from saint.stage.program import UserError, log
+from saint.stage.errors import UserError, log
 
 # Clocks differ: a batch may seem older than the intent it came from.
 _CLOCK_SKEW = timedelta(minutes=10)

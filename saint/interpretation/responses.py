@@ -11,23 +11,24 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-import yaml
-
-from saint.stage.program import UserError, atomic_path
-
-# libyaml's loader and dumper are some ten times faster; they are missing from a few builds.
-LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+from saint.stage.errors import UserError
+from saint.stage.yaml_files import load_yaml
 
 _MAX_LABEL_CHARS = 600
+
+
 _REFUSAL = re.compile(
     r"\b(I apologi[sz]e|I['’]m sorry|I am sorry|I (can ?not|can['’]t|won['’]t|will not)"
     r"|I must decline|I['’]m (not able|unable)|I am (not able|unable)|I['’]m not comfortable)\b",
     re.IGNORECASE,
 )
+
+
 _NO_INPUT = re.compile(r"\b(no|any) (sentences|text|excerpts|examples)\b", re.IGNORECASE)
+
+
 # Errors that the same request would meet again.
 _LASTING_ERRORS = (
     "invalid_request",
@@ -37,12 +38,16 @@ _LASTING_ERRORS = (
     "authentication",
     "billing",
 )
+
+
 _NOT_A_LABEL = re.compile(
     r"(n/?a|none|null|nan|unknown|error|label|todo|undefined|-+|\.*|<[^>]*>|\[[^\]]*\]"
     r"|(parsing|parse) (error|failed)|no (clear |common |coherent |single )*"
     r"(pattern|semantic|theme|meaning|label)s?( found| identified)?)\.?",
     re.IGNORECASE,
 )
+
+
 # The pair as it stands in free text, with quotes inside the label left unescaped.
 _LOOSE_PAIR = re.compile(
     r'"common_semantic"\s*:\s*"(?P<label>.*?)"\s*,\s*"certainty"\s*:\s*"?(?P<certainty>[\d.]+)',
@@ -190,9 +195,6 @@ def certainty(value: object) -> float | None:
     return share if 0 <= share <= 1 else None
 
 
-# --- result rows and their YAML --------------------------------------------------------------
-
-
 def record(result: Mapping[str, Any]) -> dict[str, Any]:
     """Turn a results line's "result" into a record of `output/<batch id>.yaml`.
 
@@ -223,30 +225,6 @@ def record(result: Mapping[str, Any]) -> dict[str, Any]:
         "status": "succeeded",
         "stop_reason": message.get("stop_reason"),
     }
-
-
-def dump_yaml(value: Any, stream: IO[str]) -> None:
-    """Write YAML in the order given, readable text unescaped."""
-    yaml.dump(value, stream, Dumper=DUMPER, sort_keys=False, allow_unicode=True, width=100)
-
-
-def write_yaml(path: Path, value: Any) -> None:
-    """Write a YAML file atomically, in the order given."""
-    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        dump_yaml(value, file)
-
-
-def load_yaml(path: Path) -> Any:
-    """Read YAML safely; raises UserError when the file is missing or damaged."""
-    if not path.exists():
-        raise UserError(f"{path} does not exist")
-    try:
-        with path.open(encoding="utf-8") as file:
-            return yaml.load(file, Loader=LOADER)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        where = getattr(error, "problem_mark", None)
-        line = f" (line {where.line + 1})" if where else ""
-        raise UserError(f"{path} is not readable YAML{line}") from None
 
 
 def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

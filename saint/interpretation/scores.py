@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from saint.interpretation.prompts import SET_SIZE
+from saint.evidence.labels import SET_SIZE
 
 # Of each excerpt or set of a test: its class, and whether the answer was right.
 Outcomes = Sequence[tuple[int, bool]]

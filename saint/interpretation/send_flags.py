@@ -8,7 +8,7 @@ from pathlib import Path
 
 from saint.interpretation.batches import add_batch_flags
 from saint.interpretation.prompts import OPTION_HELP, TASKS, PromptOptions
-from saint.stage.program import add_overwrite_flag, positive_int
+from saint.stage.flags import add_overwrite_flag, positive_int
 
 DEFAULT_MODEL = "claude-haiku-5-5"
 

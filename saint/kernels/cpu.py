@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saint.stage.program import UserError, atomic_path
+from saint.stage.errors import UserError
+from saint.stage.files import atomic_path
 
 _SOURCES = tuple(
     Path(__file__).with_name(name) for name in ("cpu_step.cpp", "cpu_encoder.cpp", "cpu_tally.cpp")
@@ -197,7 +198,7 @@ class Encoder:
         }
 
     def __call__(self, a: Tensor, w_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """As `torch_ops.encode`, with int32 indices; of equal values the first latent's."""
+        """As `sae.encode`, with int32 indices; of equal values the first latent's."""
         n_tokens, n_latents = a.shape[0], w_enc.shape[0]
         n_rows = max(1, min(n_tokens, _BLOCK_ELEMENTS // n_latents))
         if self._memory.numel() < n_rows * n_latents:

@@ -10,33 +10,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-# Pre-activations of one block: 2^26 float32 are 256 MB.
-BLOCK_ELEMENTS = 1 << 26
+from sae import decode
+
 MIN_NORMALISER = 1e-12
-
-
-def encode(a: Tensor, w_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return the k largest of a · w_encᵀ + b_enc per row, after ReLU, and their indices.
-
-    a: (n_tokens, d_model) float32. w_enc: (n_latents, d_model). b_enc: (n_latents,).
-    Returns values (n_tokens, k) float32 and indices (n_tokens, k) int64, in no particular order.
-    """
-    n_tokens, n_latents = a.shape[0], w_enc.shape[0]
-    rows = max(1, BLOCK_ELEMENTS // n_latents)
-    values = a.new_empty(n_tokens, k)
-    indices = torch.empty(n_tokens, k, dtype=torch.int64, device=a.device)
-    for start in range(0, n_tokens, rows):
-        block = slice(start, start + rows)
-        pre = torch.addmm(b_enc, a[block], w_enc.T)
-        torch.topk(pre, k, dim=1, sorted=False, out=(values[block], indices[block]))
-    return values.relu_(), indices
-
-
-def decode(values: Tensor, indices: Tensor, w_dec: Tensor) -> Tensor:
-    """Return (n_tokens, d_model) sums of values · decoder rows; w_dec: (n_latents, d_model)."""
-    return F.embedding_bag(indices, w_dec, per_sample_weights=values, mode="sum")
 
 
 def gather_dot(g: Tensor, indices: Tensor, w_dec: Tensor) -> Tensor:

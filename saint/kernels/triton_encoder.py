@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from saint.kernels import torch_ops
+from sae import encode
 from saint.kernels.triton_ops import launch, load_rows, round_row, row_shape
 
 _BLOCK_ELEMENTS = 1 << 28  # pre-activations of one block: 512 MB in bfloat16
@@ -276,7 +276,7 @@ def _find(
 
 
 class Encoder:
-    """As `torch_ops.encode`, with int32 indices; see the module's docstring.
+    """As `sae.encode`, with int32 indices; see the module's docstring.
 
     Keeps the rounded weights between steps: changes that torch makes to W_enc are noticed, a
     kernel that changes it must also round anew what `rounded_weights` returned.
@@ -310,7 +310,7 @@ class Encoder:
         return self._weights
 
     def __call__(self, a: Tensor, w_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """See `torch_ops.encode`; of equal candidates the first latents are kept."""
+        """See `sae.encode`; of equal candidates the first latents are kept."""
         weights = self.rounded_weights(w_enc)
         a, w_enc, b_enc = a.contiguous(), w_enc.detach(), b_enc.detach()
         values = a.new_empty(len(a), k)
@@ -328,7 +328,7 @@ class Encoder:
         rows = torch.nonzero(unsure).squeeze(1)
         if len(rows):
             self.n_unsure += len(rows)
-            values[rows], again = torch_ops.encode(a[rows], w_enc, b_enc, k)
+            values[rows], again = encode(a[rows], w_enc, b_enc, k)
             indices[rows] = again.int()
         return values, indices
 

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from saint.kernels import torch_ops
-from saint.training.losses import SparseGradient
+from saint.kernels.pieces import SparseGradient
 
 _ROWS = 4  # rows of d_model numbers that a program reads at once: enough loads in flight
 

@@ -10,10 +10,10 @@ from html import escape
 from math import exp
 from pathlib import Path
 
-from saint.interpretation.prompts import SET_SIZE
 from saint.steering.completions import Effect, Pair, Reading
 from saint.steering.dose import MAX_LOSS, MIN_DISTINCT_SHARE, DoseReport, distinct_pairs
-from saint.steering.guide import Card, Guide, Hit
+from saint.steering.guide import INTRUDER_CHANCE, Guide
+from saint.steering.search import Card, Hit
 from saint.steering.settings import Setting
 
 # One hue per chosen latent, in the order of the mix; red is kept for surprise.
@@ -207,7 +207,7 @@ def _card(card: Card, hit: Hit | None, n_saes: int) -> str:
     elif card.certainty is not None:
         facts.append(f"label certainty {card.certainty:.0%}, untested")
     if card.intruder is not None:
-        facts.append(f"odd one out found in {card.intruder:.0%} (chance {1 / SET_SIZE:.0%})")
+        facts.append(f"odd one out found in {card.intruder:.0%} (chance {INTRUDER_CHANCE:.0%})")
     if card.density is not None:
         facts.append(f"on {card.density:.2%} of tokens" if card.density else "never seen firing")
     windows = "".join(window_html(*window) for window in card.windows)

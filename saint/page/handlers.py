@@ -20,19 +20,20 @@ from typing import Any
 import gradio as gr
 
 from saint.page import fragments
-from saint.stage.program import UserError, first_line, is_out_of_memory, log
-from saint.steering import guide as latent_guide
+from saint.stage.errors import UserError, first_line, is_out_of_memory, log
+from saint.steering import search
 from saint.steering.completions import stream_pairs
 from saint.steering.dose import dose_request, sweep
-from saint.steering.guide import Guide, Hit
-from saint.steering.load import EXAMPLE_PROMPTS, fingerprints
-from saint.steering.settings import Request, Setting, Studio, request_from_json
+from saint.steering.guide import Guide
+from saint.steering.search import Hit
+from saint.steering.settings import Request, Setting, request_from_json
+from saint.steering.studio import EXAMPLE_PROMPTS, Studio, fingerprints
 from saint.steering.vector import export_vector
 
 _SEARCHES: dict[str, Callable[..., list[Hit]]] = {
-    "label": latent_guide.search_labels,
-    "token": latent_guide.search_token,
-    "example text": latent_guide.search_text,
+    "label": search.search_labels,
+    "token": search.search_token,
+    "example text": search.search_text,
 }
 _FRAME_SECONDS = 0.06
 _MAX_QUERY_CHARS = 2000
@@ -226,9 +227,9 @@ class Desk:
             return "No labels are loaded: search by token or by example text, or type #number."
         return ""
 
-    def card(self, sae: int, latent: int) -> latent_guide.Card:
+    def card(self, sae: int, latent: int) -> search.Card:
         """What is known of a latent."""
-        return latent_guide.make_card(self.studio, self.guides, sae, latent)
+        return search.make_card(self.studio, self.guides, sae, latent)
 
     def choose(self, mix: Any, event: gr.EventData) -> list[dict[str, Any]]:
         """Add the latent whose button was pressed to the mix."""
@@ -252,11 +253,11 @@ class Desk:
         if not lines:
             raise UserError("write a prompt first")
         prompt = lines[0][: self.studio.limits.prompt_chars]
-        hits = latent_guide.search_text(self.studio, self.guides, prompt, limit=_VIEW_LATENTS)
+        hits = search.search_text(self.studio, self.guides, prompt, limit=_VIEW_LATENTS)
         found = [Setting(hit.latent, sae=hit.sae) for hit in hits]
         named = {(s.sae, s.latent) for s in settings}
         wanted = [*settings, *(s for s in found if (s.sae, s.latent) not in named)]
-        return latent_guide.activation_rows(self.studio, prompt, wanted, chat=chat)
+        return search.activation_rows(self.studio, prompt, wanted, chat=chat)
 
     def dose_choices(self, mix: Any, chosen: Any) -> Any:
         """The mix's latents to sweep: the chosen one stays where it is still in the mix."""

@@ -11,8 +11,8 @@ from gradio import themes
 from gradio.events import api
 
 from saint.page.handlers import TEMPERATURE, TOP_P, Desk, api_endpoints, shown
-from saint.steering.load import EXAMPLE_PROMPTS
 from saint.steering.settings import WHERE, Limits
+from saint.steering.studio import EXAMPLE_PROMPTS
 
 _HERE = Path(__file__).parent
 # One request computes at a time: nobody's batch depends on who else is there.

@@ -21,8 +21,9 @@ from torch import Tensor
 from saint.shuffle.in_memory import shuffle_in_memory
 from saint.shuffle.plan import Block, OutputFile, Plan, Result, Shuffle, file_kinds, opaque
 from saint.shuffle.statistics import RowStatistics, make_scratch
+from saint.stage.files import sync_file
 from saint.stage.manifests import file_checksum, verify_file
-from saint.stage.program import progress, sync_file
+from saint.stage.program import progress
 from saint.store.activation_store import ActivationStore
 from saint.store.row_format import (
     StoredRows,

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from saint.shuffle.statistics import RowStatistics
+from saint.stage.errors import UserError
 from saint.stage.manifests import verify_file, verify_size
-from saint.stage.program import UserError
 from saint.store.activation_store import ActivationStore
 from saint.store.dataset import held_out_mask
 from saint.store.row_format import StoredRows, read_tensors

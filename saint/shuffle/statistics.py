@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saint.stage.program import UserError, atomic_path
+from saint.stage.errors import UserError
+from saint.stage.files import atomic_path
 from saint.store.row_format import Stored, decode_rows
 
 MASSIVE_NORM_FACTOR = 20

@@ -17,7 +17,8 @@ from typing import Any
 
 import xxhash
 
-from saint.stage.program import UserError, log, write_json
+from saint.stage.errors import UserError, log
+from saint.stage.files import write_json
 
 FORMAT = "saint.manifest"
 VERSION = 1

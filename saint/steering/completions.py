@@ -12,7 +12,8 @@ from torch import Tensor
 
 from llama_3 import Edit, HookPoint, Llama, Sampling, generate
 from sae import standardise
-from saint.steering.settings import Dictionary, Request, Setting, Studio, build_edits
+from saint.steering.settings import Request, Setting
+from saint.steering.studio import Dictionary, Studio, build_edits
 
 _UNEMBED_ROWS = 64
 

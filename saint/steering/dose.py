@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from saint.stage.program import UserError
+from saint.stage.errors import UserError
 from saint.steering.completions import generate_ids, read
-from saint.steering.settings import Request, Setting, Studio, build_edits
+from saint.steering.settings import Request, Setting
+from saint.steering.studio import Studio, build_edits
 
 DEFAULT_STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
 # Fluency counts as broken half a nat per token above no dose, or when the text runs in circles:

@@ -1,79 +1,21 @@
-"""Finding latents: by label, by token, by example text; and what is known about each of them.
-
-Labels and evidence are optional: without them, tokens are still found through the weights and
-example texts through the model itself.
-"""
+"""What is known of an SAE's latents: their labels and their evidence, both optional."""
 
 from __future__ import annotations
 
-import re
 import threading
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from llama_3 import Tokenizer
-from sae import standardise
 from saint.evidence.file import Evidence
-from saint.evidence.labels import Label
+from saint.evidence.labels import SET_SIZE, Label
 from saint.evidence.words import clarity, is_content
-from saint.stage.program import UserError, log
-from saint.steering.completions import read
-from saint.steering.settings import Dictionary, Setting, Studio
+from saint.stage.errors import UserError, log
 
-_WORD = re.compile(r"\w+")
-_WINDOWS = 3
-# A latent for one of these shows little when it is turned up.
-FUNCTION_WORDS = frozenset(
-    """about above after again against almost along already also although always among another
-    anyone anything around away because been before being below between both came come
-    could does done down during each either else enough even ever every from further give
-    given goes going gone have having here hers herself himself however into itself just
-    keep kept know known last least less like likely made make many maybe might more most
-    much must myself near neither never next none nothing often once only onto other
-    others otherwise ours over perhaps quite rather really same seem should since some
-    someone something soon still such than that their theirs them themselves then there
-    therefore these they this those though through thus together toward towards under
-    unless until upon very want well were what whatever when where whether which while
-    whom whose will with within without would your yours yourself""".split()
-)
-_MAX_QUERY_TOKENS = 512
-
-
-@dataclass(frozen=True)
-class Hit:
-    """One search result. score: in (0, 1], comparable within one search. reason: in words."""
-
-    sae: int
-    latent: int
-    score: float
-    reason: str
-
-
-@dataclass(frozen=True)
-class Card:
-    """What a person should see of a latent before choosing it.
-
-    density: share of tokens on which it fires, None where unknown. unit: its largest seen
-    activation. intruder: how often the odd one out of its excerpts was found, None where it was not
-    measured. windows: (tokens, activations in units) of its strongest examples. promoted: tokens
-    that its direction makes likelier when read straight through the unembedding.
-    """
-
-    sae: int
-    latent: int
-    label: str
-    certainty: float | None
-    score: float | None
-    intruder: float | None
-    density: float | None
-    unit: float
-    windows: list[tuple[list[str], list[float]]]
-    promoted: list[str]
+INTRUDER_CHANCE = 1 / SET_SIZE
 
 
 @dataclass
@@ -135,18 +77,16 @@ class Guide:
 
 
 def make_guide(
-    labels: dict[int, Label], evidence: Evidence | None, dictionary: Dictionary
+    labels: dict[int, Label], evidence: Evidence | None, *, name: str, n_latents: int
 ) -> Guide:
     """Bind labels and evidence to an SAE. Raises UserError when they belong to another one."""
-    n_latents = dictionary.sae.config.n_latents
     if labels and max(labels) >= n_latents:
-        raise UserError(f"the labels name latent {max(labels)}, {dictionary.name} has {n_latents}")
+        raise UserError(f"the labels name latent {max(labels)}, {name} has {n_latents}")
     densities = None
     if evidence is not None:
         if evidence.n_latents != n_latents:
             raise UserError(
-                f"{evidence.path} describes {evidence.n_latents} latents, "
-                f"{dictionary.name} has {n_latents}"
+                f"{evidence.path} describes {evidence.n_latents} latents, {name} has {n_latents}"
             )
         densities = evidence.summary().column("density").to_pylist()
     named = {latent: label for latent, label in labels.items() if label.text}
@@ -182,177 +122,3 @@ def _index_tokens(evidence: Evidence, tokenizer: Tokenizer) -> dict[str, list[tu
         index.setdefault(text, []).append((latent, count / totals[latent]))
     log.info("indexed the strongest tokens of %d latents", evidence.n_latents)
     return index
-
-
-def is_telling(token: str) -> bool:
-    """Whether a token (stripped, lower case) is a content word rather than a piece of grammar."""
-    return len(token) > 3 and token.isalpha() and token not in FUNCTION_WORDS
-
-
-def search_labels(studio: Studio, guides: list[Guide], query: str, *, limit: int = 12) -> list[Hit]:
-    """Return the latents whose labels hold the query's words: whole words before parts of words."""
-    words = [word.lower() for word in _WORD.findall(query)][:20]
-    hits = []
-    for sae, guide in enumerate(guides):
-        for latent, label in guide.labels.items():
-            present = set(_WORD.findall(label.text.lower()))
-            found = [_word_score(word, present) for word in words]
-            if not words or not any(found):
-                continue
-            trust = label.score or label.certainty or 0.0
-            # Short labels about the word itself come before long ones that mention it.
-            focus = 1 / (1 + len(present))
-            score = (sum(found) / len(words) + 0.1 * trust + 0.1 * focus) / 1.2
-            hits.append(Hit(sae, latent, score, "label"))
-    return sorted(hits, key=lambda hit: -hit.score)[:limit]
-
-
-def _word_score(word: str, present: set[str]) -> float:
-    if word in present:
-        return 1.0
-    if any(other.startswith(word) for other in present):
-        return 0.8
-    return 0.4 if len(word) > 2 and any(word in other for other in present) else 0.0
-
-
-def search_token(studio: Studio, guides: list[Guide], query: str, *, limit: int = 12) -> list[Hit]:
-    """Return latents that fire most strongly on a token, then latents that promote it.
-
-    The first come from the evidence. The second from the weights: the cosine of the latent's
-    decoder direction and the token's row of the unembedding (with the final norm's weight).
-    """
-    hits = []
-    for sae, guide in enumerate(guides):
-        for latent, share in guide.token_index(studio.tokenizer).get(query.strip().lower(), ()):
-            reason = f"leads {share:.0%} of its strongest sentences"
-            hits.append(Hit(sae, latent, share, reason))
-    hits = sorted(hits, key=lambda hit: -hit.score)[: max(1, 2 * limit // 3)]
-    seen = {(hit.sae, hit.latent) for hit in hits}
-    promoting = _promoting(studio, query, limit)
-    return (hits + [hit for hit in promoting if (hit.sae, hit.latent) not in seen])[:limit]
-
-
-@torch.no_grad()
-def _promoting(studio: Studio, query: str, limit: int) -> list[Hit]:
-    text = query.strip()
-    ids = {studio.tokenizer.encode(form, bos=False)[0] for form in (text, " " + text) if text}
-    hits = []
-    for sae, dictionary in enumerate(studio.dictionaries):
-        rows = _through_norm(studio, sorted(ids)).to(dictionary.sae.W_dec.device)
-        if not len(rows):
-            continue
-        rows = rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-        cosine = (dictionary.sae.W_dec @ rows.T).amax(dim=1)
-        values, latents = cosine.topk(min(limit, len(cosine)))
-        for value, latent in zip(values.tolist(), latents.tolist(), strict=True):
-            hits.append(Hit(sae, latent, value, f"makes it likelier (cosine {value:.2f})"))
-    return sorted(hits, key=lambda hit: -hit.score)[:limit]
-
-
-def _through_norm(studio: Studio, ids: list[int]) -> Tensor:
-    """Rows of the unembedding, centred over nothing, with the final norm's weight in them."""
-    norm = studio.model.norm
-    assert norm is not None, "a whole model is loaded"
-    return studio.model.unembedding[ids].float() * norm.weight.float()
-
-
-@torch.no_grad()
-def search_text(studio: Studio, guides: list[Guide], query: str, *, limit: int = 12) -> list[Hit]:
-    """Return the latents that stand out on an example text.
-
-    A latent's score is its largest activation there, in units, times its rarity where its density
-    is known: -log10(density) / 4, at most 1 (one token in 10,000 or fewer).
-    """
-    ids = studio.encode(query, chat=False)[:_MAX_QUERY_TOKENS]
-    texts = [studio.tokenizer.token_text(token) for token in ids]
-    hits = []
-    for sae, dictionary in enumerate(studio.dictionaries):
-        best, position = strongest(studio, dictionary, ids)
-        relative = best / dictionary.units
-        densities = guides[sae].densities
-        rarity = torch.ones_like(relative)
-        if densities is not None:
-            density = torch.tensor(densities).clamp(1e-7, 1.0)
-            rarity = (-density.log10() / 4).clamp(0, 1)
-        score = relative * rarity
-        values, latents = score.topk(min(limit, len(score)))
-        for value, latent in zip(values.tolist(), latents.tolist(), strict=True):
-            if value > 0:
-                reason = f"{float(relative[latent]):.2f}× on “{texts[position[latent]].strip()}”"
-                hits.append(Hit(sae, latent, min(value, 1.0), reason))
-    return sorted(hits, key=lambda hit: -hit.score)[:limit]
-
-
-def latent_matrix(studio: Studio, dictionary: Dictionary, ids: list[int]) -> tuple[Tensor, Tensor]:
-    """Return a text's activations, values and indices (n_tokens, k), on the CPU; 0 at BOS."""
-    tokens = torch.tensor([ids], device=studio.model.device)
-    x = studio.model.capture(tokens, [dictionary.hook])[dictionary.hook][0]
-    z, _, _ = standardise(x, dictionary.sae.config.norm_eps)
-    values, indices = (t.cpu() for t in dictionary.sae.encode(z))
-    if dictionary.sae.config.prepend_bos:
-        values[0] = 0.0
-    return values, indices
-
-
-def strongest(studio: Studio, dictionary: Dictionary, ids: list[int]) -> tuple[Tensor, list[int]]:
-    """Return each latent's largest activation (n_latents,) on a text, and the token it was on."""
-    values, indices = latent_matrix(studio, dictionary, ids)
-    best = torch.zeros(dictionary.sae.config.n_latents)
-    position = [0] * len(best)
-    for i in range(len(ids)):
-        higher = values[i] > best[indices[i]]
-        for latent in indices[i][higher].tolist():
-            position[latent] = i
-        best[indices[i][higher]] = values[i][higher]
-    return best, position
-
-
-@torch.no_grad()
-def activation_rows(
-    studio: Studio, text: str, settings: list[Setting], *, chat: bool = False
-) -> tuple[list[str], list[tuple[Setting, list[float]]]]:
-    """Return a text's tokens (BOS left out) and each latent's activation on them, in units."""
-    ids = studio.encode(text, chat=chat)
-    reading = read(studio, ids[:_MAX_QUERY_TOKENS], n_prompt=len(ids), settings=settings)
-    rows = [[values[i] for values in reading.activations] for i in range(len(settings))]
-    return reading.tokens, list(zip(settings, rows, strict=True))
-
-
-def make_card(studio: Studio, guides: list[Guide], sae: int, latent: int) -> Card:
-    """Collect what is known of a latent. Raises UserError if there is no such SAE or latent."""
-    dictionary, guide = studio.dictionaries[sae], guides[sae]
-    row = guide.row(latent)
-    unit = float(dictionary.units[latent])
-    windows, promoted, density = [], [], None
-    if row is not None:
-        tops = [e for e in row["examples"] if e["kind"] == "top"][:_WINDOWS]
-        windows = [(e["tokens"], [a / unit for a in e["activations"]]) for e in tops]
-        promoted = [entry["token"] for entry in row["promoted"][:8]]
-        density = row["density"]
-    label = guide.labels.get(latent)
-    return Card(
-        sae,
-        latent,
-        label.text if label else "",
-        label.certainty if label else None,
-        label.score if label else None,
-        guide.intruder.get(latent),
-        density,
-        unit,
-        windows,
-        promoted or promoted_tokens(studio, dictionary, latent),
-    )
-
-
-@torch.no_grad()
-def promoted_tokens(
-    studio: Studio, dictionary: Dictionary, latent: int, *, limit: int = 8
-) -> list[str]:
-    """Return the tokens that a latent's direction makes likelier, by the unembedding alone."""
-    norm = studio.model.norm
-    assert norm is not None, "a whole model is loaded"
-    unembedding = studio.model.unembedding
-    direction = dictionary.sae.W_dec[latent].to(unembedding.device) * norm.weight.float()
-    scores = unembedding @ direction.to(unembedding.dtype)
-    top = scores[: studio.tokenizer.n_vocab].topk(limit).indices.tolist()
-    return [studio.tokenizer.token_text(token) for token in top]

@@ -10,21 +10,24 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from llama_3 import Edit, HookPoint, Llama, Tokenizer
-from sae import Steer, TopKSparseAutoencoder, steering_shift
-from saint.stage.program import UserError
+from saint.stage.errors import UserError
 
 MODES = ("add", "set", "scale", "ablate")
+
+
 WHERE = ("both", "generated", "prompt")
+
+
 _MAX_STRENGTH = 1000.0
+
+
 _SETTING = re.compile(r"(?:(\d+):)?(\d+)=(.+)")
+
+
 _SHORTHAND = {"+": "add", "-": "add", "*": "scale", "x": "scale"}
 
 
@@ -158,155 +161,3 @@ def _as(kind: type, value: Any, name: str) -> Any:
         if math.isfinite(value) and kind(value) == value:
             return kind(value)
     raise UserError(f"{name} {value!r:.40} is not a {'text' if kind is str else kind.__name__}")
-
-
-@dataclass(frozen=True)
-class Dictionary:
-    """A loaded SAE and its steering units.
-
-    units: (n_latents,) float32 on the CPU, each latent's largest seen activation; 1 where it was
-    never seen firing. unit_source says where they come from.
-    """
-
-    name: str
-    sae: TopKSparseAutoencoder
-    hook: HookPoint
-    units: Tensor
-    unit_source: str
-
-    def steer(self, setting: Setting) -> Steer:
-        """Turn a setting's units into the SAE's activation scale."""
-        unit = float(self.units[setting.latent]) if setting.mode in ("add", "set") else 1.0
-        return Steer(setting.latent, setting.mode, setting.strength * unit)  # type: ignore[arg-type]
-
-
-@dataclass(frozen=True)
-class Studio:
-    """The model, its tokenizer and one or more SAEs; shared by all visitors, never changed."""
-
-    model: Llama
-    tokenizer: Tokenizer
-    dictionaries: tuple[Dictionary, ...]
-    limits: Limits = field(default_factory=Limits)
-
-    @property
-    def prepend_bos(self) -> bool:
-        """Whether prompts start with a BOS token, as the SAEs' captures did."""
-        return self.dictionaries[0].sae.config.prepend_bos
-
-    def encode(self, prompt: str, *, chat: bool) -> list[int]:
-        """Token ids of a prompt as the model reads it.
-
-        Raises UserError for an empty prompt, or for chat with a model that has no chat format.
-        """
-        if chat:
-            if not self.tokenizer.has_chat:
-                raise UserError("this model has no chat format: it can only continue text")
-            return self.tokenizer.format_chat([{"role": "user", "content": prompt}])
-        ids = self.tokenizer.encode(prompt, bos=self.prepend_bos)
-        if len(ids) <= self.prepend_bos:
-            raise UserError("a prompt is empty: write some text for the model to continue")
-        return ids
-
-    def encode_prompts(self, request: Request) -> list[list[int]]:
-        """Check a request and return its prompts' token ids.
-
-        Raises UserError, before any work, for what this studio cannot or will not do.
-        """
-        self.check(request)
-        prompts = [self.encode(prompt, chat=request.chat) for prompt in request.prompts]
-        longest, context = max(map(len, prompts)), self.model.args.max_seq_len
-        length = longest + request.max_new_tokens
-        if length > context:
-            raise UserError(
-                f"{longest} prompt tokens and {request.max_new_tokens} new ones exceed the model's "
-                f"context of {context} tokens"
-            )
-        if length * len(prompts) > self.limits.tokens:
-            raise UserError(
-                f"{len(prompts)} prompts with room for {length} tokens each, new ones included, "
-                f"are {length * len(prompts)} tokens: at most {self.limits.tokens} at a time "
-                "(whoever starts the page can raise --max_total_tokens)"
-            )
-        return prompts
-
-    def check(self, request: Request) -> None:
-        """Raise UserError for what is wrong with a request whatever its prompts' tokens are."""
-        limits = self.limits
-        counted = (
-            (len(request.prompts), limits.prompts, "prompts"),
-            (request.max_new_tokens, limits.new_tokens, "new tokens"),
-            (max(map(len, request.prompts), default=0), limits.prompt_chars, "characters a prompt"),
-        )
-        for number, most, what in counted:
-            if number > most:
-                raise UserError(f"{number} {what}: at most {most} at a time")
-        if not request.prompts:
-            raise UserError("write a prompt first")
-        if request.max_new_tokens < 1:
-            raise UserError("the number of new tokens is not at least 1")
-        if request.where not in WHERE:
-            raise UserError(f"where {request.where!r:.40}: expected one of {', '.join(WHERE)}")
-        if not 0 <= request.temperature <= 10 or not 0 < request.top_p <= 1:
-            raise UserError("temperature is not in 0 to 10, or top-p not above 0 and at most 1")
-        if not 0 <= request.seed < 2**63:
-            raise UserError(f"seed {request.seed} is not between 0 and 2^63 - 1")
-        self.check_settings(request.settings)
-
-    def check_settings(self, settings: Sequence[Setting]) -> None:
-        """Raise UserError for too many latents, one that is not there, or one named twice."""
-        if len(settings) > self.limits.settings:
-            raise UserError(
-                f"{len(settings)} steered latents: at most {self.limits.settings} at a time"
-            )
-        for setting in settings:
-            if not 0 <= setting.sae < len(self.dictionaries):
-                raise UserError(
-                    f"SAE {setting.sae}: {len(self.dictionaries)} loaded, counted from 0"
-                )
-            n_latents = self.dictionaries[setting.sae].sae.config.n_latents
-            if not 0 <= setting.latent < n_latents:
-                raise UserError(f"latent {setting.latent}: this SAE has 0 to {n_latents - 1}")
-        if len({(s.sae, s.latent) for s in settings}) < len(settings):
-            raise UserError("a latent is set twice: give each one setting")
-
-
-def build_edits(
-    studio: Studio,
-    settings: Sequence[Setting],
-    *,
-    where: str,
-    prompt_lengths: Sequence[int],
-    record: dict[HookPoint, tuple[Tensor, Tensor, Tensor]] | None = None,
-) -> dict[HookPoint, Edit]:
-    """Return the model edits for these settings; empty when there is nothing to steer.
-
-    where: tokens to edit; a prompt of length n has positions 0 to n - 1, the rest is "generated".
-    prompt_lengths: one per row of the batch, in tokens. Position 0 is never edited where the SAE
-    was trained with a BOS token. SAEs at one hook point all read x before any of them adds to it.
-    record: filled with (x before, x after, edited positions) of the last forward pass per hook.
-    """
-    by_hook: dict[HookPoint, dict[int, list[Steer]]] = {}
-    for setting in settings:
-        dictionary = studio.dictionaries[setting.sae]
-        steers = by_hook.setdefault(dictionary.hook, {}).setdefault(setting.sae, [])
-        steers.append(dictionary.steer(setting))
-    ends = torch.tensor(prompt_lengths, device=studio.model.device).unsqueeze(1)
-    first = 1 if studio.prepend_bos else 0
-
-    def make_edit(hook: HookPoint, wishes: dict[int, list[Steer]]) -> Edit:
-        def edit(x: Tensor, positions: Tensor) -> Tensor:
-            edited = positions >= first
-            if where != "both":
-                edited = edited & ((positions < ends) == (where == "prompt"))
-            shift = torch.zeros_like(x, dtype=torch.float32)
-            for index, steers in wishes.items():
-                shift += steering_shift(studio.dictionaries[index].sae, steers, x)
-            after = torch.where(edited.unsqueeze(-1), (x.float() + shift).to(x.dtype), x)
-            if record is not None:
-                record[hook] = (x, after, edited)
-            return after
-
-        return edit
-
-    return {hook: make_edit(hook, wishes) for hook, wishes in by_hook.items()}

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import torch
 from safetensors.torch import save
 
-from saint.stage.program import UserError
-from saint.steering.settings import Setting, Studio
+from saint.stage.errors import UserError
+from saint.steering.settings import Setting
+from saint.steering.studio import Studio
 
 FORMAT = "saint.steering_vector"
 VERSION = 1

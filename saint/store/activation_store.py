@@ -2,9 +2,8 @@
 
 `activation_outputs/` holds `layer_<L>/` (resid_pre) or `layer_<L>.<hook>/` directories of
 `shard_<NNNNN>.safetensors`, the sentences in `sentences.parquet/`, one part per shard, the display
-text of every token id in `vocabulary.parquet`, and the manifest. `python -m
-saint.store.activation_store
-DIR` prints what is there and verifies it.
+text of every token id in `vocabulary.parquet`, and the manifest. `python -m saint.store DIR`
+prints what is there and verifies it.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,8 +22,9 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from saint.stage.errors import UserError
+from saint.stage.files import write_json
 from saint.stage.manifests import Manifest, manifest_path, read_manifest, verify_file
-from saint.stage.program import UserError, run_stage, write_json
 from saint.store.row_format import (
     Stored,
     TensorFile,
@@ -44,8 +43,14 @@ from saint.store.shuffled_rows import (
 )
 
 STAGE = "capture_activations"
+
+
 SENTENCES = "sentences.parquet"
+
+
 VOCABULARY = "vocabulary.parquet"
+
+
 INDEX_TENSORS = ("token_ids", "offsets", "sentence_ids")
 
 
@@ -318,85 +323,3 @@ def add_layer_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("which activations (needed only where several were captured)")
     group.add_argument("--layer", type=int, help="0-based layer [the one that was captured]")
     group.add_argument("--hook_point", help="hook point [the one that was captured]")
-
-
-def describe(data_dir: Path) -> list[str]:
-    """Return lines that say what a finished store holds."""
-    manifest = read_manifest(data_dir, STAGE)
-    counts: Mapping[str, Any] = manifest.counts
-    lines = [f"{data_dir}: {counts['n_sentences']:,} sentences, {counts['n_tokens']:,} tokens"]
-    for name, facts in manifest.facts["layers"].items():
-        size = sum(v["bytes"] for k, v in manifest.files.items() if k.startswith(f"{name}/"))
-        moved = manifest.facts.get("in_place", {}).get(name)
-        lines.append(
-            f"  {name}: layer {facts['layer']} {facts['hook_point']}, {counts['n_shards']} shards, "
-            f"{manifest.facts.get('store_dtype', 'bfloat16')}, {size / 1e9:.2f} GB"
-            + (f", its rows moved to {data_dir / moved['rows']}" if moved else "")
-        )
-    return lines
-
-
-def find_problems(data_dir: Path) -> list[str]:
-    """Return a line for every file that is missing, shortened, changed or not the store's own.
-
-    A layer whose rows are half moved is one line: until the move ends, nothing says what its
-    shards should be.
-    """
-    manifest = read_manifest(data_dir, STAGE)
-    moving = half_moved_layers(manifest)
-    problems = [_unfinished_move(data_dir / name) for name in moving]
-    for name, expected in manifest.files.items():
-        if Path(name).parts[0] in moving:
-            continue
-        try:
-            verify_file(data_dir / name, expected)
-        except UserError as error:
-            problems.append(str(error))
-    own = [*manifest.facts["layers"], SENTENCES]
-    held = [path for pattern in ("layer_*/*", f"{SENTENCES}/*") for path in data_dir.glob(pattern)]
-    foreign = [p for p in held if p.relative_to(data_dir).as_posix() not in manifest.files]
-    for path in sorted(foreign):
-        if path.parent.name in own and path.match(".*.tmp"):
-            if path.parent.name not in moving:
-                problems.append(f"{path} is what an interrupted run was writing: remove it")
-            continue
-        what = "no shard of this store" if path.parent.name in own else "in no layer of this store"
-        problems.append(f"{path} is foreign: {what}, its manifest does not list it")
-    return problems
-
-
-def show_sentences(store: ActivationStore, n_sentences: int) -> list[str]:
-    """Return lines with the first sentences, each token followed by its activation norm."""
-    shard, texts = store.read_shard(0), store.token_texts()
-    lines = []
-    for i in range(min(n_sentences, len(shard.sentence_ids))):
-        rows = slice(int(shard.offsets[i]), int(shard.offsets[i + 1]))
-        norms = torch.linalg.vector_norm(shard.read(rows).float(), dim=1)
-        tokens = shard.token_ids[rows].tolist()
-        shown = " ".join(
-            f"{texts[t].strip() or '_'}[{n:.0f}]"
-            for t, n in zip(tokens, norms.tolist(), strict=True)
-        )
-        lines.append(f"  sentence {int(shard.sentence_ids[i])}: {shown}")
-    return lines
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Describe and verify a store; exit with 1 when something is wrong with a file."""
-    parser = argparse.ArgumentParser(description="Describe and verify an activation store.")
-    parser.add_argument("data_dir", type=Path, help="the directory that capture wrote")
-    parser.add_argument("--n_sentences", type=int, default=3, help="sentences to show [3]")
-    args = parser.parse_args(argv)
-    print("\n".join(describe(args.data_dir)))
-    problems = find_problems(args.data_dir)
-    if problems:
-        print("\n".join(f"error: {problem}" for problem in problems), file=sys.stderr)
-        sys.exit(1)
-    print("  every file has its checksum, and none is foreign")
-    for store in open_stores(args.data_dir):
-        print(f"{store.layer_dir}, token[norm]:")
-        print("\n".join(show_sentences(store, args.n_sentences)))
-
-
-if __name__ == "__main__":
-    run_stage(main)

@@ -14,8 +14,8 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import xxhash
 
+from saint.stage.errors import UserError
 from saint.stage.manifests import fingerprint
-from saint.stage.program import UserError
 
 HELD_OUT_FRACTION = 0.05
 HELD_OUT_SEED = 0

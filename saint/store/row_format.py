@@ -21,7 +21,8 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from saint.stage.program import UserError, atomic_path
+from saint.stage.errors import UserError
+from saint.stage.files import atomic_path
 
 _RANGE_WRITE = 2  # SYNC_FILE_RANGE_WRITE
 STORE_DTYPES = ("bfloat16", "float16", "int8")

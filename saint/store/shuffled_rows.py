@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saint.stage.errors import UserError
 from saint.stage.manifests import Manifest, read_manifest, verify_file
-from saint.stage.program import UserError
 from saint.store.row_format import Stored, decode_rows, map_rows
 
 STAGE = "sae_preprocessing"

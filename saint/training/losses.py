@@ -5,15 +5,15 @@ Source: Gao et al., "Scaling and evaluating sparse autoencoders", arXiv:2406.040
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from sae import TopKSparseAutoencoder
-from saint.kernels import cpu, torch_ops
+from saint.kernels import torch_ops
+from saint.kernels.pieces import AuxGradient, Pieces, SparseGradient, TorchKernels
 from saint.kernels.torch_ops import MIN_NORMALISER
 
 
@@ -93,64 +93,6 @@ def losses_dense(
             (values > 0).sum() / max(1, x.shape[0]),
         )
     return losses, total
-
-
-@dataclass(frozen=True)
-class AuxGradient:
-    """AuxK's gradients of the dead latents: W_dec, W_enc (n_dead, d_model), b_enc (n_dead,)."""
-
-    dec: Tensor
-    enc: Tensor
-    b: Tensor
-
-
-@dataclass(frozen=True)
-class SparseGradient:
-    """A batch's gradient before any sum over tokens: what the weights' gradients are made of.
-
-    values, g_values, indices: (n_tokens, k), the activations and ∂loss/∂activation.
-    a, g: (n_tokens, d_model), the encoder's input x − b_pre, and ∂loss/∂x̂.
-    """
-
-    values: Tensor
-    g_values: Tensor
-    indices: Tensor
-    a: Tensor
-    g: Tensor
-    aux: AuxGradient | None
-
-
-class Pieces(Protocol):
-    """What a step is made of: the two functions of `torch_ops`, or others like them."""
-
-    @property
-    def encode(self) -> Callable[..., tuple[Tensor, Tensor]]:
-        """As `torch_ops.encode`."""
-        ...
-
-    @property
-    def reconstruct(self) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
-        """As `torch_ops.reconstruct`."""
-        ...
-
-
-class TorchKernels:
-    """The pieces of the step as torch operations, on any device."""
-
-    encode = staticmethod(torch_ops.encode)
-    reconstruct = staticmethod(torch_ops.reconstruct)
-
-
-class CpuKernels:
-    """The same pieces in C++. Raises UserError where they cannot be compiled.
-
-    rounded: see `cpu.Encoder`.
-    """
-
-    def __init__(self, *, rounded: bool) -> None:
-        cpu.library()
-        self.encode = cpu.Encoder(rounded=rounded)
-        self.reconstruct = cpu.reconstruct
 
 
 @torch.no_grad()

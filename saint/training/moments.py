@@ -129,3 +129,9 @@ def _mix(h: Tensor) -> Tensor:
     h = (h ^ (h >> 16)) * 0x7FEB352D & _WORD
     h = (h ^ (h >> 15)) * 0x846CA68B & _WORD
     return h ^ (h >> 16)
+
+
+BETAS = (0.9, 0.999)
+
+
+EPS = 6.25e-10

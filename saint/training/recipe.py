@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import argparse
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
-from saint.stage.program import (
-    UserError,
-    Workers,
-    add_device_flags,
-    add_overwrite_flag,
-    positive_int,
-)
+from saint.stage.errors import UserError
+from saint.stage.flags import add_device_flags, add_overwrite_flag, positive_int
+from saint.stage.workers import Workers
 from saint.store.shuffled_rows import BatchedRows
 from saint.training.moments import KINDS
 from saint.training.steps import KERNELS
-from saint.training.trainer import Recipe
 
 LEARNING_RATE_CONSTANT = 0.064  # 1e-3 at 4,096 latents
 _DEAD_TOKENS = 10_000_000
@@ -167,3 +163,41 @@ def resolve_recipe(args: argparse.Namespace, rows: BatchedRows, workers: Workers
         seed=args.seed,
         moments=args.moments,
     )
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that shapes the result, automatic values resolved.
+
+    lr_floor: the last learning rate as a share of the peak. k_start, k_anneal_steps: active latents
+    of the first step, and the steps until they are k. moments: how Adam's are kept, one of KINDS.
+    """
+
+    n_latents: int
+    k: int
+    num_epochs: int
+    batch_size: int
+    learning_rate: float
+    warmup_fraction: float
+    decay_fraction: float
+    lr_floor: float
+    k_start: int
+    k_anneal_steps: int
+    grad_clip: float
+    k_aux: int
+    aux_coefficient: float
+    dead_tokens: int
+    seed: int
+    moments: str = "float32"
+
+    def learning_rate_at(self, step: int, n_steps: int) -> float:
+        """Linear warm-up, constant, then linear decay to the floor; by steps."""
+        warmup = max(1, round(self.warmup_fraction * n_steps))
+        decay = max(1, round(self.decay_fraction * n_steps))
+        decayed = self.lr_floor + (1 - self.lr_floor) * min(1.0, (n_steps - step) / decay)
+        return self.learning_rate * min(1.0, (step + 1) / warmup) * decayed
+
+    def k_at(self, step: int) -> int:
+        """Active latents per token: linearly from k_start to k over the first steps."""
+        remaining = max(0.0, 1 - step / self.k_anneal_steps) if self.k_anneal_steps else 0.0
+        return self.k + round((self.k_start - self.k) * remaining)

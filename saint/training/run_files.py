@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from saint.stage.program import UserError, atomic_path, log, save_torch, write_text
+from saint.stage.errors import UserError, log
+from saint.stage.files import atomic_path, save_torch, write_text
 from saint.training.curves_page import training_page
 
 

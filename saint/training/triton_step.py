@@ -8,9 +8,10 @@ from torch import Tensor
 from sae import TopKSparseAutoencoder
 from saint.kernels import triton_ops
 from saint.kernels.triton_encoder import Encoder
-from saint.stage.program import UserError, Workers
-from saint.training.moments import Moments
-from saint.training.steps import BETAS, EPS, FusedStep
+from saint.stage.errors import UserError
+from saint.stage.workers import Workers
+from saint.training.fused_step import FusedStep
+from saint.training.moments import BETAS, EPS, Moments
 
 _LEAST_CAPABILITY = (8, 0)  # Ampere: products of bfloat16
 

@@ -20,7 +20,7 @@ import capture_top_activating_sentences as stage
 import latent_browser
 from saint.browser import pack, prompt_view
 from saint.evidence.file import open_evidence
-from saint.stage.program import UserError
+from saint.stage.errors import UserError
 from tests.support import program
 from tests.support.tiny_store import make_store
 

@@ -31,7 +31,7 @@ from embedded.packages import (
     wheel_path,
 )
 from llama_3 import Llama, Sampling, generate, load_args, load_llama, load_tokenizer
-from saint.stage.program import UserError
+from saint.stage.errors import UserError
 
 REPOSITORY = Path(__file__).parents[2]
 CPU = torch.device("cpu")

@@ -16,7 +16,7 @@ from llama_3 import HookPoint, load_llama
 from sae import load_sae, standardise
 from saint.evidence.builder import Directions
 from saint.evidence.file import open_evidence
-from saint.stage.program import UserError
+from saint.stage.errors import UserError
 from tests.support import program
 from tests.support.tiny_steering import D_MODEL, write_setup
 from tests.support.tiny_store import make_store

@@ -21,12 +21,12 @@ import capture_top_activating_sentences as stage
 from sae import SAEConfig, TopKSparseAutoencoder, standardise
 from saint.evidence import rankings, sparse_activations
 from saint.evidence.file import KINDS, EvidenceWriter, LatentBlock, open_evidence
-from saint.kernels import cpu
+from saint.kernels import cpu, fastest
+from saint.stage.errors import UserError
 from saint.stage.manifests import read_manifest
-from saint.stage.program import UserError, Workers
+from saint.stage.workers import Workers
 from saint.store import activation_store
 from saint.store.activation_store import open_store
-from saint.training import steps
 from tests.support import program
 from tests.support.tiny_store import TinyStore, load, make_store
 
@@ -330,7 +330,7 @@ def test_the_encoder_is_the_one_that_training_has(
     def none(_: int) -> None:
         raise UserError("no compiler")
 
-    monkeypatch.setattr(steps, "fastest_cpu_kernels", none)
+    monkeypatch.setattr(fastest, "fastest_cpu_kernels", none)
     stage.main(arguments(store, tmp_path / "torch"))
     assert digests(tmp_path / "cpp") == digests(tmp_path / "torch") == digests(output)
 
@@ -341,7 +341,7 @@ def test_the_fastest_encoder_is_exact_and_gives_ties_to_the_first_latent(d_model
     sae.initialise(torch.zeros(d_model), seed=0)
     sae.W_enc[100:] = sae.W_enc[:100]  # every latent has a twin
     x = standardise(torch.randn(70, d_model, generator=torch.Generator().manual_seed(0)))[0]
-    encode = steps.fastest_encode(sae)
+    encode = fastest.fastest_encode(sae)
     values, indices = encode(x)
     # In float64, the i-th latent and its twin are equally strong.
     best = (x.double() @ sae.W_enc[:100].double().T).topk(4, dim=1)

@@ -13,7 +13,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saint.evidence.labels import label_from_top_tokens, load_labels, word_at
+from saint.evidence.labels import label_from_top_tokens, load_labels
+from saint.evidence.words import word_at
 from saint.interpretation.download import Paths, _keep_whole_lines, write_records
 from saint.interpretation.ledger import (
     Ledger,
@@ -25,7 +26,7 @@ from saint.interpretation.ledger import (
 from saint.interpretation.prices import PRICES_DATE, Quote, batch_price, check_budget, dollars
 from saint.interpretation.report import build_report, content_words
 from saint.interpretation.responses import certainty, failed_kind, parse_answer, parse_label, record
-from saint.stage.program import UserError
+from saint.stage.errors import UserError
 from tests.support.interpretation_data import example, row
 
 _THOUGHTS = "<semantic_analysis>\n1. Patterns: {:^3} and {x: 1}\n2. 45/50\n</semantic_analysis>\n\n"

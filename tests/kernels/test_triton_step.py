@@ -51,7 +51,8 @@ def test_every_kernel_compiles_for_gpus_that_are_not_here(tmp_path):
 ASK = """
 import sys, torch
 from sae import SAEConfig, TopKSparseAutoencoder
-from saint.stage.program import UserError, Workers
+from saint.stage.errors import UserError
+from saint.stage.workers import Workers
 from saint.training.moments import Moments
 from saint.training.steps import make_step
 {before}

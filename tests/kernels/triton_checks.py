@@ -11,7 +11,7 @@ import torch
 from sae import TopKSparseAutoencoder, standardise
 from saint.kernels import torch_ops, triton_encoder, triton_ops
 from saint.kernels.triton_encoder import Encoder, round_rows
-from saint.stage.program import Workers
+from saint.stage.workers import Workers
 from saint.training.losses import AuxK, sparse_gradient
 from saint.training.moments import Moments
 from saint.training.steps import make_step

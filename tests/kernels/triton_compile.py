@@ -23,7 +23,7 @@ from saint.kernels import (
     triton_encoder,  # noqa: E402
     triton_ops,  # noqa: E402
 )
-from saint.stage.program import Workers  # noqa: E402
+from saint.stage.workers import Workers  # noqa: E402
 from saint.training.losses import AuxK  # noqa: E402
 from saint.training.moments import Moments  # noqa: E402
 from saint.training.triton_step import TritonStep  # noqa: E402

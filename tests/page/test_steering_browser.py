@@ -11,7 +11,7 @@ from playwright import sync_api
 from saint.page.handlers import DEFAULT_STRENGTH, TEMPERATURE, TOP_P
 from saint.steering import completions, settings
 from saint.steering.dose import dose_request, sweep
-from saint.steering.load import EXAMPLE_PROMPTS
+from saint.steering.studio import EXAMPLE_PROMPTS
 from tests.support.steering_site import (
     PROMPT,
     Site,

@@ -23,11 +23,12 @@ import torch
 import llama_3_inference_text_completion_gradio as demo
 from llama_3_inference_text_completion_gradio import choose_auth
 from saint.page.handlers import Desk, api_endpoints, link_query, read_link
-from saint.stage.program import UserError, run_stage
+from saint.stage.errors import UserError
+from saint.stage.program import run_stage
 from saint.steering import completions, settings
 from saint.steering.dose import dose_request, sweep
-from saint.steering.load import EXAMPLE_PROMPTS
 from saint.steering.settings import Limits, Request, Setting
+from saint.steering.studio import EXAMPLE_PROMPTS
 from tests.support.steering_site import PROMPT, Site, running_site
 from tests.support.tiny_steering import LABELS, one_thread, write_setup
 
@@ -277,7 +278,7 @@ def test_full_memory_ends_a_program_with_one_line(
     model_dir, sae_path = write_setup(tmp_path)
     argv = [program, "--llama_model_dir", str(model_dir), "--sae_model_path", str(sae_path)]
     monkeypatch.setattr("sys.argv", argv)
-    monkeypatch.setattr("saint.steering.load.load_studio", full)
+    monkeypatch.setattr("saint.steering.studio.load_studio", full)
     with pytest.raises(SystemExit) as exit_:
         runpy.run_path(str(REPOSITORY / program), run_name="__main__")
     errors = capsys.readouterr().err.splitlines()

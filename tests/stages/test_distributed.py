@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from saint.stage.program import Workers
+from saint.stage.workers import Workers
 from saint.store.activation_store import open_store
 from tests.stages.test_pipeline import (  # noqa: F401
     capture_args,

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from llama_3 import HookPoint, load_llama
 from sae import load_sae, standardise
-from saint.stage.program import UserError
+from saint.stage.errors import UserError
 from saint.store.activation_store import SENTENCES, open_store
 from saint.store.dataset import is_held_out
 from saint.store.shuffled_rows import open_batched_rows

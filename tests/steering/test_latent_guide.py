@@ -12,12 +12,11 @@ from sae import TopKSparseAutoencoder
 from saint.evidence.file import SCHEMA, open_evidence
 from saint.evidence.labels import Label
 from saint.page.fragments import cards_html
-from saint.stage.program import UserError
-from saint.steering.guide import (
-    Guide,
+from saint.stage.errors import UserError
+from saint.steering.guide import Guide, make_guide
+from saint.steering.search import (
     activation_rows,
     make_card,
-    make_guide,
     search_labels,
     search_text,
     search_token,
@@ -37,6 +36,11 @@ def threads():
 @pytest.fixture(scope="module")
 def studio(tmp_path_factory):
     return make_studio(write_model(tmp_path_factory.mktemp("guide") / "model"))[0]
+
+
+def bind(labels, evidence, dictionary):
+    n_latents = dictionary.sae.config.n_latents
+    return make_guide(labels, evidence, name=dictionary.name, n_latents=n_latents)
 
 
 def evidence_row(latent, tokenizer):
@@ -82,7 +86,7 @@ def test_labels_rank_whole_words_before_parts_and_short_before_long(studio):
 
 
 def test_tokens_are_found_through_the_evidence_and_the_weights(studio, evidence):
-    guide = make_guide({}, evidence, studio.dictionaries[0])
+    guide = bind({}, evidence, studio.dictionaries[0])
     hits = search_token(studio, [guide], "Nuclear ")
     assert hits[0].latent == 4 and hits[0].score == pytest.approx(2 / 3)
     assert "67%" in hits[0].reason
@@ -129,9 +133,7 @@ def test_rows_match_the_sae_and_leave_bos_out(studio):
 
 
 def test_cards_hold_windows_in_units_and_escape_everything(studio, evidence):
-    guides = [
-        make_guide({6: Label("<script>x</script>", 0.5, 0.8)}, evidence, studio.dictionaries[0])
-    ]
+    guides = [bind({6: Label("<script>x</script>", 0.5, 0.8)}, evidence, studio.dictionaries[0])]
     card = make_card(studio, guides, 0, 6)
     unit = float(studio.dictionaries[0].units[6])
     assert card.windows[0][1] == pytest.approx([0.0, 2.0 / unit, 0.5 / unit])
@@ -146,7 +148,7 @@ def test_cards_hold_windows_in_units_and_escape_everything(studio, evidence):
 
 def test_a_latent_that_was_tested_but_not_named_shows_its_score_and_is_no_label(studio, evidence):
     scores = {"scores": {"intruder": {"accuracy": 0.6, "ci_low": 0.3, "ci_high": 0.8, "n": 5}}}
-    guide = make_guide({6: Label("", extra=scores)}, evidence, studio.dictionaries[0])
+    guide = bind({6: Label("", extra=scores)}, evidence, studio.dictionaries[0])
     assert not guide.labels and guide.clearest(3, studio.tokenizer) == []
     assert search_labels(studio, [guide], "latent") == []
     html = cards_html([(make_card(studio, [guide], 0, 6), None)], n_saes=1)
@@ -155,16 +157,16 @@ def test_a_latent_that_was_tested_but_not_named_shows_its_score_and_is_no_label(
 
 def test_clear_latents_come_tested_first_and_common_ones_last(studio, evidence):
     labels = {4: Label("common", 1.0, 1.0), 7: Label("plain", 0.9), 8: Label("tested", 0.5, 0.9)}
-    guide = make_guide(labels, evidence, studio.dictionaries[0])
+    guide = bind(labels, evidence, studio.dictionaries[0])
     assert guide.clearest(3, studio.tokenizer) == [8, 7, 4]
     assert Guide().clearest(3, studio.tokenizer) == []
 
 
 def test_labels_and_evidence_of_another_sae_are_refused(studio, evidence):
     with pytest.raises(UserError, match="labels name latent 64"):
-        make_guide({64: Label("x")}, None, studio.dictionaries[0])
+        bind({64: Label("x")}, None, studio.dictionaries[0])
     dictionary = studio.dictionaries[0]
     small = TopKSparseAutoencoder(replace(dictionary.sae.config, n_latents=32))
     other = replace(dictionary, sae=small, units=torch.ones(32))
     with pytest.raises(UserError, match="describes 64 latents"):
-        make_guide({}, evidence, other)
+        bind({}, evidence, other)

@@ -12,18 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_3 import HookPoint, generate, load_llama
-from saint.kernels import torch_ops
-from saint.stage.program import UserError
+from sae import BLOCK_ELEMENTS
+from saint.stage.errors import UserError
 from saint.steering.completions import complete_pairs, generate_ids, read, stream_pairs
 from saint.steering.dose import DosePoint, distinct_pairs, dose_request, propose, sweep
-from saint.steering.settings import (
-    Limits,
-    Request,
-    Setting,
-    build_edits,
-    parse_setting,
-    request_from_json,
-)
+from saint.steering.settings import Limits, Request, Setting, parse_setting, request_from_json
+from saint.steering.studio import build_edits
 from tests.support.tiny_steering import (
     D_MODEL,
     N_LATENTS,
@@ -416,7 +410,7 @@ def test_three_billion_parameters_and_a_65k_sae_fit():
     model = 2 * (128256 * 3072 + 28 * layer + 3072)
     sae = 4 * (2 * 65536 * 3072 + 65536 + 3072)
     caches = 2 * (2 * 28 * 8 * 128 * limits.tokens * 2)  # plain and steered; keys and values
-    encoder = torch_ops.BLOCK_ELEMENTS * 4
+    encoder = BLOCK_ELEMENTS * 4
     named = ("model (bf16)", "SAE (float32)", "caches of both runs", "pre-activations, one block")
     assert [parts[name] for name in named] == [model, sae, caches, encoder]
     residual = 4 * 3072 * limits.tokens

@@ -9,10 +9,10 @@ from safetensors import safe_open
 from safetensors.torch import load
 
 import llama_3_inference_text_completion as terminal
-from saint.stage.program import UserError
+from saint.stage.errors import UserError
 from saint.steering.completions import complete_pairs
 from saint.steering.dose import DEFAULT_STRENGTHS, dose_request, sweep
-from saint.steering.guide import search_text, search_token
+from saint.steering.search import search_text, search_token
 from saint.steering.settings import Request, Setting, request_from_json
 from saint.steering.vector import export_vector
 from tests.support import program

@@ -7,8 +7,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load
 
-from saint.stage.program import UserError
-from saint.steering.settings import Setting, build_edits
+from saint.stage.errors import UserError
+from saint.steering.settings import Setting
+from saint.steering.studio import build_edits
 from saint.steering.vector import export_vector
 from tests.support.tiny_steering import (
     make_sae,

@@ -22,17 +22,12 @@ import sae_preprocessing
 from llama_3 import HookPoint, load_llama
 from sae import save_sae, standardise
 from saint.capture import record
-from saint.stage import program
+from saint.stage import program, workers
+from saint.stage.errors import UserError
 from saint.stage.manifests import Output, read_manifest
-from saint.stage.program import UserError
-from saint.store import activation_store
-from saint.store.activation_store import (
-    ActivationStore,
-    find_problems,
-    open_store,
-    shard_file,
-    shard_name,
-)
+from saint.store import __main__
+from saint.store.__main__ import find_problems
+from saint.store.activation_store import ActivationStore, open_store, shard_file, shard_name
 from saint.store.dataset import held_out_mask, is_held_out
 from saint.store.row_format import StoredRows, decode_rows, encode_rows
 from saint.store.shuffled_rows import open_batched_rows
@@ -369,7 +364,7 @@ def test_a_full_disk_stops_top_sentences_cleanly_and_they_resume(root, tmp_path,
 
 def test_too_little_space_is_said_before_the_work(root, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=10_000)
-    monkeypatch.setattr(program.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(UserError, match="GB more, 0.0 GB are free: make room"):
         capture(root, tmp_path / "acts")
     assert not list(tmp_path.glob("acts/layer_2/*"))
@@ -463,7 +458,7 @@ def test_a_shard_that_a_broken_run_left_shortened_is_made_again(root, tmp_path):
 def test_the_store_names_every_damaged_missing_and_foreign_file(root, tmp_path, capsys):
     out = tmp_path / "acts"
     shutil.copytree(root / "acts", out)
-    activation_store.main([str(out), "--n_sentences", "2"])
+    __main__.main([str(out), "--n_sentences", "2"])
     shown = capsys.readouterr().out
     assert "200 sentences" in shown and "every file has its checksum" in shown
     shard = open_store(out).read_shard(0)
@@ -482,7 +477,7 @@ def test_the_store_names_every_damaged_missing_and_foreign_file(root, tmp_path, 
     torn = out / "layer_2" / f".{shard_name(2)}.123.tmp"
     torn.write_bytes(b"?")
     with pytest.raises(SystemExit, match="1"):
-        activation_store.main([str(out)])
+        __main__.main([str(out)])
     errors = capsys.readouterr().err.splitlines()
     found = {str(path): [line for line in errors if str(path) in line] for path in
              (flipped, short, missing, foreign, other, torn)}  # fmt: skip
@@ -684,8 +679,8 @@ def test_without_a_terminal_progress_is_a_line_now_and_then(monkeypatch, caplog,
 
 def test_a_bar_of_ranks_says_whose_it_is():
     def label(world_size: int, model_parallel_size: int) -> str:
-        workers = program.Workers(0, world_size, torch.device("cpu"), model_parallel_size)
-        return workers.label("capture")
+        place = workers.Workers(0, world_size, torch.device("cpu"), model_parallel_size)
+        return place.label("capture")
 
     assert label(1, 1) == label(4, 4) == "capture"
     assert label(4, 1) == "capture (rank 0's 1/4)"

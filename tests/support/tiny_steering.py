@@ -13,7 +13,7 @@ from llama_3 import HookPoint, Llama, load_args, load_llama
 from sae import SAEConfig, TopKSparseAutoencoder, save_sae
 from saint.evidence.labels import Label
 from saint.steering.guide import Guide, make_guide
-from saint.steering.settings import Dictionary, Studio
+from saint.steering.studio import Dictionary, Studio
 
 WORDS = "Senior diplomats met to discuss the nuclear treaty and court ruling".split()
 D_MODEL, N_LAYERS, N_LATENTS, K = 32, 4, 64, 8
@@ -113,5 +113,9 @@ def make_studio(model_dir: Path, *saes: TopKSparseAutoencoder) -> tuple[Studio, 
         dictionary = Dictionary(f"sae{i}", sae, hook, sae.max_activations, "test")
         dictionaries.append(dictionary)
         labels = {latent: Label(text, 0.9) for latent, text in LABELS.items()}
-        guides.append(make_guide(labels, None, dictionary))
+        guides.append(
+            make_guide(
+                labels, None, name=dictionary.name, n_latents=dictionary.sae.config.n_latents
+            )
+        )
     return Studio(model, tokenizer, tuple(dictionaries)), guides

@@ -8,8 +8,9 @@ import torch
 import torch.distributed as dist
 
 from sae import standardise
-from saint.stage.program import Workers
-from saint.training.trainer import Recipe, Trainer
+from saint.stage.workers import Workers
+from saint.training.recipe import Recipe
+from saint.training.trainer import Trainer
 from tests.test_sae import make_sae
 
 N_STEPS, BATCH = 20, 64

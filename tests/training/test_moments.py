@@ -9,7 +9,7 @@ import torch
 
 from sae import standardise
 from saint.kernels.cpu import is_available
-from saint.stage.program import UserError
+from saint.stage.errors import UserError
 from saint.training import moments
 from saint.training.moments import Moments, decode, encode, uniform
 from saint.training.steps import make_step

@@ -18,12 +18,14 @@ from torch import Tensor
 
 import sae_training
 from sae import TopKSparseAutoencoder, load_sae, standardise
+from saint.kernels import fastest
+from saint.stage.errors import UserError
 from saint.stage.manifests import Output
-from saint.stage.program import UserError, Workers
+from saint.stage.workers import Workers
 from saint.store.shuffled_rows import open_batched_rows
-from saint.training import steps
 from saint.training.curves_page import curves, training_page
-from saint.training.trainer import Trainer, density_quantiles
+from saint.training.metrics import density_quantiles
+from saint.training.trainer import Trainer
 from tests.support.program import call
 from tests.support.training_ranks import RECIPE
 from tests.test_sae import make_sae
@@ -58,7 +60,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def rounded_product_at_any_size(monkeypatch):
-    monkeypatch.setattr(steps, "_LEAST_ROUNDED_D_MODEL", 1)
+    monkeypatch.setattr(fastest, "_LEAST_ROUNDED_D_MODEL", 1)
 
 
 @pytest.fixture(autouse=True)

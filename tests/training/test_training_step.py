@@ -11,10 +11,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sae import TopKSparseAutoencoder, standardise
-from saint.kernels import cpu
-from saint.stage.program import UserError, Workers
+from saint.kernels import cpu, fastest
+from saint.kernels.pieces import CpuKernels, TorchKernels
+from saint.stage.errors import UserError
+from saint.stage.workers import Workers
 from saint.training import steps
-from saint.training.losses import AuxK, CpuKernels, Losses, TorchKernels, sparse_gradient
+from saint.training.losses import AuxK, Losses, sparse_gradient
 from saint.training.moments import Moments
 from saint.training.steps import make_step
 from tests.test_sae import make_sae
@@ -32,7 +34,7 @@ WEIGHTS = ("W_enc", "b_enc", "W_dec", "b_pre")
 
 @pytest.fixture(autouse=True)
 def rounded_product_at_any_size(monkeypatch):
-    monkeypatch.setattr(steps, "_LEAST_ROUNDED_D_MODEL", 1)
+    monkeypatch.setattr(fastest, "_LEAST_ROUNDED_D_MODEL", 1)
 
 
 @dataclass

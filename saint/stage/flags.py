@@ -1,0 +1,84 @@
+"""Flags that several stages have, and argparse types."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    pass
+
+
+def add_device_flags(parser: argparse.ArgumentParser, *, dtype: bool = False) -> None:
+    """Add `--device` (and `--dtype`), which every computing stage has."""
+    group = parser.add_argument_group("device")
+    group.add_argument(
+        "--device",
+        default="auto",
+        help="auto (CUDA when there is a GPU), cpu, cuda or cuda:N [auto]",
+    )
+    if dtype:
+        group.add_argument(
+            "--dtype",
+            default="auto",
+            choices=["auto", "float32", "bfloat16", "float16"],
+            help="the language model's precision; auto: bfloat16 where the hardware has it",
+        )
+
+
+def add_model_parallel_flag(parser: argparse.ArgumentParser) -> None:
+    """Add `--model_parallel_size`, for language models that one device cannot hold."""
+    parser.add_argument(
+        "--model_parallel_size",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="split the language model over every N of torchrun's processes [1]",
+    )
+
+
+def add_overwrite_flag(parser: argparse.ArgumentParser) -> None:
+    """Add `--overwrite`, which starts a stage over."""
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="start over, removing what this stage wrote before; without it a run resumes",
+    )
+
+
+def positive_int(text: str) -> int:
+    """Argparse type: an integer of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
+def positive_float(text: str) -> float:
+    """Argparse type: a finite number above 0."""
+    value = float(text)
+    if not (0 < value < math.inf):
+        raise argparse.ArgumentTypeError(f"{value} is not a finite number above 0")
+    return value
+
+
+def add_bare_sae_flags(parser: argparse.ArgumentParser) -> None:
+    """Add `--k`, `--sae_layer_idx`, `--hook_point` and `--no_bos`."""
+    group = parser.add_argument_group(
+        "what an older SAE file (a bare state dict) does not say; others know it themselves"
+    )
+    group.add_argument("--k", type=int, help="active latents per token")
+    group.add_argument("--sae_layer_idx", type=int, help="0-based layer it reads")
+    group.add_argument("--hook_point", help="attn_norm for the first version's SAEs")
+    group.add_argument("--no_bos", action="store_true", help="it was trained without BOS tokens")
+
+
+def bare_sae_flags(args: argparse.Namespace) -> dict[str, Any]:
+    """Return these flags as `load_sae`'s keyword arguments."""
+    return {
+        "k": args.k,
+        "layer": args.sae_layer_idx,
+        "hook_point": args.hook_point,
+        "no_bos": args.no_bos,
+    }
