@@ -49,6 +49,9 @@ def load_llama(
         output, embedding = ({tensor.data_ptr() for _, tensor in parts} for parts in both)
         args = replace(args, tied=output <= embedding)
     tokenizer = load_tokenizer(model_dir)
+    if device.type == "cuda":
+        # cuDNN's attention builds a plan for every new shape, which packs and growing caches are.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     model = Llama(args, device=device, dtype=dtype, n_layers=n_layers, n_shards=model_parallel_size)
     whole = Llama(args, device=torch.device("meta"), dtype=dtype)
     words, weights = {} if is_meta else _TO_HF, dict(whole.named_parameters())

@@ -259,6 +259,8 @@ def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
 def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Causal attention, (batch, seq, heads, head_dim); one query sees all keys, or mask's."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if mask is not None and q.is_cuda:  # no fused kernel has both a mask and grouped queries
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     modes = {"is_causal": q.shape[2] > 1, "enable_gqa": q.shape[1] != k.shape[1]}
     return F.scaled_dot_product_attention(q, k, v, mask, **modes).transpose(1, 2)
 

@@ -8,11 +8,12 @@ shard is held in memory.
 from __future__ import annotations
 
 import json
+import queue
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from saint.store.row_format import Stored, encode_rows
 
 _RECORD = b"saint"
 _N_UNWRITTEN = 4
+_N_BUFFERS = 3  # one that is filled, one that waits, one that is written
 
 
 @dataclass(frozen=True)
@@ -86,13 +88,51 @@ class CapturedBatch:
     """Rows of some of a shard's sentences, one sentence after another.
 
     sentences: their places in the shard. rows: on the host, complete once the event `arrived` has
-    happened (None: they are). n_computed: tokens of the forward pass, BOS included.
+    happened (None: they are). release: to be called when they are written. n_computed: tokens of
+    the forward pass, BOS included.
     """
 
     sentences: np.ndarray
     rows: dict[HookPoint, Stored]
     arrived: Any
+    release: Callable[[], None]
     n_computed: int
+
+
+@dataclass(frozen=True)
+class HostRows:
+    """Rows on the host, and what to call when they are not needed any more."""
+
+    rows: dict[HookPoint, Stored]
+    release: Callable[[], None]
+
+
+class HostBuffers:
+    """A few pinned buffers in which rows travel to the host, each used again once it is written.
+
+    torch would keep every block that it ever pinned, each as large as the next power of two.
+    """
+
+    def __init__(self, n: int, *, pin: bool = True) -> None:
+        self._free: queue.SimpleQueue[dict[Any, torch.Tensor]] = queue.SimpleQueue()
+        self._pin = pin
+        for _ in range(n):
+            self._free.put({})
+
+    def take(self, wanted: Mapping[HookPoint, Mapping[str, torch.Tensor]]) -> HostRows:
+        """Return buffers like the wanted tensors; waits while all are in use."""
+        buffers = self._free.get()
+        rows: dict[HookPoint, Stored] = {}
+        for hook, stored in wanted.items():
+            rows[hook] = {name: self._fit(buffers, (hook, name), t) for name, t in stored.items()}
+        return HostRows(rows, lambda: self._free.put(buffers))
+
+    def _fit(self, buffers: dict[Any, torch.Tensor], key: Any, like: torch.Tensor) -> torch.Tensor:
+        """Return a part of a buffer in the wanted shape; it is made anew only where it is short."""
+        if key not in buffers or buffers[key].numel() < like.numel():
+            buffers.pop(key, None)
+            buffers[key] = torch.empty(like.numel(), dtype=like.dtype, pin_memory=self._pin)
+        return buffers[key][: like.numel()].view(like.shape)
 
 
 @dataclass(frozen=True)
@@ -106,6 +146,7 @@ class Capture:
     max_token_length: int
     batch_tokens: int
     store_dtype: str = "bfloat16"
+    buffers: HostBuffers = field(default_factory=lambda: HostBuffers(_N_BUFFERS))
 
     @property
     def bos(self) -> list[int]:
@@ -134,27 +175,25 @@ class Capture:
             own = to_device(packed.own.nonzero().squeeze(1), device)
             captured = self.model.capture(tokens, self.hooks, seq_lens=packed.seq_lens)
             rows = {h: encode_rows(x[own], self.store_dtype) for h, x in captured.items()}
-            yield CapturedBatch(batch, *_to_host(rows, copies), len(packed.tokens))
+            yield CapturedBatch(batch, *_to_host(rows, copies, self.buffers), len(packed.tokens))
 
 
 def _to_host(
-    rows: dict[HookPoint, dict[str, torch.Tensor]], copies: torch.cuda.Stream | None
-) -> tuple[dict[HookPoint, Stored], Any]:
+    rows: dict[HookPoint, dict[str, torch.Tensor]],
+    copies: torch.cuda.Stream | None,
+    buffers: HostBuffers,
+) -> tuple[dict[HookPoint, Stored], Any, Callable[[], None]]:
     """Start copying rows to pinned memory on the stream; on the CPU they are there already."""
     if copies is None:
-        return dict(rows), None
+        return dict(rows), None, lambda: None
+    host = buffers.take(rows)
     copies.wait_stream(torch.cuda.current_stream(copies.device))
-    host: dict[HookPoint, Stored] = {}
     with torch.cuda.stream(copies):
         for hook, stored in rows.items():
-            pinned = {
-                n: torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for n, t in stored.items()
-            }
             for name, tensor in stored.items():
-                pinned[name].copy_(tensor, non_blocking=True)
+                host.rows[hook][name].copy_(tensor, non_blocking=True)
                 tensor.record_stream(copies)
-            host[hook] = pinned
-    return host, copies.record_event()
+    return host.rows, copies.record_event(), host.release
 
 
 def shard_paths(output_dir: Path, hooks: Sequence[HookPoint], index: int) -> dict[HookPoint, Path]:
@@ -188,8 +227,14 @@ class JobFiles:
 
     def write(self, batch: CapturedBatch) -> None:
         """Write a batch's rows to their places, once they are on the host."""
-        if batch.arrived is not None:
-            batch.arrived.synchronize()
+        try:
+            if batch.arrived is not None:
+                batch.arrived.synchronize()
+            self._write_rows(batch)
+        finally:
+            batch.release()  # or the forward passes would wait for ever for what failed here
+
+    def _write_rows(self, batch: CapturedBatch) -> None:
         first = 0
         for sentence in batch.sentences.tolist():
             rows = slice(first, first := first + self._lengths[sentence])
@@ -288,8 +333,8 @@ def follow_shards(capture: Capture, jobs: Iterator[ShardJob]) -> None:
     jobs as missing.
     """
     for job in jobs:
-        for _ in capture.run(capture.tokenise(job).token_lists):
-            pass
+        for batch in capture.run(capture.tokenise(job).token_lists):
+            batch.release()
 
 
 def read_record(output_dir: Path, index: int) -> dict[str, Any]:

@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from saint.stage.errors import UserError
+
 if TYPE_CHECKING:
     import torch
-
-from saint.stage.errors import UserError
 
 
 def pick_device(device: str, *, local_rank: int = 0) -> torch.device:

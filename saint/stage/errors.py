@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-
 
 log = logging.getLogger("saint")
 
-
 # What torch says when it cannot allocate for a tensor on the CPU, and the system for a mapped file.
-_FULL = ("DefaultCPUAllocator: ", "Cannot allocate memory")
+_COMPUTER_FULL = ("DefaultCPUAllocator: ", "Cannot allocate memory", "cudaHostAlloc")
+# What CUDA's libraries say where torch's own allocator was not the one that found no memory.
+_GPU_FULL = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+_NCCL_FULL = ("ncclUnhandledCudaError", "out of memory")  # both, in one message
 
 
 class UserError(ValueError):
@@ -24,17 +21,23 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether the memory of a GPU or of the computer is full.
 
     Told by name, since torch may not be imported, and by words: torch has no class for the
-    computer's memory.
+    computer's memory, and CUDA's libraries report theirs as a RuntimeError.
     """
-    return (
-        isinstance(error, MemoryError)
-        or _is_gpu_full(error)
-        or (isinstance(error, RuntimeError) and any(words in str(error) for words in _FULL))
-    )
+    words = any(words in str(error) for words in _COMPUTER_FULL)
+    return isinstance(error, MemoryError) or is_gpu_full(error) or _is_runtime(error) and words
 
 
-def _is_gpu_full(error: BaseException) -> bool:
-    return type(error).__name__ == "OutOfMemoryError"
+def is_gpu_full(error: BaseException) -> bool:
+    """Whether it is a GPU's memory that is full."""
+    if type(error).__name__ == "OutOfMemoryError":
+        return True
+    text = str(error)
+    said = any(words in text for words in _GPU_FULL) or all(words in text for words in _NCCL_FULL)
+    return _is_runtime(error) and said
+
+
+def _is_runtime(error: BaseException) -> bool:
+    return isinstance(error, RuntimeError)
 
 
 def first_line(error: BaseException) -> str:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
+from typing import Any
 
 
 def add_device_flags(parser: argparse.ArgumentParser, *, dtype: bool = False) -> None:

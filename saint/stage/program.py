@@ -12,14 +12,11 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from tqdm import tqdm
 
-if TYPE_CHECKING:
-    pass
-
-from saint.stage.errors import UserError, _is_gpu_full, first_line, is_out_of_memory, log
+from saint.stage.errors import UserError, first_line, is_gpu_full, is_out_of_memory, log
 
 
 def run_stage(
@@ -51,6 +48,7 @@ def run_stage(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         main()
+        _leave_process_group()
     except (UserError, OSError, *expected) as error:
         prefix = f"error (rank {rank}): " if rank else "error: "
         print(prefix + " ".join(str(error).split()), file=sys.stderr)
@@ -58,8 +56,8 @@ def run_stage(
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        whose = "GPU" if _is_gpu_full(error) else "computer"
-        remedy = when_full + when_gpu_full * _is_gpu_full(error)
+        whose = "GPU" if is_gpu_full(error) else "computer"
+        remedy = when_full + when_gpu_full * is_gpu_full(error)
         print(
             f"error: the {whose}'s memory is full: {remedy}: {first_line(error)}", file=sys.stderr
         )
@@ -67,12 +65,15 @@ def run_stage(
     except KeyboardInterrupt:
         print(f"interrupted: {after_interrupt}", file=sys.stderr)
         sys.exit(130)
-    finally:
-        _leave_process_group()
     sys.exit(0)
 
 
 def _leave_process_group() -> None:
+    """Leave torchrun's group after success.
+
+    After an error it is left to the operating system: with NCCL, destroying the group waits for
+    what the other ranks still do in it, which may be for ever.
+    """
     if "torch" not in sys.modules:
         return
     import torch.distributed as dist
@@ -87,8 +88,6 @@ def log_arguments(args: argparse.Namespace) -> None:
 
 
 _LINE_SECONDS = 180.0
-
-
 _LINE = "{desc}: {n_fmt}/{total_fmt} {unit}, {rate_fmt}{postfix}, {elapsed} gone, {remaining} left"
 
 

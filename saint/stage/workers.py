@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    import torch
-
 from saint.stage.devices import pick_device
 from saint.stage.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -124,12 +124,19 @@ def start_workers(
             f"this stage needs no more processes than --model_parallel_size {model_parallel_size}, "
             f"torchrun started {world_size}"
         )
+    if world_size > 1 and device.startswith("cuda:"):
+        raise UserError(
+            f"--device {device} would put all {world_size} processes on one GPU: --device cuda "
+            "gives each its own"
+        )
     chosen = pick_device(device, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
-    if chosen.type == "cuda":
+    on_gpu = chosen.type == "cuda"
+    if on_gpu:
         torch.cuda.set_device(chosen)
     if world_size > 1 and not dist.is_initialized():
-        backend = "nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=_PATIENCE)
+        # Told its GPU, NCCL connects at once, rather than at the first collective.
+        backend, place = ("nccl", chosen) if on_gpu else ("gloo", None)
+        dist.init_process_group(backend, timeout=_PATIENCE, device_id=place)
     if model_parallel_size > 1:
         from fairscale.nn.model_parallel.initialize import initialize_model_parallel
 
