@@ -18,18 +18,18 @@ import anthropic
 from anthropic.types.messages import MessageBatch
 
 from saint.interpretation.batches import (
-    Limits,
-    Tally,
+    BatchLimits,
     add_batch_flags,
     create_batches,
     prepare_batches,
+    reconcile,
     say_what_is_out,
 )
 from saint.interpretation.client import api_errors, describe, open_client, total_requests
 from saint.interpretation.download import Paths, download, write_records
 from saint.interpretation.ledger import Ledger, parse_custom_id, read_response_ids
+from saint.interpretation.prices import RequestTally
 from saint.interpretation.prompts import TASKS
-from saint.interpretation.reconciliation import reconcile
 from saint.interpretation.responses import count, failed_kind, read_records
 from saint.stage.errors import UserError, log
 from saint.stage.manifests import Output, fingerprint
@@ -229,7 +229,7 @@ def _resend(args: argparse.Namespace, ledger: Ledger, client: anthropic.Anthropi
                     groups.setdefault((intent.task, intent.model), []).append(renamed)
         for (task, model), rows in groups.items():
             log.info("%d failed requests are sent again", len(rows))
-            prepared = prepare_batches(ledger, rows, Limits.of(args), Tally())
+            prepared = prepare_batches(ledger, rows, BatchLimits.of(args), RequestTally())
             create_batches(
                 client, ledger, prepared, task=task, model=model, retries=args.create_retries
             )

@@ -14,48 +14,152 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import anthropic
-import yaml
 
 from saint.evidence.labels import Label, load_labels
 from saint.interpretation.batches import (
-    Limits,
-    Tally,
-    ask_live,
+    BatchLimits,
+    add_batch_flags,
     cancel_batches,
     create_batches,
-    estimate,
     prepare_batches,
+    reconcile,
     say_what_is_out,
+    settle_open_intents,
 )
 from saint.interpretation.client import have_key, open_client
-from saint.interpretation.ledger import Ledger, State, parse_custom_id
-from saint.interpretation.prices import Quote, batch_price, check_budget
+from saint.interpretation.ledger import Ledger, LedgerState
+from saint.interpretation.live import smoke_test, was_tested
+from saint.interpretation.prices import Quote, RequestTally, batch_price, check_budget, estimate
 from saint.interpretation.prompts import (
     EXPECTED_OUTPUT_TOKENS,
     LABELLED_TASKS,
+    TASKS,
     PromptOptions,
+    add_evidence_flags,
     prompt_facts,
+    readable,
     request_params,
 )
-from saint.interpretation.questions import Question, Source, choose_latents, open_source, questions
-from saint.interpretation.reconciliation import reconcile, settle_open_intents
-from saint.interpretation.responses import parse_answer
-from saint.interpretation.send_flags import build_parser
+from saint.interpretation.questions import (
+    Question,
+    Source,
+    choose_latents,
+    only_unseen,
+    open_source,
+    questions,
+    shown_sentences,
+)
 from saint.stage.errors import UserError, log
 from saint.stage.files import atomic_path
+from saint.stage.flags import add_overwrite_flag, positive_int
 from saint.stage.manifests import Output
 from saint.stage.program import log_arguments, run_stage
 
 STAGE = "interpret_top_sentences_send_batches"
+DEFAULT_MODEL = "claude-haiku-5-5"
 _N_SHOWN = 3
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the command line of interpret_top_sentences_send_batches.py."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    files = parser.add_argument_group("files")
+    files.add_argument(
+        "--top_sentences_dict_filepath",
+        type=Path,
+        help="top_sentences_{mean,max,last}.yaml: the name chooses the ranking; evidence.parquet "
+        "beside it is read instead where it is there (not needed to --cancel)",
+    )
+    files.add_argument(
+        "--response_ids_filepath",
+        type=Path,
+        required=True,
+        help="list of batch ids to write; the ledger lies beside it",
+    )
+    files.add_argument("--dataset_dir", help="parquet files of the sentences that were captured")
+    files.add_argument("--text_column", default="text", help="their text column [text]")
+    files.add_argument("--evidence_path", type=Path, help="another place of evidence.parquet")
+    files.add_argument(
+        "--labels_path", type=Path, help="parsed_responses.yaml, for --task detect and fuzz"
+    )
+    _add_choice_flags(parser)
+    _add_money_flags(parser)
+    add_evidence_flags(parser)
+    add_overwrite_flag(parser)
+    return parser
+
+
+def _add_choice_flags(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_argument_group("what is asked")
+    what.add_argument(
+        "--task",
+        choices=TASKS,
+        default="explain",
+        help="explain names latents; detect and fuzz test labels, intruder tests latents [explain]",
+    )
+    what.add_argument(
+        "--model",
+        default=DEFAULT_MODEL,
+        help=f"any model that the endpoint at ANTHROPIC_BASE_URL serves [{DEFAULT_MODEL}]",
+    )
+    what.add_argument("--latents", help="only these, such as 5,17,100-199 [all]")
+    what.add_argument("--max_latents", type=positive_int, help="only the first so many [all]")
+    what.add_argument(
+        "--min_sentences",
+        type=positive_int,
+        default=5,
+        help="skip latents that fire in fewer sentences [5]",
+    )
+    what.add_argument(
+        "--n_controls",
+        type=int,
+        default=50,
+        help="latents also tested with another latent's label, which should score 0.5 (intruder: "
+        "with excerpts of other latents: 0.2 if marks or style alone give nothing away) [50]",
+    )
+    what.add_argument(
+        "--plain_requests",
+        action="store_true",
+        help="send neither a JSON schema nor a thinking switch, for endpoints that know neither",
+    )
+
+
+def _add_money_flags(parser: argparse.ArgumentParser) -> None:
+    money = parser.add_argument_group("money and limits")
+    money.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="write the requests to <response ids>.dry_run.jsonl, show three, quote the cost, stop",
+    )
+    money.add_argument("--max_cost_usd", type=float, help="send nothing beyond this quote, in $")
+    money.add_argument(
+        "--batch_price", type=float, nargs=2, metavar=("IN", "OUT"), help="$ per million tokens"
+    )
+    money.add_argument(
+        "--no_smoke_test", action="store_true", help="do not send one request live first"
+    )
+    money.add_argument(
+        "--assume_lost",
+        action="store_true",
+        help="send again what was begun and cannot be found at the API",
+    )
+    money.add_argument(
+        "--settle_s",
+        type=float,
+        default=120,
+        help="seconds after which a batch that is not listed was never made [120]",
+    )
+    money.add_argument("--cancel", action="store_true", help="cancel all batches that still run")
+    add_batch_flags(parser)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Build the requests, quote them, and send what has no answer yet."""
-    args = build_parser((__doc__ or "").split("\n\n")[0]).parse_args(argv)
+    args = build_parser().parse_args(argv)
     log_arguments(args)
     ledger = Ledger(args.response_ids_filepath)
     if args.cancel:
@@ -78,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             args.task, source, latents, options, labels=labels, n_controls=args.n_controls
         )
         if args.task in LABELLED_TASKS:
-            asked = _only_unseen(asked, _shown(ledger, latents))
+            asked = only_unseen(asked, shown_sentences(ledger, latents))
         rows = _rows(args, asked, ledger.state(), fresh=fresh)
         if args.dry_run:
             _dry_run(args, ledger, rows, client)
@@ -120,41 +224,8 @@ def _config(args: argparse.Namespace, source: Source, options: PromptOptions) ->
     return {**facts, "made_from": source.kind, "ranking": ranking, "source": source.fingerprint}
 
 
-def _shown(ledger: Ledger, latents: list[int]) -> dict[int, set[int]]:
-    """Latent -> the sentences from which its label was made, as the ledger's requests say."""
-    shown: dict[int, set[int]] = {}
-    wanted = set(latents)
-    for intent in ledger.state().intents.values():
-        if intent.task == "explain" and intent.is_paid_for and not intent.superseded:
-            for row in ledger.read_requests(intent.id):
-                request = parse_custom_id(row["custom_id"])
-                if request and request.latent in wanted:
-                    shown.setdefault(request.latent, set()).update(row["key"]["shown"])
-    if len(shown) < len(latents):
-        log.warning(
-            "%d of %d labels were not made by this ledger's requests: whether they have seen "
-            "their test excerpts is not known",
-            len(latents) - len(shown),
-            len(latents),
-        )
-    return shown
-
-
-def _only_unseen(asked: Iterable[Question], shown: dict[int, set[int]]) -> Iterator[Question]:
-    """Pass questions on; raises UserError where a label would be tested on what it was made of."""
-    for question in asked:
-        seen = shown.get(question.latent, set()) & set(question.prompt.key["tested"])
-        if seen:
-            raise UserError(
-                f"latent {question.latent} would be tested on sentence {min(seen)}, which its "
-                "label was made from: nothing was sent. Make the labels from this evidence file "
-                "first (--task explain --overwrite)"
-            )
-        yield question
-
-
 def _rows(
-    args: argparse.Namespace, asked: Iterable[Question], state: State, *, fresh: bool
+    args: argparse.Namespace, asked: Iterable[Question], state: LedgerState, *, fresh: bool
 ) -> Iterator[dict[str, Any]]:
     """Yield {"unit", "attempt", "params", "key"} of what has no answer yet."""
     for question in asked:
@@ -169,7 +240,7 @@ def _rows(
 
 
 def _quote(
-    args: argparse.Namespace, tally: Tally, client: anthropic.Anthropic | None, n_live: int
+    args: argparse.Namespace, tally: RequestTally, client: anthropic.Anthropic | None, n_live: int
 ) -> Quote:
     return estimate(
         client,
@@ -180,23 +251,6 @@ def _quote(
     )
 
 
-class _Readable(yaml.SafeDumper):
-    """YAML with texts of several lines as blocks."""
-
-    def represent_text(self, text: str) -> yaml.ScalarNode:
-        """Return the node of a string."""
-        style = "|" if "\n" in text else None
-        return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
-
-
-_Readable.add_representer(str, _Readable.represent_text)
-
-
-def readable(request: dict[str, Any]) -> str:
-    """Return a request, just as it is sent, in YAML."""
-    return yaml.dump(request, Dumper=_Readable, sort_keys=False, allow_unicode=True, width=10**6)
-
-
 def _dry_run(
     args: argparse.Namespace,
     ledger: Ledger,
@@ -204,7 +258,7 @@ def _dry_run(
     client: anthropic.Anthropic | None,
 ) -> None:
     path = ledger.path.with_name(ledger.path.name.replace(".ledger.jsonl", ".dry_run.jsonl"))
-    tally = Tally()
+    tally = RequestTally()
     with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for row in rows:
             request = {"custom_id": f"{row['unit']}-{row['attempt']}-0", "params": row["params"]}
@@ -224,12 +278,12 @@ def _send(
 ) -> None:
     """Prepare all batches on disk, quote them, then send them one after another."""
     ledger.remove_unsent_requests()
-    tally = Tally()
-    tested = args.no_smoke_test or (config is None and _was_tested(ledger, args.task))
+    tally = RequestTally()
+    tested = args.no_smoke_test or (config is None and was_tested(ledger, args.task))
     first = [] if tested else list(islice(rows, 1))
     for row in first:
         tally.add(row["params"])
-    prepared = prepare_batches(ledger, rows, Limits.of(args), tally)
+    prepared = prepare_batches(ledger, rows, BatchLimits.of(args), tally)
     if not tally.n:
         log.info("every latent of this selection has been sent already")
         return
@@ -239,32 +293,10 @@ def _send(
     if config is not None:
         ledger.append("run", task=args.task, config=config)
     for row in first:
-        _smoke_test(args, ledger, row, client)
+        smoke_test(client, ledger, row, task=args.task, model=args.model)
     create_batches(
         client, ledger, prepared, task=args.task, model=args.model, retries=args.create_retries
     )
-
-
-def _was_tested(ledger: Ledger, task: str) -> bool:
-    return any(
-        parse_answer(task, response).kind != "failure"
-        for custom_id, response in ledger.state().live.items()
-        if custom_id.split("-")[0] == task
-    )
-
-
-def _smoke_test(
-    args: argparse.Namespace, ledger: Ledger, row: dict[str, Any], client: anthropic.Anthropic
-) -> None:
-    response = ask_live(client, ledger, row, task=args.task, model=args.model)
-    answer = parse_answer(args.task, response)
-    if answer.kind == "failure":
-        raise UserError(
-            f"the live test request was answered, but not usably ({answer.reason}): no batch was "
-            "sent. --no_smoke_test sends them nevertheless"
-        )
-    text = answer.fields.get("common_semantic") or answer.fields or answer.reason
-    log.info("live test of %s: %s", row["unit"], text)
 
 
 def _cancel(args: argparse.Namespace, ledger: Ledger) -> None:

@@ -8,41 +8,43 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import anthropic
 
-from saint.interpretation.client import api_errors, describe, fail, never_sent
-from saint.interpretation.ledger import Ledger, new_intent_id
-from saint.interpretation.prices import (
-    CHARS_PER_OWN_TOKEN,
-    LIVE_FACTOR,
-    PRICES_DATE,
-    TOKENS_PER_OWN_TOKEN,
-    Quote,
-    dollars,
+from saint.interpretation.client import (
+    api_errors,
+    describe,
+    never_sent,
+    read_custom_id,
+    stream_lines,
+    total_requests,
 )
-from saint.interpretation.responses import record
+from saint.interpretation.ledger import Intent, Ledger, new_intent_id, parse_custom_id
+from saint.interpretation.prices import RequestTally
 from saint.stage.errors import UserError, log
 from saint.stage.flags import positive_float, positive_int
 
 # Answers after which the API certainly made no batch. Others (5xx, time-outs) leave it open.
 _REFUSALS = frozenset({400, 401, 402, 403, 404, 405, 413, 415, 422, 429})
+# Clocks differ: a batch may seem older than the intent it came from.
+_CLOCK_SKEW = timedelta(minutes=10)
+_UNREADABLE = "unreadable"  # no intent has this id
 
 
 @dataclass(frozen=True)
-class Limits:
+class BatchLimits:
     """The size of one batch. The API takes 100,000 requests and 256 MB."""
 
     max_requests: int = 10_000
     max_bytes: int = 200_000_000
 
     @classmethod
-    def of(cls, args: argparse.Namespace) -> Limits:
+    def of(cls, args: argparse.Namespace) -> BatchLimits:
         """Read the flags of `add_batch_flags`; raises UserError beyond the API's limits."""
         if not 0 < args.max_batch_mb <= 256 or args.max_batch_requests > 100_000:
             raise UserError("a batch is at most 100,000 requests and 256 MB")
@@ -81,32 +83,8 @@ def add_batch_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-@dataclass
-class Tally:
-    """What prepared requests add up to, and a small seeded sample of them."""
-
-    n: int = 0
-    chars: int = 0
-    sample: list[dict[str, Any]] = field(default_factory=list)
-    _rng: random.Random = field(default_factory=lambda: random.Random(0))
-
-    def add(self, params: dict[str, Any], *, sample_size: int = 10) -> None:
-        """Count one request's parameters."""
-        self.n += 1
-        self.chars += prompt_chars(params)
-        if len(self.sample) < sample_size:
-            self.sample.append(params)
-        elif (place := self._rng.randrange(self.n)) < sample_size:
-            self.sample[place] = params
-
-
-def prompt_chars(params: dict[str, Any]) -> int:
-    """Characters of the system prompt and the user's turn."""
-    return len(params["system"]) + sum(len(m["content"]) for m in params["messages"])
-
-
 def prepare_batches(
-    ledger: Ledger, rows: Iterable[dict[str, Any]], limits: Limits, tally: Tally
+    ledger: Ledger, rows: Iterable[dict[str, Any]], limits: BatchLimits, tally: RequestTally
 ) -> list[str]:
     """Write {"unit", "attempt", "params", "key"} rows as batches within the limits.
 
@@ -142,49 +120,6 @@ def prepare_batches(
     if held:
         flush()
     return intents
-
-
-def estimate(
-    client: anthropic.Anthropic | None,
-    tally: Tally,
-    *,
-    output_tokens_each: int,
-    price: tuple[float, float] | None,
-    n_live: int,
-) -> Quote:
-    """Quote prepared requests: tokens counted by the API on a sample, or by a ratio to our own.
-
-    n_live: requests among them that are sent live, at twice the batch price.
-    """
-    ratio = CHARS_PER_OWN_TOKEN / TOKENS_PER_OWN_TOKEN
-    basis = (
-        f"not counted by the API but taken as {TOKENS_PER_OWN_TOKEN:g} times the tokens of our own "
-        f"tokenizer, {CHARS_PER_OWN_TOKEN:g} characters each"
-    )
-    counted = _count_sample(client, tally.sample) if client else None
-    if counted:
-        ratio = sum(map(prompt_chars, tally.sample)) / counted
-        basis = f"from {len(tally.sample)} requests that the API counted"
-    tokens_in = round(tally.chars / ratio)
-    tokens_out = output_tokens_each * tally.n
-    cost = dollars(price, tokens_in, tokens_out)
-    if cost is not None and tally.n:
-        cost *= 1 + n_live * (LIVE_FACTOR - 1) / tally.n
-    return Quote(tally.n, tokens_in, tokens_out, cost, f"{basis}; batch prices of {PRICES_DATE}")
-
-
-def _count_sample(client: anthropic.Anthropic, sample: list[dict[str, Any]]) -> int | None:
-    total = 0
-    for params in sample:
-        kept = {name: value for name, value in params.items() if name != "max_tokens"}
-        try:
-            total += client.messages.count_tokens(**kept).input_tokens
-        except anthropic.APIError as error:
-            if getattr(error, "status_code", None) == 401:
-                fail("counting tokens", error)
-            log.warning("tokens are estimated: the API does not count them (%s)", describe(error))
-            return None
-    return total or None
 
 
 def create_batches(
@@ -258,31 +193,6 @@ def _retry_after(error: anthropic.APIError) -> float:
     return min(max(seconds, 0.0), 600.0)
 
 
-def ask_live(
-    client: anthropic.Anthropic, ledger: Ledger, row: dict[str, Any], *, task: str, model: str
-) -> dict[str, Any]:
-    """Send one {"unit", "attempt", "params", "key"} row at once; return its record, kept for good.
-
-    A batch's requests are validated only after it was accepted: this finds a bad one first.
-    """
-    intent = new_intent_id()
-    unit = f"{row['unit']}-{row['attempt']}"
-    request = {"custom_id": f"{unit}-{intent}", "params": row["params"], "key": row["key"]}
-    ledger.write_requests(intent, [request])
-    ledger.append("intent", intent=intent, kind="live", task=task, model=model, units=[unit])
-    try:
-        message = client.with_options(max_retries=0).messages.create(**row["params"])
-    except anthropic.APIError as error:
-        if getattr(error, "status_code", None) is None and not never_sent(error):
-            raise UserError(f"the live test request got no answer ({describe(error)})") from error
-        # An error is not billed, whatever its status.
-        ledger.append("refused", intent=intent, reason=describe(error))
-        fail("the live test request (nothing else was sent)", error)
-    result = record({"type": "succeeded", "message": message.model_dump(mode="json")})
-    ledger.append("answered", intent=intent, response=result)
-    return result
-
-
 def cancel_batches(client: anthropic.Anthropic, ledger: Ledger) -> int:
     """Ask the API to cancel every batch of the ledger that still runs; return how many."""
     cancelled = 0
@@ -312,3 +222,107 @@ def say_what_is_out(ledger: Ledger) -> None:
         ", ".join(running) or "none",
         ledger.response_ids_path,
     )
+
+
+# --- batches whose ids were lost between their creation and the ledger -------------------------
+
+
+@dataclass(frozen=True)
+class OpenIntent:
+    """An intent that could not be matched.
+
+    waiting_for: batches that may be it, still running or with results that could not be read.
+    """
+
+    intent: Intent
+    waiting_for: list[str]
+
+    def __str__(self) -> str:
+        n, when = len(self.intent.units), self.intent.time.isoformat(timespec="seconds")
+        if self.intent.kind == "live":
+            return (
+                f"the live test request of {when} was interrupted: it may have been answered and "
+                "billed once (a fraction of a cent). --assume_lost sends it again"
+            )
+        if self.waiting_for:
+            return (
+                f"a batch of {n} requests was begun at {when} and its id was lost; "
+                f"{', '.join(self.waiting_for)} is probably it, which can be told once it has "
+                "ended and its results can be read: run "
+                "interpret_top_sentences_retrieve_batches.py --wait"
+            )
+        return (
+            f"a batch of {n} requests was begun at {when} and its id was lost; the API lists none "
+            "like it. If it was never accepted, --assume_lost sends these requests again"
+        )
+
+
+def reconcile(client: anthropic.Anthropic, ledger: Ledger) -> list[OpenIntent]:
+    """Match intents without an id with the batches that the API lists; return the rest.
+
+    A candidate has the same number of requests, is not older than the intent and is in no ledger
+    line; the intent's mark in its results' custom_ids proves it, once it has ended.
+    """
+    still_open = []
+    for intent in ledger.state().unresolved:
+        found, waiting = None, []
+        if intent.kind == "batch":
+            found, waiting = _match(client, ledger, intent)
+        if found:
+            log.info("found the lost batch of %d requests: %s", len(intent.units), found)
+            ledger.append("created", intent=intent.id, batch_id=found)
+            ledger.write_response_ids()
+        else:
+            still_open.append(OpenIntent(intent, waiting))
+    return still_open
+
+
+def _match(
+    client: anthropic.Anthropic, ledger: Ledger, intent: Intent
+) -> tuple[str | None, list[str]]:
+    known = ledger.state().batches
+    waiting = []
+    with api_errors("listing recent batches"):
+        for batch in client.messages.batches.list(limit=100):
+            if batch.created_at < intent.time - _CLOCK_SKEW:
+                break
+            if batch.id in known or total_requests(batch) != len(intent.units):
+                continue
+            mark = _UNREADABLE
+            if batch.processing_status == "ended":
+                mark = _first_mark(client, batch.id)
+            if mark == intent.id:
+                return batch.id, []
+            if mark == _UNREADABLE:
+                waiting.append(batch.id)
+    return None, waiting
+
+
+def _first_mark(client: anthropic.Anthropic, batch_id: str) -> str | None:
+    """The intent that an ended batch was made for; None for a stranger's, or `_UNREADABLE`."""
+    for line in stream_lines(client, batch_id):
+        custom_id = read_custom_id(line)
+        if custom_id is not None:
+            request = parse_custom_id(custom_id)
+            return request.intent if request else None
+    return _UNREADABLE
+
+
+def settle_open_intents(
+    ledger: Ledger, still_open: list[OpenIntent], *, assume_lost: bool, settle_s: float
+) -> None:
+    """Raise UserError for an intent without an id, unless the person says that it was lost.
+
+    settle_s: how long after an intent a batch may still turn up in the API's list.
+    """
+    for item in still_open:
+        if not assume_lost or item.waiting_for:
+            raise UserError(f"{item}")
+        age = (datetime.now(UTC) - item.intent.time).total_seconds()
+        if age < settle_s:
+            raise UserError(
+                f"the request was begun {age:.0f} s ago and may still turn up in the API's list: "
+                f"wait until {settle_s:.0f} s have passed (--settle_s)"
+            )
+        ledger.append("lost", intent=item.intent.id)
+        log.info("taken as lost: %d requests begun at %s", len(item.intent.units), item.intent.time)

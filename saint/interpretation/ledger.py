@@ -3,7 +3,7 @@
 One JSON object per line, append-only and fsynced, beside `response_ids.yaml`. An `intent` line is
 on disk before a batch is created and its `created` line right after, so that a crash in between
 leaves an intent without an id: it blocks further sending until it is matched with a batch that
-the API lists (`saint.batches.reconcile`) or a person says that it was lost.
+the API lists (`saint.interpretation.batches.reconcile`) or a person says that it was lost.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Intent:
 
 
 @dataclass
-class State:
+class LedgerState:
     """The ledger's events added up. status: unit -> "out", "answered", "failed" or "invalid"."""
 
     runs: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -119,15 +119,15 @@ class State:
         return {i.batch_id: i for i in self.intents.values() if i.batch_id is not None}
 
 
-def replay(events: Iterable[dict[str, Any]]) -> State:
+def replay(events: Iterable[dict[str, Any]]) -> LedgerState:
     """Add up a ledger's events."""
-    state = State()
+    state = LedgerState()
     for event in events:
         _APPLY[event["event"]](state, event)
     return state
 
 
-def _apply_run(state: State, event: dict[str, Any]) -> None:
+def _apply_run(state: LedgerState, event: dict[str, Any]) -> None:
     task = event["task"]
     state.runs[task] = event["config"]
     for intent in state.intents.values():
@@ -137,7 +137,7 @@ def _apply_run(state: State, event: dict[str, Any]) -> None:
         del state.status[unit]
 
 
-def _apply_intent(state: State, event: dict[str, Any]) -> None:
+def _apply_intent(state: LedgerState, event: dict[str, Any]) -> None:
     units = {}
     for text in event["units"]:
         unit, _, attempt = text.rpartition("-")
@@ -150,12 +150,12 @@ def _apply_intent(state: State, event: dict[str, Any]) -> None:
         state.attempts[unit] = attempt
 
 
-def _apply_created(state: State, event: dict[str, Any]) -> None:
+def _apply_created(state: LedgerState, event: dict[str, Any]) -> None:
     intent = state.intents[event["intent"]]
     intent.resolution, intent.batch_id = "created", event["batch_id"]
 
 
-def _apply_answered(state: State, event: dict[str, Any]) -> None:
+def _apply_answered(state: LedgerState, event: dict[str, Any]) -> None:
     intent = state.intents[event["intent"]]
     intent.resolution = "answered"
     for unit, attempt in intent.units.items():
@@ -163,7 +163,7 @@ def _apply_answered(state: State, event: dict[str, Any]) -> None:
         state.live[f"{unit}-{attempt}-{intent.id}"] = event["response"]
 
 
-def _apply_not_sent(state: State, event: dict[str, Any]) -> None:
+def _apply_not_sent(state: LedgerState, event: dict[str, Any]) -> None:
     intent = state.intents[event["intent"]]
     intent.resolution = event["event"]
     for unit in intent.units:
@@ -171,13 +171,13 @@ def _apply_not_sent(state: State, event: dict[str, Any]) -> None:
             state.status.pop(unit, None)
 
 
-def _apply_again(state: State, event: dict[str, Any]) -> None:
+def _apply_again(state: LedgerState, event: dict[str, Any]) -> None:
     intent = state.intents[event["intent"]]
     intent.resolution = None
     state.status |= dict.fromkeys(intent.units, "out")
 
 
-def _apply_outcome(state: State, event: dict[str, Any]) -> None:
+def _apply_outcome(state: LedgerState, event: dict[str, Any]) -> None:
     intent = state.batches.get(event["batch_id"])
     if intent is None:
         return
@@ -191,7 +191,7 @@ def _apply_outcome(state: State, event: dict[str, Any]) -> None:
             state.status[unit], state.reasons[unit] = kind, reason
 
 
-def _apply_cancel(state: State, event: dict[str, Any]) -> None:
+def _apply_cancel(state: LedgerState, event: dict[str, Any]) -> None:
     state.cancelled.add(event["batch_id"])
 
 
@@ -221,7 +221,7 @@ class Ledger:
         self.path = stem.with_name(stem.name + ".ledger.jsonl")
         self.requests_dir = stem.with_name(stem.name + ".requests")
 
-    def state(self) -> State:
+    def state(self) -> LedgerState:
         """Read the events. Raises UserError when a line in the middle is damaged."""
         return replay(self._events())
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
-from saint.stage.errors import UserError
+import anthropic
+
+from saint.interpretation.client import describe, fail
+from saint.stage.errors import UserError, log
 
 PRICES_DATE = "2026-11"
 # Batch prices in $ per million tokens: input, output. A live request costs twice that.
@@ -67,3 +72,70 @@ def check_budget(quote: Quote, max_cost_usd: float | None, model: str) -> None:
         )
     if quote.dollars > max_cost_usd:
         raise UserError(f"{quote} exceeds --max_cost_usd {max_cost_usd:g}: nothing was sent")
+
+
+@dataclass
+class RequestTally:
+    """What prepared requests add up to, and a small seeded sample of them."""
+
+    n: int = 0
+    chars: int = 0
+    sample: list[dict[str, Any]] = field(default_factory=list)
+    _rng: random.Random = field(default_factory=lambda: random.Random(0))
+
+    def add(self, params: dict[str, Any], *, sample_size: int = 10) -> None:
+        """Count one request's parameters."""
+        self.n += 1
+        self.chars += prompt_chars(params)
+        if len(self.sample) < sample_size:
+            self.sample.append(params)
+        elif (place := self._rng.randrange(self.n)) < sample_size:
+            self.sample[place] = params
+
+
+def prompt_chars(params: dict[str, Any]) -> int:
+    """Characters of the system prompt and the user's turn."""
+    return len(params["system"]) + sum(len(m["content"]) for m in params["messages"])
+
+
+def estimate(
+    client: anthropic.Anthropic | None,
+    tally: RequestTally,
+    *,
+    output_tokens_each: int,
+    price: tuple[float, float] | None,
+    n_live: int,
+) -> Quote:
+    """Quote prepared requests: tokens counted by the API on a sample, or by a ratio to our own.
+
+    n_live: requests among them that are sent live, at twice the batch price.
+    """
+    ratio = CHARS_PER_OWN_TOKEN / TOKENS_PER_OWN_TOKEN
+    basis = (
+        f"not counted by the API but taken as {TOKENS_PER_OWN_TOKEN:g} times the tokens of our own "
+        f"tokenizer, {CHARS_PER_OWN_TOKEN:g} characters each"
+    )
+    counted = _count_sample(client, tally.sample) if client else None
+    if counted:
+        ratio = sum(map(prompt_chars, tally.sample)) / counted
+        basis = f"from {len(tally.sample)} requests that the API counted"
+    tokens_in = round(tally.chars / ratio)
+    tokens_out = output_tokens_each * tally.n
+    cost = dollars(price, tokens_in, tokens_out)
+    if cost is not None and tally.n:
+        cost *= 1 + n_live * (LIVE_FACTOR - 1) / tally.n
+    return Quote(tally.n, tokens_in, tokens_out, cost, f"{basis}; batch prices of {PRICES_DATE}")
+
+
+def _count_sample(client: anthropic.Anthropic, sample: list[dict[str, Any]]) -> int | None:
+    total = 0
+    for params in sample:
+        kept = {name: value for name, value in params.items() if name != "max_tokens"}
+        try:
+            total += client.messages.count_tokens(**kept).input_tokens
+        except anthropic.APIError as error:
+            if getattr(error, "status_code", None) == 401:
+                fail("counting tokens", error)
+            log.warning("tokens are estimated: the API does not count them (%s)", describe(error))
+            return None
+    return total or None

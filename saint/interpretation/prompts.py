@@ -8,11 +8,14 @@ arXiv:2507.08473 for intruders).
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
+
+import yaml
 
 from saint.evidence.labels import SET_SIZE
 
@@ -113,6 +116,16 @@ OPTION_HELP = {
 }
 
 
+def add_evidence_flags(parser: argparse.ArgumentParser) -> None:
+    """Add a flag for each of `PromptOptions`."""
+    group = parser.add_argument_group("evidence in one request")
+    for option in fields(PromptOptions):
+        text = f"{OPTION_HELP[option.name]} [{option.default}]"
+        group.add_argument(
+            f"--{option.name}", type=int, default=option.default, metavar="N", help=text
+        )
+
+
 @dataclass(frozen=True)
 class Prompt:
     """The user's turn, and the key that the answer is read with."""
@@ -137,6 +150,23 @@ def request_params(task: str, text: str, *, model: str, plain: bool) -> dict[str
         params["thinking"] = {"type": "disabled"}
         params["output_config"] = {"format": {"type": "json_schema", "schema": SCHEMAS[task]}}
     return params
+
+
+class _Readable(yaml.SafeDumper):
+    """YAML with texts of several lines as blocks."""
+
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        """Return the node of a string."""
+        style = "|" if "\n" in text else None
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Readable.add_representer(str, _Readable.represent_text)
+
+
+def readable(request: dict[str, Any]) -> str:
+    """Return a request, just as it is sent, in YAML."""
+    return yaml.dump(request, Dumper=_Readable, sort_keys=False, allow_unicode=True, width=10**6)
 
 
 def prompt_facts(task: str, options: PromptOptions, *, model: str, plain: bool) -> dict[str, Any]:
@@ -360,7 +390,7 @@ def detect_prompt(
     chosen += [(e, 0) for e in _balanced_silent(silent, n, rng)]
     rng.shuffle(chosen)
     lines = [render(e, options) for e, _ in chosen]
-    return Prompt(_with_label(label, lines), _key(chosen))
+    return Prompt(_with_label(label, lines), _key(chosen) | {"label": label})
 
 
 def fuzz_prompt(
@@ -384,7 +414,8 @@ def fuzz_prompt(
     chosen = right[:n] + wrong[:n]
     rng.shuffle(chosen)
     lines = [render(e, options, marks=marks) for e, _, marks in chosen]
-    return Prompt(_with_label(label, lines), _key([(e, truth) for e, truth, _ in chosen]))
+    key = _key([(e, truth) for e, truth, _ in chosen])
+    return Prompt(_with_label(label, lines), key | {"label": label})
 
 
 def intruder_prompt(

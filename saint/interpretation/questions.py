@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from saint.evidence.file import Evidence, open_evidence
 from saint.evidence.labels import SET_SIZE, Label
 from saint.evidence.rankings import RANKINGS
+from saint.interpretation.ledger import Ledger, parse_custom_id
 from saint.interpretation.prompts import (
     LABELLED_TASKS,
     Prompt,
@@ -187,9 +188,11 @@ def questions(
                 yield from _question("intruder_control", latent, None, prompt)
         elif labels:
             ask = detect_prompt if task == "detect" else fuzz_prompt
-            yield from _question(
-                task, latent, labels[latent].text, ask(row, labels[latent].text, options)
-            )
+            label = labels[latent]
+            prompt = ask(row, label.text, options)
+            if prompt is not None:
+                prompt.key["source"] = label.extra.get("source")
+            yield from _question(task, latent, label.text, prompt)
             if latent in controls:
                 prompt = ask(row, controls[latent], options, task=f"{task}_control")
                 yield from _question(f"{task}_control", latent, controls[latent], prompt)
@@ -260,3 +263,36 @@ def _from_sentences(
         if ranked:
             prompt = explain_sentences_prompt(ranked, source.ranking, options)
             yield Question("explain", latent, None, prompt)
+
+
+def shown_sentences(ledger: Ledger, latents: list[int]) -> dict[int, set[int]]:
+    """Latent -> the sentences from which its label was made, as the ledger's requests say."""
+    shown: dict[int, set[int]] = {}
+    wanted = set(latents)
+    for intent in ledger.state().intents.values():
+        if intent.task == "explain" and intent.is_paid_for and not intent.superseded:
+            for row in ledger.read_requests(intent.id):
+                request = parse_custom_id(row["custom_id"])
+                if request and request.latent in wanted:
+                    shown.setdefault(request.latent, set()).update(row["key"]["shown"])
+    if len(shown) < len(latents):
+        log.warning(
+            "%d of %d labels were not made by this ledger's requests: whether they have seen "
+            "their test excerpts is not known",
+            len(latents) - len(shown),
+            len(latents),
+        )
+    return shown
+
+
+def only_unseen(asked: Iterable[Question], shown: dict[int, set[int]]) -> Iterator[Question]:
+    """Pass questions on; raises UserError where a label would be tested on what it was made of."""
+    for question in asked:
+        seen = shown.get(question.latent, set()) & set(question.prompt.key["tested"])
+        if seen:
+            raise UserError(
+                f"latent {question.latent} would be tested on sentence {min(seen)}, which its "
+                "label was made from: nothing was sent. Make the labels from this evidence file "
+                "first (--task explain --overwrite)"
+            )
+        yield question

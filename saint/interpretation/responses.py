@@ -1,4 +1,4 @@
-"""Reading Claude's answers: label objects (also in free text), refusals, and test answers.
+"""Reading Claude's answers, each accounted for: labels (also in free text), tests, refusals.
 
 Nothing here invents a label: a response is a `Label`-to-be, a refusal, or a failure with a reason.
 """
@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from saint.stage.errors import UserError
+from saint.interpretation.ledger import Ledger, LedgerState, RequestId, parse_custom_id
+from saint.stage.errors import UserError, log
 from saint.stage.yaml_files import load_yaml
 
 _MAX_LABEL_CHARS = 600
@@ -256,3 +257,103 @@ def count(kinds: Iterable[str]) -> dict[str, int]:
     for kind in kinds:
         totals[kind] = totals.get(kind, 0) + 1
     return totals
+
+
+# --- all answers of a run ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Response:
+    """One parsed response and the record that it was read from."""
+
+    custom_id: str
+    request: RequestId
+    answer: Answer
+    record: dict[str, Any]
+
+
+@dataclass
+class AnswerSet:
+    """All responses of a run.
+
+    kept: request (whatever the attempt) -> the response that counts. kinds: what became of each
+    response. usage: (model, whether it was live) -> [input tokens, output tokens].
+    """
+
+    kept: dict[str, Response] = field(default_factory=dict)
+    kinds: list[str] = field(default_factory=list)
+    usage: dict[tuple[str, bool], list[int]] = field(default_factory=dict)
+
+
+def _responses(
+    directory: Path, ids: list[str], state: LedgerState
+) -> Iterator[tuple[str, dict[str, Any], bool]]:
+    """Yield (custom_id, record, whether it was live) of everything that was retrieved."""
+    found = 0
+    for batch_id in ids:
+        path = directory / f"{batch_id}.yaml"
+        if not path.exists():
+            log.warning("%s is not retrieved yet", batch_id)
+            continue
+        found += 1
+        for custom_id, record in read_records(path):
+            yield custom_id, record, False
+    for custom_id, record in state.live.items():
+        yield custom_id, record, True
+    if not found and not state.live:
+        raise UserError(
+            f"none of the {len(ids)} batches is in {directory}: run "
+            "interpret_top_sentences_retrieve_batches.py first"
+        )
+
+
+def read_all(directory: Path, ids: list[str], state: LedgerState) -> AnswerSet:
+    """Parse every response; of several to one request the best counts, and the later of equals.
+
+    Raises UserError when nothing was retrieved.
+    """
+    answers = AnswerSet()
+    rank = {"failure": 0, "refusal": 1}
+    for custom_id, record, live in _responses(directory, ids, state):
+        request = parse_custom_id(custom_id)
+        if request is None:
+            request = RequestId("unknown", -1, custom_id, 1, "")
+            answer = Answer("failure", reason="unknown custom_id")
+        else:
+            answer = parse_answer(request.task, record)
+        used = answers.usage.setdefault((str(record.get("model")), live), [0, 0])
+        used[0] += int(record.get("input_tokens") or 0)
+        used[1] += int(record.get("output_tokens") or 0)
+        intent = state.intents.get(request.intent)
+        if intent is not None and intent.superseded:
+            answers.kinds.append("superseded")
+            continue
+        response = Response(custom_id, request, answer, record)
+        earlier = answers.kept.get(request.unit)
+        if earlier is not None:
+            response, other = sorted(
+                (response, earlier), key=lambda r: rank.get(r.answer.kind, 2), reverse=True
+            )
+            answers.kinds.append("duplicate" if rank.get(other.answer.kind, 2) == 2 else "retried")
+        answers.kept[request.unit] = response
+    answers.kinds += [response.answer.kind for response in answers.kept.values()]
+    return answers
+
+
+def read_keys(ledger: Ledger, answers: AnswerSet) -> dict[str, dict[str, Any]]:
+    """The keys that were stored with the requests: custom_id -> what was shown, or the truth.
+
+    "label" is the text that a test was about (older requests only say it in the question).
+    """
+    intents = {r.request.intent for r in answers.kept.values()} - {""}
+    return {
+        row["custom_id"]: _tested_label(row["params"]) | row["key"]
+        for intent in sorted(intents)
+        if ledger.requests_path(intent).exists()
+        for row in ledger.read_requests(intent)
+    }
+
+
+def _tested_label(params: Mapping[str, Any]) -> dict[str, str]:
+    first, _, _ = params["messages"][0]["content"].partition("\n")
+    return {"label": first[len("Label: ") :]} if first.startswith("Label: ") else {}

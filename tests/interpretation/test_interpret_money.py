@@ -10,8 +10,8 @@ import anthropic
 import pytest
 
 from saint.evidence.labels import load_labels
-from saint.interpretation.batches import prompt_chars
 from saint.interpretation.client import open_client
+from saint.interpretation.prices import prompt_chars
 from tests.support.interpretation_workplace import Workplace, error_of
 from tests.support.program import Finished
 
@@ -143,7 +143,8 @@ def test_top_tokens_serve_without_a_key(work: Workplace):
     work.labels.write_text(work.labels.read_text().replace("topic2", "my own name"))
     work.send("--no_smoke_test")
     work.retrieve()
-    assert "changed by hand" in error_of(work.parse())
+    line = error_of(work.parse())
+    assert "changed by hand" in line and "--labels_path" in line
     assert work.parse("--overwrite").returncode == 0
     paid_for = work.labels.read_bytes()
     again = work.top_tokens()

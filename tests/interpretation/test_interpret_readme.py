@@ -8,11 +8,9 @@ from pathlib import Path
 
 import yaml
 
-from interpret_top_sentences_send_batches import readable
-from saint.interpretation.batches import prompt_chars
-from saint.interpretation.prices import CHARS_PER_OWN_TOKEN, TOKENS_PER_OWN_TOKEN
-from saint.interpretation.prompts import PromptOptions, explain_prompt, request_params
-from saint.interpretation.send_flags import DEFAULT_MODEL
+from interpret_top_sentences_send_batches import DEFAULT_MODEL
+from saint.interpretation.prices import CHARS_PER_OWN_TOKEN, TOKENS_PER_OWN_TOKEN, prompt_chars
+from saint.interpretation.prompts import PromptOptions, explain_prompt, readable, request_params
 from tests.support.interpretation_workplace import Workplace
 
 TESTS = Path(__file__).resolve().parent

@@ -127,14 +127,14 @@ def test_the_intruder_test_needs_no_label(tmp_path: Path):
         work.send("--task", "detect", "--labels_path", work.labels)
     )
     # Words from the evidence may name them, and Claude some of them later: all scores stay.
-    words = work.top_tokens()
+    words = work.top_tokens(with_answers=True)
     assert words.returncode == 0, words.stderr
     named = yaml.safe_load(work.labels.read_text())
     assert named[3]["common_semantic"] == "topic3" and named[3]["score"]["intruder"]["n"] == 5
     assert work.send("--latents", "2,4").returncode == 0
     work.retrieve()
-    for task in (("--task", "explain"), ()):
-        assert work.parse(*task).returncode == 0
+    for _ in range(2):
+        assert work.parse().returncode == 0
         named = yaml.safe_load(work.labels.read_text())
         assert {i for i, r in named.items() if r["common_semantic"]} == {2, 4}
         assert list(named)[:2] == [2, 4] and named[2]["common_semantic"] == "the word topic2"
@@ -156,12 +156,9 @@ def test_scores_belong_to_the_label_they_measured(tmp_path: Path):
     work.everything("--no_smoke_test")
     work.send("--task", "detect", "--labels_path", work.labels, "--n_controls", 0)
     work.retrieve()
-    work.parse("--task", "detect")
+    work.parse()
     labels = yaml.safe_load(work.labels.read_text())
     assert labels[2]["score"]["detect"]["balanced_accuracy"] == 1.0
-    # Parsing the labels again keeps scores of the same text, also where the tests are left out.
-    assert work.parse("--task", "explain").returncode == 0
-    assert "score" in yaml.safe_load(work.labels.read_text())[2]
     # A label of another text has not been measured, and is asked about again.
     plain = work.api.answer
     work.api.answer = lambda p: plain(p).replace("the word", "any word")
@@ -173,6 +170,41 @@ def test_scores_belong_to_the_label_they_measured(tmp_path: Path):
     work.retrieve()
     work.parse()
     assert yaml.safe_load(work.labels.read_text())[2]["score"]["detect"]["n"] == 40
+    work.api.close()
+
+
+def test_parsing_depends_on_what_was_retrieved_alone(tmp_path: Path):
+    """The same bytes from an empty place, after itself, and over an output of another form."""
+    work = Workplace(tmp_path, n_latents=3)
+    work.api.answer = judge(1.0)
+    work.everything("--no_smoke_test")
+    for task in ("detect", "intruder"):
+        assert work.send("--task", task, "--labels_path", work.labels).returncode == 0
+    work.retrieve()
+    assert work.parse().returncode == 0
+    whole = work.labels.read_bytes()
+    assert work.parse().returncode == 0 and work.labels.read_bytes() == whole
+    for path in work.output.glob("parsed_responses*"):
+        path.unlink()
+    assert work.top_tokens().returncode == 0 and work.labels.read_bytes() != whole
+    assert work.parse().returncode == 0 and work.labels.read_bytes() == whole
+    work.api.close()
+
+
+def test_labels_of_ones_own_are_tested_and_stay_their_own(tmp_path: Path):
+    work = Workplace(tmp_path, n_latents=3)
+    work.api.answer = judge(1.0)
+    mine = tmp_path / "mine.yaml"
+    rows = {i: {"common_semantic": f"the word topic{i}", "source": "me"} for i in range(3)}
+    mine.write_text(yaml.safe_dump(rows))
+    assert work.send("--task", "detect", "--labels_path", mine, "--n_controls", 0).returncode == 0
+    work.retrieve()
+    assert work.parse().returncode == 0
+    found = yaml.safe_load(work.labels.read_text())
+    assert {i: r["common_semantic"] for i, r in found.items()} == {
+        i: r["common_semantic"] for i, r in rows.items()
+    }
+    assert all(r["source"] == "me" and r["score"]["detect"]["n"] == 40 for r in found.values())
     work.api.close()
 
 
@@ -194,29 +226,27 @@ def test_intruder_scores_are_not_given_to_another_dictionary(tmp_path: Path, nam
     work.api.answer = judge(1.0)
     work.send("--task", "intruder", "--n_controls", 2)
     work.retrieve()
-    assert work.parse("--task", "intruder").returncode == 0
+    assert work.parse().returncode == 0
     assert _with_intruder_scores(work) == list(range(6))
     _replace_evidence(work)
     if named_by == "Claude":
         assert work.send("--no_smoke_test").returncode == 0
         work.retrieve()
-        ways = [lambda: work.parse("--task", "explain", "--overwrite"), work.parse]
-    else:
-        ways = [work.top_tokens, work.parse, lambda: work.parse("--task", "intruder")]
-    for n_way, way in enumerate(ways):
-        done = way()
-        assert done.returncode == 0, done.stderr
-        assert "scores left out: 6 measured on other evidence" in done.stderr, n_way
-        assert "1" in yaml.safe_load(work.labels.read_text())[0]["common_semantic"]
-        assert not _with_intruder_scores(work)
+    way = work.parse if named_by == "Claude" else lambda: work.top_tokens(with_answers=True)
+    done = way()
+    assert done.returncode == 0, done.stderr
+    # Six latents and two controls.
+    assert "scores left out: 8 measured on other evidence" in done.stderr
+    assert "1" in yaml.safe_load(work.labels.read_text())[0]["common_semantic"]
+    assert not _with_intruder_scores(work)
     manifest = json.loads((work.output / "parsed_responses.yaml.manifest.json").read_text())
     assert not manifest["facts"]["controls"]
-    # Asked about the new latents, the test's answers are theirs, and stay so.
+    # Asked about the new latents, the test's answers are theirs.
     assert work.send("--task", "intruder", "--n_controls", 2, "--overwrite").returncode == 0
     work.retrieve()
-    for done in (work.parse("--task", "intruder"), work.parse()):
-        assert done.returncode == 0 and "left out" not in done.stderr
-        assert _with_intruder_scores(work) == list(range(6))
+    done = way()
+    assert done.returncode == 0 and "left out" not in done.stderr
+    assert _with_intruder_scores(work) == list(range(6))
     work.api.close()
 
 
@@ -226,14 +256,13 @@ def test_labels_from_top_tokens_follow_the_evidence(tmp_path: Path):
     work.top_tokens()
     work.send("--task", "detect", "--labels_path", work.labels, "--n_controls", 0)
     work.retrieve()
-    assert work.parse("--task", "detect").returncode == 0
-    for way in (work.top_tokens, work.top_tokens):
-        assert "kept" not in way().stderr
-        found = yaml.safe_load(work.labels.read_text())
-        assert all(r["source"] == "top tokens" and "detect" in r["score"] for r in found.values())
+    assert work.top_tokens(with_answers=True).returncode == 0
+    found = yaml.safe_load(work.labels.read_text())
+    assert all(r["source"] == "top tokens" and "detect" in r["score"] for r in found.values())
+    assert "its scores go" in work.top_tokens().stderr
     _replace_evidence(work)
-    done = work.top_tokens()
-    assert done.returncode == 0 and "scores left out: 5 measured on other" in done.stderr
+    done = work.top_tokens(with_answers=True)
+    assert done.returncode == 0 and "scores left out: 5 of a label of another text" in done.stderr
     found = yaml.safe_load(work.labels.read_text())
     assert [found[i]["common_semantic"] for i in range(5)] == [f"topic{(i + 1) % 5}" for i in found]
     assert not any("score" in r for r in found.values())
@@ -245,21 +274,15 @@ def test_labels_from_top_tokens_follow_the_evidence(tmp_path: Path):
     work.api.close()
 
 
-@pytest.mark.parametrize("task", ["intruder", "explain"])
-def test_a_task_without_answers_writes_nothing(tmp_path: Path, task: str):
+def test_answers_of_the_past_alone_write_nothing(tmp_path: Path):
     work = Workplace(tmp_path)
-    other = "explain" if task == "intruder" else "intruder"
     work.api.answer = judge(1.0)
-    assert work.send("--task", other, "--no_smoke_test").returncode == 0
+    assert work.send("--no_smoke_test").returncode == 0
     work.retrieve()
-    before = work.files()
-    assert f"answers --task {task}" in error_of(work.parse("--task", task))
-    assert work.files() == before
-    # Nor does it touch labels that are there.
-    assert work.parse().returncode == 0
-    times = {path: path.stat().st_mtime_ns for path in work.files()}
-    error_of(work.parse("--task", task, "--overwrite"))
-    assert {path: path.stat().st_mtime_ns for path in work.files()} == times
+    work.api.polls_until_ended = 10**6
+    assert work.send("--no_smoke_test", "--overwrite").returncode == 0
+    assert "nothing that was retrieved" in error_of(work.parse())
+    assert not work.labels.exists()
     work.api.close()
 
 

@@ -57,12 +57,14 @@ class Workplace:
             env={},
         )
 
-    def top_tokens(self) -> Finished:
+    def top_tokens(self, *, with_answers: bool = False) -> Finished:
+        answers = ("--response_ids_filepath", self.ids, "--retrieved_responses_dir", self.output)
         return self._call(
             "interpret_top_sentences_parse_responses",
             "--from_top_tokens",
             *("--evidence_path", self.tops / "evidence.parquet"),
             *("--parsed_responses_output_filepath", self.labels),
+            *(answers if with_answers else ()),
             env={},
         )
 
