@@ -6,13 +6,13 @@
 Recipe: Gao et al., arXiv:2406.04093. Data-parallel ranks each take an equal share of every batch
 and average their gradients, so N ranks do what one does. Everything goes by steps; a checkpoint
 holds all there is, and an interrupted run continues with the same bits.
+
+`train` below is the loop; the step is `Trainer.train_step`.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
-import pickle
 import resource
 import signal
 import time
@@ -20,306 +20,263 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from sae import SAEConfig, TopKSparseAutoencoder, load_sae, normalise_decoder, save_sae
+from sae import save_sae
 from saint.stage.errors import UserError, log
 from saint.stage.files import naming_full_disk
-from saint.stage.manifests import Output, State, file_checksum, manifest_path, read_manifest
+from saint.stage.flags import add_device_flags, add_overwrite_flag, positive_int
+from saint.stage.manifests import Output, State, file_checksum
 from saint.stage.program import log_arguments, progress, run_stage
 from saint.stage.workers import Workers, start_workers
 from saint.store.shuffled_rows import BatchedRows, open_batched_rows
-from saint.training.metrics import LossMeter, describe_step, largest_activations, validate
-from saint.training.recipe import Recipe, build_parser, resolve_recipe
-from saint.training.run_files import RunFiles, WandbLog
+from saint.training.metrics import LossMeter, validate
+from saint.training.recipe import Recipe, add_recipe_flags, resolve_recipe
+from saint.training.report import Report
+from saint.training.run_files import RunFiles
+from saint.training.steps import KERNELS
 from saint.training.trainer import Trainer
+from saint.training.weights import (
+    first_sae,
+    read_mean,
+    refuse_another_mean,
+    save_with_steering_unit,
+)
 
 STAGE = "sae_training"
-_PAGE_SECONDS = 20
 _LEAST_VAL_ROWS = 8192
 
 
-@dataclass
+def build_parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    parser = argparse.ArgumentParser(
+        description="Train a TopK sparse autoencoder on the shuffled activations.",
+        epilog="Run it again to resume from the last checkpoint. Ctrl-C checkpoints and exits.",
+    )
+    files = parser.add_argument_group("files")
+    files.add_argument("--data_dir", type=Path, required=True, help="what preprocessing wrote")
+    files.add_argument("--b_pre_path", type=Path, required=True, help="the mean from preprocessing")
+    files.add_argument(
+        "--model_save_path", type=Path, default=Path("trained_sae.pt"), help="[%(default)s]"
+    )
+    files.add_argument("--model_load_path", type=Path, help="start from these weights [random]")
+    add_recipe_flags(parser)
+    logs = parser.add_argument_group("logs and checkpoints")
+    logs.add_argument("--logs_per_epoch", type=positive_int, default=100, help="[%(default)s]")
+    logs.add_argument(
+        "--validations_per_epoch",
+        type=positive_int,
+        default=10,
+        help="each on that share of the held-out rows, the end's on all [%(default)s]",
+    )
+    logs.add_argument(
+        "--checkpoint_minutes", type=float, default=10.0, help="between checkpoints [%(default)s]"
+    )
+    logs.add_argument(
+        "--keep_last_n",
+        type=int,
+        default=1,
+        help="checkpoints kept; 0: none, nor the best SAE [%(default)s]",
+    )
+    logs.add_argument("--wandb_project", help="log to this W&B project too [off]")
+    logs.add_argument("--wandb_offline", action="store_true", help="W&B without a network")
+    work = parser.add_argument_group("how it is computed")
+    work.add_argument(
+        "--micro_batch_size", type=positive_int, help="tokens at once, to save memory [batch_size]"
+    )
+    work.add_argument(
+        "--kernels",
+        default="auto",
+        choices=KERNELS,
+        help="cpp: compiled for this CPU; triton: for a GPU (none has run it yet); sparse: torch's "
+        "sparse products; dense: plain autograd; same results up to rounding. auto: cpp on a CPU "
+        "(without a compiler sparse), dense on a GPU [%(default)s]",
+    )
+    add_device_flags(parser)
+    add_overwrite_flag(parser)
+    return parser
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What happens after which step; by steps, so that a resumed run does alike."""
+
+    n_steps: int
+    steps_per_epoch: int
+    log_interval: int
+    validation_interval: int
+    n_val_rows: int
+
+    @classmethod
+    def of(cls, args: argparse.Namespace, rows: BatchedRows, recipe: Recipe) -> Plan:
+        """As many steps as the epochs' tokens make, logs and validations as the flags say.
+
+        Validations before the last take the same sample of held-out rows each time.
+        """
+        n_batches, n_val = rows.n_rows("train") // recipe.batch_size, rows.n_rows("val")
+        return cls(
+            n_steps=recipe.num_epochs * rows.n_rows("train") // recipe.batch_size,
+            steps_per_epoch=n_batches,
+            log_interval=max(1, n_batches // args.logs_per_epoch),
+            validation_interval=max(1, n_batches // args.validations_per_epoch),
+            n_val_rows=min(n_val, max(_LEAST_VAL_ROWS, n_val // args.validations_per_epoch)),
+        )
+
+    def validates_at(self, step: int) -> bool:
+        """Whether a step is followed by validation."""
+        intervals = (self.n_steps, self.steps_per_epoch, self.validation_interval)
+        return any(step % interval == 0 for interval in intervals)
+
+
+class Stop:
+    """A signal that asked the run to checkpoint and exit after this step; a second one exits."""
+
+    signal = 0
+
+    def request(self, signum: int, frame: FrameType | None) -> None:
+        """Handle the signal."""
+        del frame
+        if self.signal:
+            raise KeyboardInterrupt
+        self.signal = signum
+
+
+@dataclass(frozen=True)
 class Run:
-    """One training run from here to its end."""
+    """What a run has; what changes in it is the trainer's and the report's."""
 
     args: argparse.Namespace
     rows: BatchedRows
     recipe: Recipe
+    plan: Plan
     files: RunFiles
     workers: Workers
-    wandb: WandbLog | None = None
-    stopping: int = 0  # the signal that asked for it
-    page_written: float = 0.0
-    first_step: int = 0  # of this session, where a run was resumed
-    val_fvu: float | None = None
-
-    @property
-    def n_batches(self) -> int:
-        """Whole batches of an epoch."""
-        return self.rows.n_rows("train") // self.recipe.batch_size
-
-    @property
-    def n_steps(self) -> int:
-        """Steps of the whole run: as many as the epochs' tokens make."""
-        return self.recipe.num_epochs * self.rows.n_rows("train") // self.recipe.batch_size
-
-    @property
-    def n_val_rows(self) -> int:
-        """Held-out rows of a validation before the last one: the same sample each time."""
-        n_rows = self.rows.n_rows("val")
-        return min(n_rows, max(_LEAST_VAL_ROWS, n_rows // self.args.validations_per_epoch))
-
-    def validates_at(self, step: int) -> bool:
-        """Whether a step is followed by validation; by steps, so that a resumed run does alike."""
-        interval = max(1, self.n_batches // self.args.validations_per_epoch)
-        return step == self.n_steps or not step % self.n_batches or not step % interval
-
-    def open_wandb(self, run_id: str) -> None:
-        """Join W&B if that was asked for."""
-        if self.args.wandb_project:
-            self.wandb = WandbLog(
-                self.args.wandb_project,
-                run_id=run_id,
-                offline=self.args.wandb_offline,
-                config=asdict(self.recipe),
-            )
+    report: Report
+    stop: Stop
 
     def start(self) -> Trainer:
-        """Build the trainer: first weights, then the newest checkpoint if there is one."""
-        facts = self.rows.facts
-        config = SAEConfig(
-            d_model=facts["d_model"],
-            n_latents=self.recipe.n_latents,
-            k=self.recipe.k,
-            **{name: facts[name] for name in _INHERITED_FACTS},
-        )
-        sae = TopKSparseAutoencoder(config, device=self.workers.device)
-        sae.initialise(read_mean(self.args.b_pre_path, config.d_model), seed=self.recipe.seed)
-        if self.args.model_load_path:
-            copy_weights(sae, self.args.model_load_path)
-        trainer = Trainer(sae, self.recipe, self.n_steps, self.workers, self.args.kernels)
+        """Return a trainer at the first weights, or at the newest checkpoint if there is one."""
+        paths = (self.args.b_pre_path, self.args.model_load_path)
+        sae = first_sae(self.recipe, self.rows, *paths, self.workers)
+        trainer = Trainer(sae, self.recipe, self.plan.n_steps, self.workers, self.args.kernels)
         checkpoints = self.files.checkpoints()
         if checkpoints:
             trainer.restore(checkpoints[-1])
-            log.info("continuing at step %d of %d", trainer.step, self.n_steps)
+            log.info("continuing at step %d of %d", trainer.step, self.plan.n_steps)
         if self.workers.is_main:
             self.files.truncate_metrics(trainer.step)
         return trainer
 
-    def train(self) -> Trainer:
-        """Train to the end. A loss that is not finite is stepped over once, from a checkpoint."""
-        trainer = self.start()
-        self.first_step = trainer.step
-        while (bad_step := self._train_until_bad(trainer)) is not None:
-            if trainer.skipped_steps:
-                raise UserError(
-                    f"the loss is not finite at step {bad_step}, and was not at step "
-                    f"{min(trainer.skipped_steps)} before: lower --learning_rate"
-                )
-            trainer = self.start()
-            trainer.skipped_steps.add(bad_step)
-            log.warning(
-                "warning: the loss was not finite at step %d: going on from step %d without "
-                "that batch",
-                bad_step,
-                trainer.step,
-            )
-        return trainer
-
-    def _train_until_bad(self, trainer: Trainer) -> int | None:
-        """Take steps; return None at the end, or the first step whose loss was not finite."""
-        meter = LossMeter(self.workers.device)
-        log_interval = max(1, self.n_batches // self.args.logs_per_epoch)
-        last_saved = time.monotonic()
-        batches = self.rows.batches(
-            "train",
-            batch_size=self.recipe.batch_size,
-            first_batch=trainer.step,
-            n_batches=self.n_steps,
-            part=(self.workers.rank, self.workers.world_size),
-            device=self.workers.device,
-        )
-        bar = progress(self.n_steps, unit="step", description="train", initial=trainer.step)
-        with bar:
-            for batch in batches:
-                step = trainer.step
-                if step in trainer.skipped_steps:
-                    trainer.step += 1
-                else:
-                    rows_at_once = self.args.micro_batch_size or len(batch)
-                    meter.add(*trainer.train_step(batch, rows_at_once), step)
-                bar.update()
-                ended = trainer.step == self.n_steps
-                minutes = (time.monotonic() - last_saved) / 60
-                due, stopping = self._agreed(minutes > self.args.checkpoint_minutes)
-                validating = self.validates_at(trainer.step)
-                if not (ended or stopping or due or validating or trainer.step % log_interval == 0):
-                    continue
-                if int(meter.first_bad_step) >= 0:
-                    return int(meter.first_bad_step)
-                self._log(trainer, meter, bar, validating)
-                if ended or stopping or due:
-                    if self.workers.is_main:
-                        self.files.save(trainer.state(), trainer.step)
-                    last_saved = time.monotonic()
-                meter.restart_clock()
-                if stopping and not ended:
-                    log.warning("stopped at step %d; the same command resumes", trainer.step)
-                    raise SystemExit(128 + stopping)
-        return None
-
-    def _agreed(self, due: bool) -> tuple[bool, int]:
-        """Whether rank 0 finds a checkpoint due, and a stop signal that any rank has got."""
+    def agree(self, due: bool) -> tuple[bool, int]:
+        """Return whether rank 0 finds a checkpoint due, and a stop signal that any rank has got."""
         if self.workers.world_size == 1:
-            return due, self.stopping
+            return due, self.stop.signal
         wishes = torch.tensor(
-            [due and self.workers.is_main, self.stopping], device=self.workers.device
+            [due and self.workers.is_main, self.stop.signal], device=self.workers.device
         )
         dist.all_reduce(wishes, op=dist.ReduceOp.MAX)
         due_now, stopping = wishes.tolist()
         return bool(due_now), stopping
 
-    def _log(self, trainer: Trainer, meter: LossMeter, bar: Any, validating: bool) -> None:
-        if not self.workers.is_main:
-            return
-        entry = describe_step(trainer, meter, self.rows.facts["variance"])
-        for earlier in self.files.read_metrics()[-1:] if math.isnan(entry["train/loss"]) else ():
-            entry |= {k: v for k, v in earlier.items() if k in entry and entry[k] != entry[k]}
-        density = None
-        if validating and self.rows.n_rows("val"):
-            metrics, density = self._validate(trainer)
-            entry |= metrics
-        self.files.append_metrics(entry)
-        now = time.monotonic()
-        if validating or now - self.page_written > _PAGE_SECONDS:
-            self.files.write_page(asdict(self.recipe), done=trainer.step == self.n_steps)
-            self.page_written = now
-        if self.wandb:
-            self.wandb.log(entry, density)
-        self.val_fvu = entry.get("val/fvu", self.val_fvu)
-        bar.set_postfix(
-            loss=f"{entry['train/loss']:.4f}",
-            FVU=f"{entry['train/fvu']:.4f}",
-            held_out_FVU="-" if self.val_fvu is None else f"{self.val_fvu:.4f}",
-            L0=f"{entry['train/l0']:.1f}",
-            dead=f"{entry['debug/dead_latents_ratio']:.1%}",
-            tokens_per_s=f"{entry['tokens_per_s']:.0f}",
+
+def train(run: Run, trainer: Trainer) -> int | None:
+    """Take the steps that are left, log, validate and checkpoint between them.
+
+    Returns None at the end, or the first step whose loss was not finite. Exits with a checkpoint
+    where a signal asked for that.
+    """
+    plan, workers = run.plan, run.workers
+    meter, last_saved = LossMeter(workers.device), time.monotonic()
+    batches = run.rows.batches(
+        "train",
+        batch_size=run.recipe.batch_size,
+        first_batch=trainer.step,
+        n_batches=plan.n_steps,
+        part=(workers.rank, workers.world_size),
+        device=workers.device,
+    )
+    with progress(plan.n_steps, unit="step", description="train", initial=trainer.step) as bar:
+        for batch in batches:
+            step = trainer.step
+            if step in trainer.skipped_steps:
+                trainer.step += 1
+            else:
+                rows_at_once = run.args.micro_batch_size or len(batch)
+                meter.add(*trainer.train_step(batch, rows_at_once), step)
+            bar.update()
+            ended = trainer.step == plan.n_steps
+            minutes = (time.monotonic() - last_saved) / 60
+            due, stopping = run.agree(minutes > run.args.checkpoint_minutes)
+            saving, validating = ended or stopping or due, plan.validates_at(trainer.step)
+            if not (saving or validating or trainer.step % plan.log_interval == 0):
+                continue
+            if int(meter.first_bad_step) >= 0:
+                return int(meter.first_bad_step)
+            if workers.is_main:
+                measured = measure(run, trainer) if validating else None
+                run.report.write(trainer, meter, measured, bar)
+            if saving and workers.is_main:
+                run.files.save(trainer.state(), trainer.step)
+            last_saved = time.monotonic() if saving else last_saved
+            meter.restart_clock()
+            if stopping and not ended:
+                log.warning("stopped at step %d; the same command resumes", trainer.step)
+                raise SystemExit(128 + stopping)
+    return None
+
+
+def measure(run: Run, trainer: Trainer) -> tuple[dict[str, float], torch.Tensor] | None:
+    """Validate on the sample, keep the SAE if it is the best there; at the end, on all rows."""
+    n_all, n_sample, encode = run.rows.n_rows("val"), run.plan.n_val_rows, trainer.kernels.encode
+    if not n_all:
+        return None
+    measured = validate(trainer.sae, run.rows, encode, n_sample)
+    if measured[0]["val/loss"] < trainer.best_val_loss:
+        trainer.best_val_loss = measured[0]["val/loss"]
+        save_sae(run.files.best, trainer.sae)
+    if trainer.step == run.plan.n_steps and n_sample < n_all:
+        measured = validate(trainer.sae, run.rows, encode)
+    return measured
+
+
+def train_to_the_end(run: Run) -> tuple[Trainer, int]:
+    """Train; a loss that is not finite is stepped over once, from a checkpoint.
+
+    Returns the trainer, and the steps that this session took.
+    """
+    trainer = run.start()
+    first_step = trainer.step
+    while (bad_step := train(run, trainer)) is not None:
+        if trainer.skipped_steps:
+            raise UserError(
+                f"the loss is not finite at step {bad_step}, and was not at step "
+                f"{min(trainer.skipped_steps)} before: lower --learning_rate"
+            )
+        trainer = run.start()
+        trainer.skipped_steps.add(bad_step)
+        log.warning(
+            "warning: the loss was not finite at step %d: going on from step %d without that batch",
+            bad_step,
+            trainer.step,
         )
-
-    def _validate(self, trainer: Trainer) -> tuple[dict[str, float], Tensor]:
-        """Measure on the sample, keep the SAE if it is the best there; at the end, on all rows."""
-        encode = trainer.kernels.encode
-        metrics, density = validate(trainer.sae, self.rows, encode, self.n_val_rows)
-        if metrics["val/loss"] < trainer.best_val_loss:
-            trainer.best_val_loss = metrics["val/loss"]
-            save_sae(self.files.best, trainer.sae)
-        if trainer.step == self.n_steps and self.n_val_rows < self.rows.n_rows("val"):
-            metrics, density = validate(trainer.sae, self.rows, encode)
-        return metrics, density
-
-    def save_with_steering_unit(self, trainer: Trainer) -> None:
-        """Write the SAE with each latent's largest activation, and the best one with its own.
-
-        Most often the best is the last; else its weights take the trainer's place, for one more
-        pass over the rows.
-        """
-        is_main, sae = self.workers.is_main, trainer.sae
-        sae.max_activations = largest_activations(trainer, self.rows)
-        if is_main:
-            save_sae(self.files.model, sae)
-        best = None
-        if is_main and self.files.keep_last_n and self.files.best.exists():
-            best = load_sae(self.files.best, device=self.workers.device)
-        weights = sae.state_dict()
-        is_last = best is None or all(
-            torch.equal(weights[name], value) for name, value in best.state_dict().items()
-        )
-        if not self.workers.broadcast(is_last):
-            trainer.take_weights(best)
-            sae.max_activations = largest_activations(trainer, self.rows)
-        if best is not None:
-            save_sae(self.files.best, sae)
-
-    def request_stop(self, signum: int, frame: FrameType | None) -> None:
-        """Signal handler: finish this step, checkpoint, exit. A second one exits at once."""
-        del frame
-        if self.stopping:
-            raise KeyboardInterrupt
-        self.stopping = signum
-
-
-_INHERITED_FACTS = (
-    "layer",
-    "hook_point",
-    "prepend_bos",
-    "max_token_length",
-    "held_out_fraction",
-    "held_out_seed",
-    "model_fingerprint",
-    "dataset_fingerprint",
-)
-
-
-def read_mean(path: Path, d_model: int) -> Tensor:
-    """Read b_pre's first value. Raises UserError when it is no (d_model,) tensor."""
-    if not path.exists():
-        raise UserError(f"--b_pre_path {path} does not exist: sae_preprocessing.py writes it")
-    try:
-        mean = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError):
-        raise UserError(f"--b_pre_path {path} is not a tensor that torch can read") from None
-    if not isinstance(mean, Tensor) or tuple(mean.shape) != (d_model,):
-        shape = tuple(mean.shape) if isinstance(mean, Tensor) else type(mean).__name__
-        raise UserError(f"--b_pre_path {path} has shape {shape}, the activations need ({d_model},)")
-    return mean.float()
-
-
-def refuse_another_mean(path: Path, rows: BatchedRows) -> None:
-    """Raise UserError where preprocessing made the mean from other rows: another layer's, say."""
-    if not manifest_path(path, rows.manifest.stage, single_file=True).exists():
-        return  # not preprocessing's: anyone's tensor will do
-    made_from = read_manifest(path, rows.manifest.stage).sources
-    if made_from != rows.manifest.sources:
-        theirs, ours = (s["layer_dir"] for s in (made_from, rows.manifest.sources))
-        other = "another store" if theirs == ours else f"{theirs}, the rows are of {ours}"
-        raise UserError(f"--b_pre_path {path} is the mean of {other}")
-
-
-@torch.no_grad()
-def copy_weights(sae: TopKSparseAutoencoder, path: Path) -> None:
-    """Start from another SAE's weights, its decoder directions normalised."""
-    other = load_sae(path, device="cpu", k=sae.config.k)
-    for name in ("d_model", "n_latents"):
-        mine, theirs = getattr(sae.config, name), getattr(other.config, name)
-        if mine != theirs:
-            raise UserError(f"--model_load_path {path} has {name} {theirs}, this run has {mine}")
-    sae.load_state_dict(other.state_dict())
-    normalise_decoder(sae)
+    return trainer, trainer.step - first_step
 
 
 def plan_output(
     args: argparse.Namespace, rows: BatchedRows, recipe: Recipe, files: RunFiles, workers: Workers
 ) -> Output:
     """Describe the run for its manifest."""
-    if not args.b_pre_path.exists():
-        raise UserError(f"--b_pre_path {args.b_pre_path} does not exist: preprocessing writes it")
     sources = {"data": rows.manifest.fingerprint, "b_pre": file_checksum(args.b_pre_path)["xxh3"]}
     if args.model_load_path:
         if not args.model_load_path.exists():
             raise UserError(f"--model_load_path {args.model_load_path} does not exist")
         sources["model_load_path"] = file_checksum(args.model_load_path)["xxh3"]
-    arguments = asdict(recipe)
-    if recipe.moments == "float32":  # so that runs from before there was a choice go on
-        del arguments["moments"]
     return Output(
         path=args.model_save_path,
         stage=STAGE,
-        arguments=arguments,
+        arguments=recipe.arguments(),
         sources=sources,
         own_patterns=files.patterns(),
         settings={
@@ -346,29 +303,29 @@ def main(argv: Sequence[str] | None = None) -> None:
         log.info("done already: %s", output.path)
         return
     workers.on_main(rows.verify)
-    run = Run(args, rows, recipe, files, workers)
-    workers.on_main(lambda: run.open_wandb(f"{files.model.stem}-{output.identity}"))
+    report, stop = Report(files, recipe, rows.facts["variance"]), Stop()
+    if args.wandb_project:
+        run_id = f"{files.model.stem}-{output.identity}"
+        workers.on_main(lambda: report.open_wandb(args.wandb_project, run_id, args.wandb_offline))
+    run = Run(args, rows, recipe, Plan.of(args, rows, recipe), files, workers, report, stop)
     for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, run.request_stop)
+        signal.signal(signum, stop.request)
     started = time.monotonic()
     with naming_full_disk(output.path.parent):
-        trainer = run.train()
-        run.save_with_steering_unit(trainer)
+        trainer, n_steps = train_to_the_end(run)
+        save_with_steering_unit(trainer, rows, files)
         if workers.is_main:
-            finish(output, run, trainer, time.monotonic() - started)
+            finish(output, run, trainer, n_steps, time.monotonic() - started)
 
 
-def finish(output: Output, run: Run, trainer: Trainer, seconds: float) -> None:
-    """Write the SAE's manifest, and log the figures a person wants."""
+def finish(output: Output, run: Run, trainer: Trainer, n_steps: int, seconds: float) -> None:
+    """Write the SAE's manifest, and log the figures a person wants; n_steps: this session's."""
     last = run.files.read_metrics()[-1]
-    facts = asdict(trainer.sae.config)
     counts = {"n_steps": trainer.step, "n_tokens": trainer.step * run.recipe.batch_size}
-    n_tokens_now = (trainer.step - run.first_step) * run.recipe.batch_size
-    output.finish(facts=facts | {"final": last}, counts=counts, files=[output.path.name])
+    facts = asdict(trainer.sae.config) | {"final": last}
+    output.finish(facts=facts, counts=counts, files=[output.path.name])
     run.files.clear_checkpoints()
-    if run.wandb:
-        run.wandb.close()
-    kernels = trainer.kernels.name
+    run.report.close()
     log.info(
         "trained %s: %d steps, loss %.4f, held-out FVU %s, dead %.1f %%, %.0f tokens/s (kernels "
         "%s), %.0f s, %s",
@@ -377,8 +334,8 @@ def finish(output: Output, run: Run, trainer: Trainer, seconds: float) -> None:
         last["train/loss"],
         f"{last['val/fvu']:.4f}" if "val/fvu" in last else "not measured",
         100 * last["debug/dead_latents_ratio"],
-        n_tokens_now / max(seconds, 1e-9),
-        kernels,
+        n_steps * run.recipe.batch_size / max(seconds, 1e-9),
+        trainer.kernels.name,
         seconds,
         peak_memory(run.workers.device),
     )

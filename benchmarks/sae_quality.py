@@ -29,10 +29,11 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sae import SAEConfig, TopKSparseAutoencoder, standardise  # noqa: E402
+from sae_training import build_parser as build_parser_of_training  # noqa: E402
 from saint.stage.devices import pick_device  # noqa: E402
 from saint.stage.workers import Workers  # noqa: E402
 from saint.store.shuffled_rows import BatchedRows, Split, open_batched_rows  # noqa: E402
-from saint.training import recipe as training_recipe  # noqa: E402
+from saint.training.recipe import resolve_recipe  # noqa: E402
 from saint.training.trainer import Trainer  # noqa: E402
 
 # x (n, d_model) standardised → its reconstruction and (n, n_latents) which latents are active.
@@ -79,11 +80,11 @@ def saint(task: Task, seed: int) -> Model:
     """SAINT's stage with its defaults."""
     size = ["--n_latents", task.n_latents, "--k", task.k, "--num_epochs", task.num_epochs]
     flags = ["--data_dir", task.rows.path, "--b_pre_path", "-", "--batch_size", task.batch_size]
-    args = training_recipe.build_parser().parse_args(
+    args = build_parser_of_training().parse_args(
         [str(flag) for flag in (*size, *flags, "--seed", seed)]
     )
     workers = Workers(0, 1, task.device)
-    recipe = training_recipe.resolve_recipe(args, task.rows, workers)
+    recipe = resolve_recipe(args, task.rows, workers)
     sae = TopKSparseAutoencoder(SAEConfig(task.d_model, task.n_latents, task.k), device=task.device)
     sae.initialise(task.mean, seed=seed)
     trainer = Trainer(sae, recipe, task.n_steps, workers, args.kernels)

@@ -18,8 +18,6 @@ from saint.training.losses import Losses
 from saint.training.trainer import Trainer
 
 _BLOCK_ROWS = 8192
-
-
 DENSITY_PERCENTS = (10, 50, 90)
 
 
@@ -78,7 +76,7 @@ def density_quantiles(density: Tensor) -> dict[str, float]:
 
 
 @torch.no_grad()
-def largest_activations(trainer: Trainer, rows: BatchedRows) -> Tensor:
+def maxima_over_rows(trainer: Trainer, rows: BatchedRows) -> Tensor:
     """Return (n_latents,) float32: each latent's maximum over every captured token."""
     sae, workers = trainer.sae, trainer.workers
     maximum = torch.zeros(sae.config.n_latents, device=workers.device)

@@ -24,7 +24,9 @@ from torch import Tensor
 
 from sae import TopKSparseAutoencoder
 
-KINDS = ("float32", "int8")
+MOMENT_KINDS = ("float32", "int8")
+BETAS = (0.9, 0.999)
+EPS = 6.25e-10
 MATRICES = ("W_enc", "W_dec")  # the position is the tensor's number in the hash
 _LEAST_SCALE = 1e-30
 _BLOCK_ELEMENTS = 1 << 22
@@ -34,9 +36,9 @@ _WORD = 0xFFFFFFFF
 class Moments:
     """Adam's state: two moments of each parameter, and the steps taken.
 
-    kind: one of KINDS. "int8" holds codes of W_enc and W_dec, int8 in `first`, uint8 in `second`,
-    and in `scales` their (2, n_latents) scales, the first moment's and the second's; all else is
-    float32, and without codes `scales` is empty.
+    kind: one of MOMENT_KINDS. "int8" holds codes of W_enc and W_dec, int8 in `first`, uint8 in
+    `second`, and in `scales` their (2, n_latents) scales, the first moment's and the second's; all
+    else is float32, and without codes `scales` is empty.
     """
 
     def __init__(self, sae: TopKSparseAutoencoder, kind: str = "float32"):
@@ -78,19 +80,19 @@ class Moments:
         for start in range(0, len(first), n_rows):
             rows = slice(start, min(start + n_rows, len(first)))
             scales = self.scales[name][:, rows].unsqueeze(2)
-            m, v = decode(first[rows], second[rows], scales)
+            m, v = from_codes(first[rows], second[rows], scales)
             yield rows, m, v
             numbers = uniform(self.n_steps, MATRICES.index(name), rows, m)
-            first[rows], second[rows], self.scales[name][:, rows] = encode(m, v, *numbers)
+            first[rows], second[rows], self.scales[name][:, rows] = to_codes(m, v, *numbers)
 
 
-def decode(first: Tensor, second: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+def from_codes(first: Tensor, second: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     """Return both moments (n, d) of codes (n, d) and scales (2, n, 1)."""
     m = first.float().div_(127)
     return m.mul_(m.abs()).mul_(scales[0]), second.float().div_(255).pow_(4).mul_(scales[1])
 
 
-def encode(
+def to_codes(
     m: Tensor, v: Tensor, uniform_m: Tensor, uniform_v: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Round moments (n, d); return their codes (n, d) and scales (2, n)."""
@@ -129,9 +131,3 @@ def _mix(h: Tensor) -> Tensor:
     h = (h ^ (h >> 16)) * 0x7FEB352D & _WORD
     h = (h ^ (h >> 15)) * 0x846CA68B & _WORD
     return h ^ (h >> 16)
-
-
-BETAS = (0.9, 0.999)
-
-
-EPS = 6.25e-10

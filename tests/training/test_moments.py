@@ -11,7 +11,7 @@ from sae import standardise
 from saint.kernels.cpu import is_available
 from saint.stage.errors import UserError
 from saint.training import moments
-from saint.training.moments import Moments, decode, encode, uniform
+from saint.training.moments import Moments, from_codes, to_codes, uniform
 from saint.training.steps import make_step
 from saint.training.trainer import Trainer
 from tests.support.training_ranks import RECIPE
@@ -39,8 +39,8 @@ def test_codes_decode_within_one_step_and_are_right_on_average():
     m, v = row_kinds()
     sum_m, sum_v, n = torch.zeros_like(m).double(), torch.zeros_like(m).double(), 2000
     for step in range(n):
-        first, second, scales = encode(m, v, *uniform(step, 1, slice(0, 7), m))
-        m8, v8 = decode(first, second, scales.unsqueeze(2))
+        first, second, scales = to_codes(m, v, *uniform(step, 1, slice(0, 7), m))
+        m8, v8 = from_codes(first, second, scales.unsqueeze(2))
         scale_m, scale_v = (s.unsqueeze(1).double() for s in scales)
         # The gap between neighbours, at most: s · (2c + 1) / 127² and s · 4 (c + 1)³ / 255⁴.
         gap_m = scale_m * (2 * (first.double().abs() + 1)) / 127**2 + 1e-30

@@ -253,7 +253,7 @@ def test_a_resumed_runs_speed_is_that_of_its_own_steps(data, tmp_path, monkeypat
         on_step(patch, {19}, lambda rows: os.kill(os.getpid(), signal.SIGTERM) or rows)
         train(data, save)
     finish = sae_training.finish
-    monkeypatch.setattr(sae_training, "finish", lambda a, b, c, _: finish(a, b, c, 2.0))
+    monkeypatch.setattr(sae_training, "finish", lambda a, b, c, d, _: finish(a, b, c, d, 2.0))
     train(data, save)
     assert "24 steps" in caplog.text and " 64 tokens/s" in caplog.text, "4 steps of 32, in 2 s"
 

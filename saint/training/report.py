@@ -1,0 +1,75 @@
+"""What a run tells while it goes on: metrics.jsonl, the page of curves, W&B, the terminal's bar."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from saint.training.metrics import LossMeter, describe_step
+from saint.training.recipe import Recipe
+from saint.training.run_files import RunFiles, WandbLog
+from saint.training.trainer import Trainer
+
+_PAGE_SECONDS = 20
+
+
+class Report:
+    """Rank 0's: everybody else measures in vain.
+
+    variance: of the training rows, standardised and summed over d_model.
+    """
+
+    def __init__(self, files: RunFiles, recipe: Recipe, variance: float):
+        self.files, self.recipe, self.variance = files, recipe, variance
+        self.wandb: WandbLog | None = None
+        self._page_written = 0.0
+        self._val_fvu: float | None = None
+
+    def open_wandb(self, project: str, run_id: str, offline: bool) -> None:
+        """Join W&B. Raises UserError where it refuses."""
+        config = asdict(self.recipe)
+        self.wandb = WandbLog(project, run_id=run_id, offline=offline, config=config)
+
+    def write(
+        self,
+        trainer: Trainer,
+        meter: LossMeter,
+        measured: tuple[Mapping[str, float], Tensor] | None,
+        bar: tqdm,
+    ) -> None:
+        """Write what the meter holds. measured: a validation's metrics and latents' density."""
+        entry = describe_step(trainer, meter, self.variance)
+        if math.isnan(entry["train/loss"]):  # no step since the last line: its losses stand
+            for earlier in self.files.read_metrics()[-1:]:
+                entry |= {k: v for k, v in earlier.items() if k in entry and entry[k] != entry[k]}
+        metrics, density = measured or ({}, None)
+        entry |= metrics
+        self.files.append_metrics(entry)
+        now = time.monotonic()
+        if measured is not None or now - self._page_written > _PAGE_SECONDS:
+            done = trainer.step == trainer.n_steps
+            self.files.write_page(asdict(self.recipe), done=done)
+            self._page_written = now
+        if self.wandb:
+            self.wandb.log(entry, density)
+        self._show(entry, bar)
+
+    def _show(self, entry: Mapping[str, Any], bar: tqdm) -> None:
+        """Say on the bar how the SAE does; the held-out FVU once there is one."""
+        self._val_fvu = entry.get("val/fvu", self._val_fvu)
+        fvu = entry["train/fvu"] if self._val_fvu is None else self._val_fvu
+        bar.set_postfix_str(
+            f"FVU {fvu:.3f}, dead {entry['debug/dead_latents_ratio']:.1%}, "
+            f"{entry['tokens_per_s']:.0f} tok/s"
+        )
+
+    def close(self) -> None:
+        """Finish W&B's run."""
+        if self.wandb:
+            self.wandb.close()

@@ -1,0 +1,111 @@
+"""The autoencoder that a run starts from, and the ones that it leaves."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sae import SAEConfig, TopKSparseAutoencoder, load_sae, normalise_decoder, save_sae
+from saint.stage.errors import UserError
+from saint.stage.manifests import manifest_path, read_manifest
+from saint.stage.workers import Workers
+from saint.store.shuffled_rows import BatchedRows
+from saint.training.metrics import maxima_over_rows
+from saint.training.recipe import Recipe
+from saint.training.run_files import RunFiles
+from saint.training.trainer import Trainer
+
+_INHERITED_FACTS = (
+    "layer",
+    "hook_point",
+    "prepend_bos",
+    "max_token_length",
+    "held_out_fraction",
+    "held_out_seed",
+    "model_fingerprint",
+    "dataset_fingerprint",
+)
+
+
+def first_sae(
+    recipe: Recipe, rows: BatchedRows, b_pre_path: Path, load_path: Path | None, workers: Workers
+) -> TopKSparseAutoencoder:
+    """Return random directions and the mean, or another SAE's weights, for these rows.
+
+    b_pre_path, load_path: the flags --b_pre_path and --model_load_path. Raises UserError.
+    """
+    config = SAEConfig(
+        d_model=rows.facts["d_model"],
+        n_latents=recipe.n_latents,
+        k=recipe.k,
+        **{name: rows.facts[name] for name in _INHERITED_FACTS},
+    )
+    sae = TopKSparseAutoencoder(config, device=workers.device)
+    sae.initialise(read_mean(b_pre_path, config.d_model), seed=recipe.seed)
+    if load_path:
+        _copy_weights(sae, load_path)
+    return sae
+
+
+def read_mean(path: Path, d_model: int) -> Tensor:
+    """Read b_pre's first value. Raises UserError when it is no (d_model,) tensor."""
+    if not path.exists():
+        raise UserError(f"--b_pre_path {path} does not exist: sae_preprocessing.py writes it")
+    try:
+        mean = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError):
+        raise UserError(f"--b_pre_path {path} is not a tensor that torch can read") from None
+    if not isinstance(mean, Tensor) or tuple(mean.shape) != (d_model,):
+        shape = tuple(mean.shape) if isinstance(mean, Tensor) else type(mean).__name__
+        raise UserError(f"--b_pre_path {path} has shape {shape}, the activations need ({d_model},)")
+    return mean.float()
+
+
+def refuse_another_mean(path: Path, rows: BatchedRows) -> None:
+    """Raise UserError where preprocessing made the mean from other rows: another layer's, say."""
+    if not manifest_path(path, rows.manifest.stage, single_file=True).exists():
+        return  # not preprocessing's: anyone's tensor will do
+    made_from = read_manifest(path, rows.manifest.stage).sources
+    if made_from != rows.manifest.sources:
+        theirs, ours = (s["layer_dir"] for s in (made_from, rows.manifest.sources))
+        other = "another store" if theirs == ours else f"{theirs}, the rows are of {ours}"
+        raise UserError(f"--b_pre_path {path} is the mean of {other}")
+
+
+@torch.no_grad()
+def _copy_weights(sae: TopKSparseAutoencoder, path: Path) -> None:
+    """Start from another SAE's weights, its decoder directions normalised."""
+    other = load_sae(path, device="cpu", k=sae.config.k)
+    for name in ("d_model", "n_latents"):
+        mine, theirs = getattr(sae.config, name), getattr(other.config, name)
+        if mine != theirs:
+            raise UserError(f"--model_load_path {path} has {name} {theirs}, this run has {mine}")
+    sae.load_state_dict(other.state_dict())
+    normalise_decoder(sae)
+
+
+def save_with_steering_unit(trainer: Trainer, rows: BatchedRows, files: RunFiles) -> None:
+    """Write the SAE with each latent's largest activation, and the best one with its own.
+
+    Most often the best is the last; else its weights take the trainer's place, for one more
+    pass over the rows.
+    """
+    workers, sae = trainer.workers, trainer.sae
+    sae.max_activations = maxima_over_rows(trainer, rows)
+    if workers.is_main:
+        save_sae(files.model, sae)
+    best = None
+    if workers.is_main and files.keep_last_n and files.best.exists():
+        best = load_sae(files.best, device=workers.device)
+    weights = sae.state_dict()
+    is_last = best is None or all(
+        torch.equal(weights[name], value) for name, value in best.state_dict().items()
+    )
+    if not workers.broadcast(is_last):
+        trainer.take_weights(best)
+        sae.max_activations = maxima_over_rows(trainer, rows)
+    if best is not None:
+        save_sae(files.best, sae)
