@@ -38,12 +38,7 @@ from saint.training.report import Report
 from saint.training.run_files import RunFiles
 from saint.training.steps import KERNELS
 from saint.training.trainer import Trainer
-from saint.training.weights import (
-    first_sae,
-    read_mean,
-    refuse_another_mean,
-    save_with_steering_unit,
-)
+from saint.training.weights import first_sae, leave_saes, read_mean, refuse_another_mean
 
 STAGE = "sae_training"
 _LEAST_VAL_ROWS = 8192
@@ -313,7 +308,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     started = time.monotonic()
     with naming_full_disk(output.path.parent):
         trainer, n_steps = train_to_the_end(run)
-        save_with_steering_unit(trainer, rows, files)
+        leave_saes(trainer, rows, files)
         if workers.is_main:
             finish(output, run, trainer, n_steps, time.monotonic() - started)
 

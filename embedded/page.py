@@ -6,7 +6,6 @@ python -m embedded.page --run_dir runs/quickstart --llama_model_dir runs/quickst
 from __future__ import annotations
 
 import argparse
-import base64
 import html
 import json
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 
 from llama_3 import CheckpointError
+from saint.evaluation.page import evaluation_charts
 from saint.evidence.file import Evidence, open_evidence
 from saint.evidence.labels import Label, load_labels
 from saint.evidence.words import clearest_latents
@@ -24,6 +24,7 @@ from saint.stage.errors import UserError, log
 from saint.stage.files import write_json, write_text
 from saint.stage.flags import add_overwrite_flag
 from saint.stage.manifests import Output, State, file_checksum
+from saint.stage.plots import STYLE
 from saint.stage.program import run_stage
 from saint.steering.completions import Pair, complete_pairs
 from saint.steering.settings import Request, Setting
@@ -34,7 +35,7 @@ from saint.steering.studio import (
     build_edits,
     load_studio,
 )
-from saint.training.curves_page import STYLE, curves
+from saint.training.curves_page import curves
 from saint.training.run_files import RunFiles
 
 _N_LATENTS = 20
@@ -144,13 +145,6 @@ def latent_html(row: dict[str, Any], label: Label | None) -> str:
     )
 
 
-def figure(path: Path, caption: str) -> str:
-    """Return an inline image."""
-    data = base64.b64encode(path.read_bytes()).decode()
-    alt = html.escape(caption)
-    return f'<figure><img alt="{alt}" src="data:image/png;base64,{data}"></figure>'
-
-
 def render(
     run_dir: Path,
     evidence: Evidence,
@@ -175,7 +169,7 @@ def render(
         layer=report["layer"],
         curves_style=STYLE,
         curves=curves(RunFiles(run_dir / "trained_sae.pt").read_metrics()),
-        evaluation=figure(run_dir / "sae_evaluation.png", "cross-entropy and latent densities"),
+        evaluation=evaluation_charts(report),
         latents="".join(latent_html(evidence.latent(i), labels.get(i)) for i in latents),
         prompt=html.escape(pair.prompt),
         plain=html.escape(pair.plain.text),

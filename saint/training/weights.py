@@ -87,7 +87,7 @@ def _copy_weights(sae: TopKSparseAutoencoder, path: Path) -> None:
     normalise_decoder(sae)
 
 
-def save_with_steering_unit(trainer: Trainer, rows: BatchedRows, files: RunFiles) -> None:
+def leave_saes(trainer: Trainer, rows: BatchedRows, files: RunFiles) -> None:
     """Write the SAE with each latent's largest activation, and the best one with its own.
 
     Most often the best is the last; else its weights take the trainer's place, for one more

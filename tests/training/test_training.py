@@ -7,7 +7,7 @@ import math
 import os
 import signal
 import statistics
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -23,8 +23,9 @@ from saint.stage.errors import UserError
 from saint.stage.manifests import Output
 from saint.stage.workers import Workers
 from saint.store.shuffled_rows import open_batched_rows
-from saint.training.curves_page import curves, training_page
+from saint.training.curves_page import PANELS, curves, training_page
 from saint.training.metrics import density_quantiles
+from saint.training.recipe import Recipe, recipe_table
 from saint.training.trainer import Trainer
 from tests.support.program import call
 from tests.support.training_ranks import RECIPE
@@ -371,13 +372,15 @@ def test_the_page_shows_every_curve_and_renews_itself_until_the_end(data, tmp_pa
     assert "finished" in page and "http-equiv" not in page and "k_anneal_steps" in page
     assert "src=" not in page and "href=" not in page
     tree = ElementTree.fromstring(curves(entries))
-    figures = tree.findall("figure")
-    assert len(figures) == 9
-    for figure in figures:
-        drawn = [line.attrib["points"].split() for line in figure.findall(".//polyline")]
-        assert all(drawn) and len(drawn) in (1, 2, 3), ElementTree.tostring(figure)
-    assert len(figures[3].findall(".//polyline")) == 3
-    losses = figures[0].findall(".//polyline")
+    figures = {f.find("svg").attrib["aria-label"]: f for f in tree.findall("figure")}  # pyright: ignore
+    text = "".join(tree.itertext())
+    for panel in PANELS:
+        if panel.title not in figures:
+            assert f"{panel.title} 0" in text, "a constant is said"
+            continue
+        drawn = figures[panel.title].findall(".//polyline")
+        assert len(drawn) == len(panel.names) and all(line.attrib["points"] for line in drawn)
+    losses = figures["normalised MSE"].findall(".//polyline")
     points = [pair.split(",") for pair in losses[0].attrib["points"].split()]
     assert len(points) == len(entries)
     heights = [-float(y) for _, y in points]
@@ -386,3 +389,12 @@ def test_the_page_shows_every_curve_and_renews_itself_until_the_end(data, tmp_pa
     running = training_page(entries[:2], title="<b>", settings=asdict(RECIPE), done=False)
     assert 'http-equiv="refresh"' in running and "<b></title>" not in running
     training_page([], title="nothing yet", settings={}, done=False)
+
+
+def test_every_field_of_the_recipe_is_a_flag_in_help_and_in_the_docs_table():
+    text = " ".join(sae_training.build_parser().format_help().split())
+    lines = recipe_table().splitlines()[2:]
+    assert len(lines) == len(fields(Recipe))
+    for each, line in zip(fields(Recipe), lines, strict=True):
+        assert f"--{each.name} " in text and line.startswith(f"| `--{each.name}` | ")
+    assert "| `--decay_fraction` | " in "".join(lines) and "64" in recipe_table()
