@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "saint.shuffle": "saint.stage saint.store",
     "saint.kernels": "saint.stage sae",
     "saint.training": "saint.stage saint.store sae saint.kernels",
+    "saint.evaluation": "saint.stage saint.store saint.capture saint.kernels sae llama_3",
     "saint.evidence": "saint.stage saint.store sae saint.kernels llama_3",
     "saint.interpretation": "saint.stage saint.store saint.evidence",
     "saint.steering": "saint.stage sae saint.evidence llama_3",
