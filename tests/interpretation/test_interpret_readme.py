@@ -1,4 +1,4 @@
-"""The request that the README prints is the one that is sent."""
+"""The request that docs/interpretation.md prints is the one that is sent."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def test_the_printed_request_is_what_the_code_makes_of_the_quickstarts_latent():
     prompt = explain_prompt(row, "mean", texts, PromptOptions())
     params = request_params("explain", prompt.text, model=DEFAULT_MODEL, plain=False)
     made = readable({"custom_id": "explain-840-1-0", "params": params})
-    readme = (TESTS.parents[1] / "README.md").read_text(encoding="utf-8")
+    readme = (TESTS.parents[1] / "docs" / "interpretation.md").read_text(encoding="utf-8")
     found = re.search(r"```yaml\n(custom_id: explain-840.*?)```", readme, re.DOTALL)
-    assert found and found[1] == made, f"README.md should hold:\n{made}"
+    assert found and found[1] == made, f"docs/interpretation.md should hold:\n{made}"
     chars = prompt_chars(params)
     tokens = round(chars / CHARS_PER_OWN_TOKEN * TOKENS_PER_OWN_TOKEN)
     assert f"{chars:,} characters" in readme and f"{tokens:,} tokens" in readme
