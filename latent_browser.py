@@ -10,7 +10,6 @@ python latent_browser.py --prompt "Senior diplomats met to discuss" --model_dir 
 from __future__ import annotations
 
 import argparse
-import html
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,17 +21,17 @@ from torch import Tensor
 from llama_3 import CheckpointError, load_llama
 from sae import TopKSparseAutoencoder, load_sae
 from saint.browser.pack import Page, PageBuilder, WindowLimits
-from saint.browser.prompt_view import prompt_activations, rows_html, strands_html, terminal_table
+from saint.browser.prompt_view import prompt_activations, prompt_page, terminal_table
 from saint.evidence.file import Evidence, open_evidence
 from saint.evidence.labels import Label, load_labels
 from saint.stage.devices import pick_device, pick_dtype
 from saint.stage.errors import UserError, log
 from saint.stage.files import write_text
 from saint.stage.flags import add_bare_sae_flags, add_device_flags, bare_sae_flags, positive_int
+from saint.stage.html import inline, render
 from saint.stage.program import log_arguments, run_stage
 
 TEMPLATES = Path(__file__).resolve().parent / "saint" / "browser" / "templates"
-_N_STRANDS = 30
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -81,32 +80,19 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def fill_template(name: str, values: Mapping[str, str]) -> str:
-    """Return a template of saint/templates with each {{name}} replaced."""
-    pieces = (TEMPLATES / name).read_text(encoding="utf-8").split("{{")
-    filled = [pieces[0]]
-    for piece in pieces[1:]:
-        key, _, rest = piece.partition("}}")
-        filled += [values[key], rest]
-    return "".join(filled)
-
-
-def render(page: Page, title: str) -> str:
+def page_text(page: Page, title: str) -> str:
     """Return the whole HTML file: styles, script and data inside."""
-    chunks = [
-        f'<script type="text/plain" id="data-{kind}-{i}">{chunk}</script>\n'
-        for kind, packed in (("latents", page.latents), ("sentences", page.sentences))
-        for i, chunk in enumerate(packed)
-    ]
-    values = {
-        "title": html.escape(title),
-        "css": (TEMPLATES / "browser.css").read_text(encoding="utf-8"),
-        "js": (TEMPLATES / "browser.js").read_text(encoding="utf-8"),
-        "summary": page.summary,
-        "vocabulary": page.vocabulary,
-        "chunks": "".join(chunks),
-    }
-    return fill_template("browser.html", values)
+    packed = {"latents": page.latents, "sentences": page.sentences}
+    return render(
+        TEMPLATES,
+        "browser.html",
+        title=title,
+        css=inline(TEMPLATES / "browser.css"),
+        js=inline(TEMPLATES / "browser.js"),
+        summary=page.summary,
+        vocabulary=page.vocabulary,
+        packed=packed,
+    )
 
 
 def fit_page(evidence: Evidence, labels: Mapping[int, Label], args: argparse.Namespace) -> str:
@@ -119,7 +105,7 @@ def fit_page(evidence: Evidence, labels: Mapping[int, Label], args: argparse.Nam
     text = ""
     for per_decile in range(args.decile_windows, -1, -1):
         limits = WindowLimits(top=args.top_windows, quantile=per_decile)
-        text = render(PageBuilder(evidence, labels, limits).build(), title)
+        text = page_text(PageBuilder(evidence, labels, limits).build(), title)
         megabytes = len(text.encode()) / 1e6
         if megabytes <= args.max_megabytes:
             return text
@@ -145,11 +131,11 @@ def write_browser(args: argparse.Namespace) -> None:
     text = fit_page(evidence, labels, args)
     write_text(args.html, text)
     log.info(
-        "wrote %s: %s latents, %s labels, %.1f MB; open it in a browser",
-        args.html,
+        "wrote %s latents, %s labels, %.1f MB: look at %s",
         f"{evidence.n_latents:,}",
         f"{sum(bool(label.text) for label in labels.values()):,}",
         len(text.encode()) / 1e6,
+        args.html.resolve().as_uri(),
     )
 
 
@@ -169,26 +155,22 @@ def look_at_prompt(args: argparse.Namespace) -> None:
         tokenizer,
         sae,
         args.prompt,
-        maxima=largest_activations(sae, args.evidence_path),
+        maxima=known_maxima(sae, args.evidence_path),
         names={latent: label.text for latent, label in labels.items() if label.text},
     )
     width = shutil.get_terminal_size((160, 24)).columns if sys.stdout.isatty() else 1000
     print(terminal_table(found, per_token=args.latents_per_token, width=width))
     if args.html is not None:
-        values = {
-            "title": html.escape(args.prompt),
-            "about": f"{sae.config.n_latents:,} latents of layer {sae.config.layer}, "
-            f"{html.escape(sae.config.hook_point)}; {sae.config.k} may fire on a token.",
-            "css": (TEMPLATES / "browser.css").read_text(encoding="utf-8"),
-            "unit": found.unit,
-            "strands": strands_html(found, _N_STRANDS),
-            "rows": rows_html(found, args.latents_per_token),
-        }
-        write_text(args.html, fill_template("prompt.html", values))
-        log.info("wrote %s; open it in a browser", args.html)
+        about = (
+            f"{sae.config.n_latents:,} latents of layer {sae.config.layer}, "
+            f"{sae.config.hook_point}; {sae.config.k} may fire on a token."
+        )
+        text = prompt_page(found, title=args.prompt, about=about, per_token=args.latents_per_token)
+        write_text(args.html, text)
+        log.info("wrote %s: look at %s", args.html, args.html.resolve().as_uri())
 
 
-def largest_activations(sae: TopKSparseAutoencoder, evidence_path: Path | None) -> Tensor | None:
+def known_maxima(sae: TopKSparseAutoencoder, evidence_path: Path | None) -> Tensor | None:
     """Return the steering unit: the SAE's own maxima, else the evidence's, else None."""
     if sae.max_activations is not None or evidence_path is None:
         return sae.max_activations

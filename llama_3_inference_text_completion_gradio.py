@@ -30,7 +30,7 @@ from saint.steering.studio import Studio, add_studio_flags, load_studio
 if TYPE_CHECKING:
     import gradio
 
-    from saint.page.handlers import Desk
+    from saint.page.handlers import PageHandlers
 
 _LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 
@@ -107,18 +107,18 @@ def launch(
     port: int | None,
     share: bool,
     auth: tuple[str, str] | None,
-) -> tuple[gradio.Blocks, Desk]:
+) -> tuple[gradio.Blocks, PageHandlers]:
     """Start serving in the background; port None takes a free one.
 
     Raises OSError when the port is taken, UserError when there is no public link to share.
     """
     # Before gradio is imported: nothing is reported to anybody.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    from saint.page.handlers import Desk
+    from saint.page.handlers import PageHandlers
     from saint.page.layout import build_page, css, theme
 
-    desk = Desk(studio, guides)
-    page = build_page(desk)
+    handlers = PageHandlers(studio, guides)
+    page = build_page(handlers)
     with redirect_stdout(io.StringIO()):  # what Gradio says there, we say in our own words
         page.launch(
             server_name=host,
@@ -142,7 +142,7 @@ def launch(
             "--share: Gradio's servers gave no public link: check the internet connection, or "
             "use --host to listen on an address of this machine"
         )
-    return page, desk
+    return page, handlers
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -49,7 +49,7 @@ class WindowLimits:
     near_miss: int = 4
 
 
-def pack(columns: Mapping[str, np.ndarray], extra: Any = None) -> str:
+def pack_columns(columns: Mapping[str, np.ndarray], extra: Any = None) -> str:
     """Return base64 of deflated columns, for `unpack` in browser.js.
 
     Layout: uint32 length of a JSON header, the header (names, types and lengths of the columns, and
@@ -102,7 +102,7 @@ class Vocabulary:
 
 
 @dataclass
-class Windows:
+class PageWindows:
     """Windows of consecutive latents. counts: windows per latent; the rest per window or token.
 
     group: 0 top, 1 to 10 deciles from the strongest, 11 near misses. cut: 1 where the sentence
@@ -121,7 +121,7 @@ class Windows:
 
 def read_windows(
     examples: pa.ListArray, limits: WindowLimits, width: int, vocabulary: Vocabulary
-) -> Windows:
+) -> PageWindows:
     """Pick the windows that the page shows out of an evidence column.
 
     width: tokens that a window has on each side of its strongest one, where the sentence allows.
@@ -143,7 +143,7 @@ def read_windows(
     length = ids.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
     reaches = start + length == chosen.field("position").to_numpy() + width + 1
     group = np.where(kind == top, 0, np.where(kind == quantile, 10 - decile, 11))
-    return Windows(
+    return PageWindows(
         counts=np.bincount(owner[kept], minlength=len(counts)),
         group=group[kept],
         sentence_id=chosen.field("sentence_id").to_numpy(),
@@ -171,10 +171,10 @@ class Sentences:
             rows = slice(start, start + SENTENCES_PER_CHUNK)
             stop = min(start + SENTENCES_PER_CHUNK, len(self.length))
             tokens = self.token[ends[start] : ends[stop]]
-            yield pack({"length": self.length[rows], "token": tokens})
+            yield pack_columns({"length": self.length[rows], "token": tokens})
 
 
-def stitch(blocks: list[Windows]) -> Sentences:
+def stitch(blocks: list[PageWindows]) -> Sentences:
     """Join all windows of a sentence; tokens that no window shows become number 0."""
     ids, start, length, token = (
         np.concatenate([getattr(block, name) for block in blocks])
@@ -212,7 +212,7 @@ class PageBuilder:
         self._summary: dict[str, list[np.ndarray]] = {}
         self._top_tokens: list[str] = []
         self._promoted: list[str] = []
-        self._windows: list[Windows] = []
+        self._windows: list[PageWindows] = []
         self._columns: list[dict[str, np.ndarray]] = []
 
     def build(self) -> Page:
@@ -224,7 +224,9 @@ class PageBuilder:
         sentences = stitch(self._windows)
         texts = list(self.vocabulary.numbers)
         chunks = [self._latent_chunk(index, sentences) for index in range(len(self._columns))]
-        return Page(self._summary_chunk(), pack({}, texts), chunks, list(sentences.chunks()))
+        return Page(
+            self._summary_chunk(), pack_columns({}, texts), chunks, list(sentences.chunks())
+        )
 
     def _read(self, table: pa.Table) -> None:
         column = {name: table.column(name).combine_chunks() for name in _COLUMNS}
@@ -282,7 +284,7 @@ class PageBuilder:
             for i in range(first_latent, first_latent + n)
             if i in self.labels and self.labels[i].extra
         }
-        return pack(columns, extra)
+        return pack_columns(columns, extra)
 
     def _summary_chunk(self) -> str:
         n = self.evidence.n_latents
@@ -305,7 +307,7 @@ class PageBuilder:
             "tokens": "\n".join(self._top_tokens),
             "promoted": "\n".join(self._promoted),
         }
-        return pack(columns, texts)
+        return pack_columns(columns, texts)
 
 
 def _one_line(text: str) -> str:
@@ -337,7 +339,7 @@ def _latent_columns(name: str, lists: pa.ListArray, value: str) -> dict[str, np.
     }
 
 
-def _strongest_tokens(windows: Windows, texts: list[str]) -> list[str]:
+def _strongest_tokens(windows: PageWindows, texts: list[str]) -> list[str]:
     """The tokens on which each latent's top windows peak, most frequent first, tab-separated."""
     offsets = np.cumsum(windows.length) - windows.length
     owner = np.repeat(np.arange(len(windows.counts)), windows.counts)

@@ -1,11 +1,12 @@
-"""What fires on a prompt: tokens × active latents, as a terminal table or as HTML fragments."""
+"""What fires on a prompt: tokens × active latents, as a terminal table or as a page."""
 
 from __future__ import annotations
 
-import html
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,10 @@ from torch import Tensor
 from llama_3 import HookPoint, Llama, Tokenizer
 from sae import TopKSparseAutoencoder, standardise
 from saint.stage.errors import UserError
+from saint.stage.html import inline, render
+
+_TEMPLATES = Path(__file__).parent / "templates"
+_N_STRANDS = 30
 
 
 @dataclass(frozen=True)
@@ -111,49 +116,57 @@ def terminal_table(found: PromptActivations, *, per_token: int, width: int) -> s
     return "\n".join(lines)
 
 
-def strands_html(found: PromptActivations, n: int) -> str:
-    """Return list items, one per latent: its label, and the prompt marked where it fires."""
-    items = []
-    for latent in found.strongest_anywhere(n):
-        here = np.where((found.latents == latent) & (found.values > 0), found.shares, 0)
-        places, shares = here.argmax(axis=1), here.max(axis=1)
-        peak = int(shares.argmax())
-        text = "".join(
-            _marked(token, float(shares[i]), found.strength(i, int(places[i])), i == peak)
-            for i, token in enumerate(found.tokens)
-        )
-        figure = f"#{latent} · {found.strength(peak, int(places[peak]))}"
-        name = html.escape(found.names.get(latent) or f"Latent {latent}")
-        items.append(
-            f'<li><p class="name">{name}<small>{figure} on “'
-            f'{html.escape(found.tokens[peak].strip())}”</small></p><p class="text">{text}</p></li>'
-        )
-    return "\n".join(items)
-
-
-def _marked(token: str, share: float, strength: str, is_peak: bool) -> str:
-    shown = token.replace("\n", "⏎")
-    if share <= 0:
-        return html.escape(shown)
-    word = shown.lstrip(" ")
-    space = shown[: len(shown) - len(word)]
-    kind = ' class="peak"' if is_peak else ""
-    style = f"--share:{min(share, 1):.3f}"
-    return (
-        f'{space}<mark{kind} style="{style}" title="{strength}">{html.escape(word) or "␣"}</mark>'
+def prompt_page(found: PromptActivations, *, title: str, about: str, per_token: int) -> str:
+    """Return the page of a prompt: its strongest latents, then each token's."""
+    return render(
+        _TEMPLATES,
+        "prompt.html",
+        title=title,
+        about=about,
+        css=inline(_TEMPLATES / "browser.css"),
+        unit=found.unit,
+        strands=[_strand(found, i) for i in found.strongest_anywhere(_N_STRANDS)],
+        rows=[_row(found, i, per_token) for i in range(len(found.tokens))],
     )
 
 
-def rows_html(found: PromptActivations, per_token: int) -> str:
-    """Return table rows, one per token, with its strongest latents."""
-    rows = []
+def _strand(found: PromptActivations, latent: int) -> dict[str, Any]:
+    """One latent's label, and the prompt's pieces with how strongly it fires on each."""
+    here = np.where((found.latents == latent) & (found.values > 0), found.shares, 0)
+    places, shares = here.argmax(axis=1), here.max(axis=1)
+    peak = int(shares.argmax())
+    pieces = []
     for i, token in enumerate(found.tokens):
-        cells = [
-            f'<li style="--share:{min(found.shares[i, place], 1):.3f}">'
-            f"{html.escape(found.name(int(found.latents[i, place])))} "
-            f"<b>{found.strength(i, place)}</b></li>"
-            for place in found.strongest(i, per_token)
-        ]
-        shown = html.escape(token.replace("\n", "⏎").strip(" ")) or "␣"
-        rows.append(f'<tr><th scope="row">{shown}</th><td><ul>{"".join(cells)}</ul></td></tr>')
-    return "\n".join(rows)
+        shown = token.replace("\n", "⏎")
+        fires = float(shares[i]) > 0
+        # The space before a word stays outside of its mark.
+        word = shown.lstrip(" ") if fires else shown
+        pieces.append(
+            {
+                "space": shown[: len(shown) - len(word)],
+                "text": word or "␣",
+                "strength": found.strength(i, int(places[i])) if fires else "",
+                "share": f"{min(float(shares[i]), 1):.3f}",
+                "is_peak": i == peak,
+            }
+        )
+    return {
+        "name": found.names.get(latent) or f"Latent {latent}",
+        "latent": latent,
+        "strength": found.strength(peak, int(places[peak])),
+        "peak": found.tokens[peak].strip(),
+        "pieces": pieces,
+    }
+
+
+def _row(found: PromptActivations, token: int, per_token: int) -> dict[str, Any]:
+    """One token and its strongest latents."""
+    cells = [
+        {
+            "name": found.name(int(found.latents[token, place])),
+            "strength": found.strength(token, place),
+            "share": f"{min(found.shares[token, place], 1):.3f}",
+        }
+        for place in found.strongest(token, per_token)
+    ]
+    return {"token": found.tokens[token].replace("\n", "⏎").strip(" ") or "␣", "cells": cells}

@@ -17,8 +17,8 @@ from torch import Tensor
 from llama_3 import load_llama
 from sae import TopKSparseAutoencoder
 from saint.evidence.file import KINDS, N_BINS, ROWS_PER_GROUP, SPLITS, Examples, LatentBlock
-from saint.evidence.rankings import RANKINGS, Tally, TopN, mix, run_lengths, run_starts
-from saint.evidence.sample import ROWS_AT_ONCE, SparseActivations, activation_rows, ragged_rows
+from saint.evidence.rankings import RANKINGS, Tally, TopN, hash64, run_lengths, run_starts
+from saint.evidence.sample import ROWS_AT_ONCE, SparseActivations, example_activations, ragged_rows
 from saint.stage.devices import pick_dtype
 from saint.stage.errors import log
 
@@ -48,10 +48,10 @@ def cut_windows(
     """
     n, width = len(positions), sparse.settings.window_tokens
     lengths = sparse.index.length[positions]
-    hashes = mix(sparse.index.sentence_ids[positions] + sparse.settings.seed + _POSITION_SEED)
-    position = _below(mix(hashes + latents.astype(np.uint64)), lengths)
+    hashes = hash64(sparse.index.sentence_ids[positions] + sparse.settings.seed + _POSITION_SEED)
+    position = _below(hash64(hashes + latents.astype(np.uint64)), lengths)
     pieces: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-    for members, rows, activations, shard in activation_rows(sparse, positions, latents):
+    for members, rows, activations, shard in example_activations(sparse, positions, latents):
         offsets = np.cumsum(lengths[members]) - lengths[members]
         strongest = np.repeat(np.maximum.reduceat(activations, offsets), lengths[members])
         places = np.flatnonzero(activations == strongest)
@@ -142,7 +142,7 @@ class NegativeSampler:
         excluded[self._latents[low:high] - latents[0], self._sentences[low:high]] = True
         excluded[top_ids[:, 0] < 0] = True
         # The pool is in random order: consecutive sentences from a random place are a sample.
-        first = _below(mix(latents + settings.seed + _RANDOM_SEED), max(1, n_pool))
+        first = _below(hash64(latents + settings.seed + _RANDOM_SEED), max(1, n_pool))
         tried = (first[:, None] + np.arange(min(n_pool, 512))) % max(1, n_pool)
         free = ~np.take_along_axis(excluded, tried, axis=1)
         free &= np.cumsum(free, axis=1) <= settings.n_random

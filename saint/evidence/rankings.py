@@ -34,7 +34,7 @@ _GAMMA, _MIX_1, _MIX_2 = (
 )
 
 
-def mix(x: np.ndarray) -> np.ndarray:
+def hash64(x: np.ndarray) -> np.ndarray:
     """Hash integers (any type) element by element to uint64, by splitmix64's finaliser."""
     x = np.asarray(x).astype(np.uint64) + _GAMMA
     x = (x ^ (x >> np.uint64(30))) * _MIX_1
@@ -318,7 +318,9 @@ class Tally:
         self.n_firing_sentences = np.zeros(n_latents, np.int64)
         self.maxima = np.zeros(n_latents, np.float32)
         self._compiled = cpu.is_available()
-        self._latent_hashes = mix(mix(np.array([seed])) + np.arange(n_latents, dtype=np.uint64))
+        self._latent_hashes = hash64(
+            hash64(np.array([seed])) + np.arange(n_latents, dtype=np.uint64)
+        )
 
     @property
     def n_latents(self) -> int:
@@ -364,7 +366,7 @@ class Tally:
         tops["mean"].offer(latents, means, sentences, ids)
         tops["max"].offer(latents, pairs.maxima, sentences, ids)
         if "sample" in tops:
-            drawn = priority(self._latent_hashes.take(latents), mix(ids).take(sentences))
+            drawn = priority(self._latent_hashes.take(latents), hash64(ids).take(sentences))
             tops["sample"].offer(latents, drawn, sentences, ids, pairs.maxima)
         ended = np.flatnonzero(chunk.canonical & (lengths > 0))
         rows = chunk.offsets[1:][ended] - 1
@@ -411,12 +413,12 @@ def hash_sentences(token_ids: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     """
     lengths = np.diff(offsets)
     position = np.arange(len(token_ids)) - np.repeat(offsets[:-1], lengths)
-    hashed = mix(mix(token_ids) + position.astype(np.uint64))
+    hashed = hash64(hash64(token_ids) + position.astype(np.uint64))
     sums = np.zeros(len(lengths), np.uint64)
     filled = lengths > 0
     if filled.any():
         sums[filled] = np.add.reduceat(hashed, offsets[:-1][filled])
-    return mix(sums + lengths.astype(np.uint64))
+    return hash64(sums + lengths.astype(np.uint64))
 
 
 def first_of_equals(hashes: np.ndarray, sentence_ids: np.ndarray) -> np.ndarray:

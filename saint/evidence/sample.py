@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from saint.evidence.rankings import mix
+from saint.evidence.rankings import hash64
 from saint.evidence.sparse_activations import SentenceIndex, read_sparse, sparse_path
 from saint.store.activation_store import ActivationStore
 
@@ -50,7 +50,7 @@ class SparseActivations:
         self.token_ids = [store.read_index(i)["token_ids"] for i in range(store.n_shards)]
         usable = np.flatnonzero(index.canonical & (index.length > 0))
         order = np.argsort(
-            mix(mix(index.sentence_ids[usable] + settings.seed) + np.uint64(_POOL_SEED))
+            hash64(hash64(index.sentence_ids[usable] + settings.seed) + np.uint64(_POOL_SEED))
         )
         self.pool = usable[order[: settings.pool_sentences]]
 
@@ -97,7 +97,7 @@ def ragged_rows(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return np.repeat(starts - before, lengths) + np.arange(int(lengths.sum()))
 
 
-def activation_rows(
+def example_activations(
     sparse: SparseActivations, positions: np.ndarray, latents: np.ndarray
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, int]]:
     """Yield (members, their token rows, one latent's activation on each row, shard), in pieces.

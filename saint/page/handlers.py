@@ -81,7 +81,7 @@ def shown(handler: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @dataclass(frozen=True)
-class Desk:
+class PageHandlers:
     """What the page's handlers work with; holds no visitor's state."""
 
     studio: Studio
@@ -346,14 +346,14 @@ def read_link(query: str) -> str:
         raise UserError("the link is damaged: copy it again, whole") from None
 
 
-def api_endpoints(desk: Desk) -> dict[str, Callable[..., Any]]:
+def api_endpoints(handlers: PageHandlers) -> dict[str, Callable[..., Any]]:
     """Return the named API: plain JSON in, plain JSON out."""
 
     def steer(request: dict) -> Iterator[dict]:
         """Complete `prompts` plainly and steered; `request` as in the copied JSON's "request"."""
         parsed = request_from_json(request)
         # Gradio ends a generator whose client has left; anything else would run to its end.
-        for progress in stream_pairs(desk.studio, parsed):
+        for progress in stream_pairs(handlers.studio, parsed):
             if progress.pairs is None:
                 yield {"texts": progress.texts}
             else:
@@ -362,17 +362,17 @@ def api_endpoints(desk: Desk) -> dict[str, Callable[..., Any]]:
 
     def search(query: str, by: str = "label") -> list:
         """Find latents by "label", "token" or "example text"."""
-        hits = desk.hits(by, query)
-        return [asdict(h) | {"label": desk.guides[h.sae].label(h.latent)} for h in hits]
+        hits = handlers.hits(by, query)
+        return [asdict(h) | {"label": handlers.guides[h.sae].label(h.latent)} for h in hits]
 
     def latent(index: int, sae: int = 0) -> dict:
         """What is known of one latent: label, unit, density, strongest windows."""
-        desk.studio.check_settings([Setting(int(index), sae=int(sae))])
-        return asdict(desk.card(int(sae), int(index)))
+        handlers.studio.check_settings([Setting(int(index), sae=int(sae))])
+        return asdict(handlers.card(int(sae), int(index)))
 
     def prompt_view(prompt: str, chat: bool = False) -> dict:
         """Tokens of a prompt and the activations (in units) of the latents that stand out."""
-        tokens, rows = desk.prompt_rows(prompt, (), bool(chat))
+        tokens, rows = handlers.prompt_rows(prompt, (), bool(chat))
         named = [{"sae": s.sae, "latent": s.latent, "activations": v} for s, v in rows]
         return {"tokens": tokens, "latents": named}
 
@@ -387,14 +387,14 @@ def api_endpoints(desk: Desk) -> dict[str, Callable[..., Any]]:
         record = {"prompts": prompts or list(EXAMPLE_PROMPTS[:1]), "steer": [setting]}
         wanted = request_from_json(record | {"seed": seed, "where": where, "chat": chat})
         more = () if prompts else EXAMPLE_PROMPTS[1:]
-        varied = dose_request(desk.studio, wanted, more=more)
-        for report in sweep(desk.studio, wanted.settings[0], varied):
+        varied = dose_request(handlers.studio, wanted, more=more)
+        for report in sweep(handlers.studio, wanted.settings[0], varied):
             yield report.to_json()
 
     def steering_vector(steer: list) -> dict:
         """Return a steering vector: {"safetensors": base64 text}."""
         wanted = request_from_json({"steer": steer})
-        data = export_vector(desk.studio, wanted.settings)
+        data = export_vector(handlers.studio, wanted.settings)
         return {"safetensors": base64.b64encode(data).decode()}
 
     def info() -> dict:
@@ -408,10 +408,10 @@ def api_endpoints(desk: Desk) -> dict[str, Callable[..., Any]]:
                 "unit": d.unit_source,
                 "n_labels": len(guide.labels),
             }
-            for d, guide in zip(desk.studio.dictionaries, desk.guides, strict=True)
+            for d, guide in zip(handlers.studio.dictionaries, handlers.guides, strict=True)
         ]
-        chat = desk.studio.tokenizer.has_chat
-        return {"saes": saes, "limits": asdict(desk.studio.limits), "chat": chat}
+        chat = handlers.studio.tokenizer.has_chat
+        return {"saes": saes, "limits": asdict(handlers.studio.limits), "chat": chat}
 
     endpoints = (steer, search, latent, prompt_view, dose, steering_vector, info)
     return {function.__name__: function for function in endpoints}

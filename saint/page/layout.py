@@ -10,7 +10,7 @@ import gradio as gr
 from gradio import themes
 from gradio.events import api
 
-from saint.page.handlers import TEMPERATURE, TOP_P, Desk, api_endpoints, shown
+from saint.page.handlers import TEMPERATURE, TOP_P, PageHandlers, api_endpoints, shown
 from saint.steering.settings import WHERE, Limits
 from saint.steering.studio import EXAMPLE_PROMPTS
 
@@ -66,35 +66,35 @@ def css() -> str:
     return (_HERE / "page.css").read_text(encoding="utf-8")
 
 
-def build_page(desk: Desk) -> gr.Blocks:
+def build_page(handlers: PageHandlers) -> gr.Blocks:
     """Lay the page out and wire it; start it with `launch`."""
     page = gr.Blocks(title="SAINT: steer a language model", analytics_enabled=False)
     with page:
-        gr.HTML(_HEADER.format(facts=escape(_facts(desk))), elem_id="header")
+        gr.HTML(_HEADER.format(facts=escape(_facts(handlers))), elem_id="header")
         with gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=320):
-                mix = _latents_column(desk)
+                mix = _latents_column(handlers)
             with gr.Column(scale=6, min_width=320):
-                fields, chips, run, stop, result = _writing_column(desk, mix)
-        tools = _Tools(desk, mix, fields)
+                fields, chips, run, stop, result = _writing_column(handlers, mix)
+        tools = _Tools(handlers, mix, fields)
         outputs = [result, tools.query, tools.json]
-        compare = run.click(shown(desk.compare), fields, outputs, **_BUSY, **_MODEL)
+        compare = run.click(shown(handlers.compare), fields, outputs, **_BUSY, **_MODEL)
         compare.then(None, tools.query, tools.link, js=_SHARE_JS, **_QUIET)
-        _wire_chips(desk, chips, fields)
+        _wire_chips(handlers, chips, fields)
         restored = gr.State(False)
-        page.load(shown(desk.restore), None, [*fields, restored], **_QUIET)
+        page.load(shown(handlers.restore), None, [*fields, restored], **_QUIET)
         # Only a link's visitor has something to wait for in the queue.
-        again = restored.change(shown(desk.compare), fields, outputs, **_BUSY, **_MODEL)
+        again = restored.change(shown(handlers.compare), fields, outputs, **_BUSY, **_MODEL)
         stop.click(None, cancels=[compare, again], **_QUIET)
-        for name, function in api_endpoints(desk).items():
+        for name, function in api_endpoints(handlers).items():
             api(shown(function), api_name=name, **_MODEL)
     page.queue(max_size=32, default_concurrency_limit=1)
     return page
 
 
-def _facts(desk: Desk) -> str:
+def _facts(handlers: PageHandlers) -> str:
     parts = []
-    for dictionary, guide in zip(desk.studio.dictionaries, desk.guides, strict=True):
+    for dictionary, guide in zip(handlers.studio.dictionaries, handlers.guides, strict=True):
         labels = f"{len(guide.labels):,} labelled" if guide.labels else "no labels"
         parts.append(
             f"{dictionary.name}: {dictionary.sae.config.n_latents:,} latents ({labels}) at layer "
@@ -104,11 +104,11 @@ def _facts(desk: Desk) -> str:
     return " · ".join(parts)
 
 
-def _latents_column(desk: Desk) -> gr.HTML:
+def _latents_column(handlers: PageHandlers) -> gr.HTML:
     gr.HTML("<div class='saint'><h3><span class='num'>1</span>Choose latents</h3></div>")
     kind = gr.Radio(
         [("Label", "label"), ("Token", "token"), ("Example text", "example text")],
-        value="label" if any(g.labels for g in desk.guides) else "example text",
+        value="label" if any(g.labels for g in handlers.guides) else "example text",
         label="Search by",
         elem_id="search_by",
     )
@@ -129,19 +129,21 @@ def _latents_column(desk: Desk) -> gr.HTML:
     )
     gr.on(
         [query.submit, kind.change],
-        shown(desk.find),
+        shown(handlers.find),
         [kind, query],
         results,
         trigger_mode="always_last",
         **_BUSY,
         **_MODEL,
     )
-    results.pressed(shown(desk.choose), mix, mix, **_QUIET)
+    results.pressed(shown(handlers.choose), mix, mix, **_QUIET)
     return mix
 
 
-def _writing_column(desk: Desk, mix: gr.HTML) -> tuple[list[Any], gr.HTML, Any, Any, gr.HTML]:
-    limits = desk.studio.limits
+def _writing_column(
+    handlers: PageHandlers, mix: gr.HTML
+) -> tuple[list[Any], gr.HTML, Any, Any, gr.HTML]:
+    limits = handlers.studio.limits
     gr.HTML("<div class='saint'><h3><span class='num'>2</span>Write</h3></div>")
     prompts = gr.Textbox(
         value=EXAMPLE_PROMPTS[3],
@@ -151,8 +153,8 @@ def _writing_column(desk: Desk, mix: gr.HTML) -> tuple[list[Any], gr.HTML, Any, 
         max_length=limits.prompts * limits.prompt_chars,
         elem_id="prompts",
     )
-    chips = gr.HTML(_chips(desk), js_on_load=_PRESS, elem_id="chips")
-    fields = [prompts, mix, *_settings(limits, has_chat=desk.studio.tokenizer.has_chat)]
+    chips = gr.HTML(_chips(handlers), js_on_load=_PRESS, elem_id="chips")
+    fields = [prompts, mix, *_settings(limits, has_chat=handlers.studio.tokenizer.has_chat)]
     with gr.Row():
         run = gr.Button("Compare", variant="primary", elem_id="run", scale=3)
         stop = gr.Button("Stop", elem_id="stop", scale=1, min_width=90)
@@ -182,10 +184,10 @@ def _settings(limits: Limits, *, has_chat: bool) -> list[Any]:
     return [where, n, temperature, top_p, seed, chat]
 
 
-def _chips(desk: Desk) -> str:
+def _chips(handlers: PageHandlers) -> str:
     show = [
         f"<button data-show='{i}'>Try: {escape(label[:48])}</button>"
-        for i, (label, _) in enumerate(desk.showcase())
+        for i, (label, _) in enumerate(handlers.showcase())
     ]
     prompts = [
         f"<button data-prompt='{i}'>{escape(text)}&nbsp;…</button>"
@@ -194,13 +196,13 @@ def _chips(desk: Desk) -> str:
     return f"<div class='saint chips'>{''.join(show)}{''.join(prompts)}</div>"
 
 
-def _wire_chips(desk: Desk, chips: gr.HTML, fields: list[Any]) -> None:
-    showcase = desk.showcase()
+def _wire_chips(handlers: PageHandlers, chips: gr.HTML, fields: list[Any]) -> None:
+    showcase = handlers.showcase()
 
     def press(event: gr.EventData) -> list[Any]:
         chosen = event._data or {}
         if chosen.get("show") in range(len(showcase)):
-            return desk.fields(showcase[int(chosen["show"])][1])[:2]
+            return handlers.fields(showcase[int(chosen["show"])][1])[:2]
         if chosen.get("prompt") in range(len(EXAMPLE_PROMPTS)):
             return [EXAMPLE_PROMPTS[int(chosen["prompt"])], gr.skip()]
         return [gr.skip(), gr.skip()]
@@ -211,14 +213,14 @@ def _wire_chips(desk: Desk, chips: gr.HTML, fields: list[Any]) -> None:
 class _Tools:
     """The tabs below: looking closer, finding the dose, keeping and sharing."""
 
-    def __init__(self, desk: Desk, mix: gr.HTML, fields: list[Any]) -> None:
+    def __init__(self, handlers: PageHandlers, mix: gr.HTML, fields: list[Any]) -> None:
         prompts, chat = fields[0], fields[-1]
         with gr.Tabs():
             with gr.Tab("Look inside"):
                 look = gr.Button("Show the first prompt, token by token", elem_id="look")
                 view = gr.HTML("", js_on_load=_PRESS, elem_id="view")
-                look.click(shown(desk.view), [prompts, mix, chat], view, **_BUSY, **_MODEL)
-                view.pressed(shown(desk.choose), mix, mix, **_QUIET)
+                look.click(shown(handlers.view), [prompts, mix, chat], view, **_BUSY, **_MODEL)
+                view.pressed(shown(handlers.choose), mix, mix, **_QUIET)
             with gr.Tab("Find the dose"):
                 gr.HTML(
                     "<div class='saint'><p class='muted'>Turns one latent of the mix up step by "
@@ -230,14 +232,16 @@ class _Tools:
                     start = gr.Button("Sweep this latent", elem_id="sweep")
                     end = gr.Button("Stop", scale=0, min_width=90)
                 plot = gr.HTML("", elem_id="dose")
-                mix.change(shown(desk.dose_choices), [mix, which], which, **_QUIET)
+                mix.change(shown(handlers.dose_choices), [mix, which], which, **_QUIET)
                 inputs = [which, *fields]
-                sweeping = start.click(shown(desk.sweep_chosen), inputs, plot, **_BUSY, **_MODEL)
+                sweeping = start.click(
+                    shown(handlers.sweep_chosen), inputs, plot, **_BUSY, **_MODEL
+                )
                 end.click(None, cancels=[sweeping], **_QUIET)
             with gr.Tab("Keep and share"):
-                self._keep(desk, mix, fields)
+                self._keep(handlers, mix, fields)
 
-    def _keep(self, desk: Desk, mix: gr.HTML, fields: list[Any]) -> None:
+    def _keep(self, handlers: PageHandlers, mix: gr.HTML, fields: list[Any]) -> None:
         self.query = gr.Textbox(visible=False)
         self.link = gr.Textbox(
             label="Link that brings back exactly this pair (after Compare)",
@@ -251,15 +255,15 @@ class _Tools:
                     label="Settings and results as JSON", language="json", elem_id="json"
                 )
                 load = gr.Button("Load the settings written here", elem_id="load")
-                load.click(shown(desk.load), self.json, fields, **_QUIET)
+                load.click(shown(handlers.load), self.json, fields, **_QUIET)
             with gr.Column(min_width=300):
-                _presets(desk, fields)
+                _presets(handlers, fields)
                 vector = gr.Button("Make a steering vector of the mix", elem_id="export")
                 download = gr.HTML("", elem_id="download")
-                vector.click(shown(desk.export), mix, download, **_QUIET)
+                vector.click(shown(handlers.export), mix, download, **_QUIET)
 
 
-def _presets(desk: Desk, fields: list[Any]) -> None:
+def _presets(handlers: PageHandlers, fields: list[Any]) -> None:
     """Named settings, kept in the visitor's own browser."""
     kept = gr.BrowserState({}, storage_key="saint_presets", secret="saint")
     name = gr.Textbox(label="Preset", placeholder="a name", max_length=60, elem_id="preset_name")
@@ -274,12 +278,12 @@ def _presets(desk: Desk, fields: list[Any]) -> None:
 
     def store(presets: Any, title: str, *values: Any) -> Any:
         title = str(title or "").strip() or "unnamed"
-        return dict(presets or {}) | {title[:60]: desk.preset(*values)}
+        return dict(presets or {}) | {title[:60]: handlers.preset(*values)}
 
     def without(presets: Any, title: Any) -> Any:
         return {k: v for k, v in (presets or {}).items() if k != title}
 
     save.click(shown(store), [kept, name, *fields], kept, **_QUIET)
-    load.click(shown(desk.load_preset), [kept, choice], fields, **_QUIET)
+    load.click(shown(handlers.load_preset), [kept, choice], fields, **_QUIET)
     drop.click(without, [kept, choice], kept, **_QUIET)
     gr.on(None, listed, kept, choice, **_QUIET)  # when the page opens and when they change

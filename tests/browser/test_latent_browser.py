@@ -134,11 +134,11 @@ def test_packed_windows_are_those_of_the_evidence(made: Path, tmp_path: Path, n_
 
 
 def test_stitching_leaves_gaps_unknown() -> None:
-    def block(sentence: list[int], start: list[int], tokens: list[list[int]]) -> pack.Windows:
+    def block(sentence: list[int], start: list[int], tokens: list[list[int]]) -> pack.PageWindows:
         length = np.array([len(t) for t in tokens])
         flat = np.concatenate(tokens)
         zeros = np.zeros(len(length), int)
-        return pack.Windows(
+        return pack.PageWindows(
             length, zeros, np.array(sentence), np.array(start), length, zeros, flat, flat * 0.0
         )
 
@@ -343,14 +343,16 @@ def test_prompt_table_orders_by_share_of_the_maximum() -> None:
     assert raw[1] == "Sen   2 #1 seniority & rank"
 
 
-def test_prompt_html_marks_and_escapes() -> None:
+def test_prompt_page_marks_and_escapes() -> None:
     found = prompt_case(np.array([1.0, 8.0, 1.0], np.float32))
-    strands = prompt_view.strands_html(found, 10).splitlines()
-    assert len(strands) == 2 and "Latent 0" in strands[0]
-    assert "seniority &amp; rank" in strands[1]
-    assert strands[1].count("<mark") == 3
-    assert '<mark class="peak" style="--share:0.500" title="50 %">&lt;b&gt;</mark>' in strands[1]
-    assert "<b>50 %</b>" in prompt_view.rows_html(found, 1)
+    text = prompt_view.prompt_page(found, title="a <b>", about="about &", per_token=1)
+    assert "<title>Latents on: a &lt;b&gt;</title>" in text and "about &amp;" in text
+    first, second = re.findall(r'<li><p class="name">.*?</li>', text, re.S)
+    assert "Latent 0" in first and "seniority &amp; rank" in second
+    assert second.count("<mark") == 3
+    peak = '<mark class="peak" style="--share:0.500" title="50 %">&lt;b&gt;</mark>'
+    assert f" {peak}</p>" in second
+    assert "<b>50 %</b>" in text
 
 
 def test_help_is_shown_and_errors_are_one_line() -> None:
@@ -362,12 +364,12 @@ def test_help_is_shown_and_errors_are_one_line() -> None:
     assert "Traceback" not in failed.stderr
 
 
-def test_largest_activations_fall_back_to_the_evidence(made: Path) -> None:
+def test_known_maxima_fall_back_to_the_evidence(made: Path) -> None:
     sae = stage.load_sae(made / "sae.pt", device="cpu")
     evidence = made / "top" / "evidence.parquet"
-    known = latent_browser.largest_activations(sae, evidence)
+    known = latent_browser.known_maxima(sae, evidence)
     sae.max_activations = None
-    seen = latent_browser.largest_activations(sae, evidence)
+    seen = latent_browser.known_maxima(sae, evidence)
     assert known is not None and seen is not None
     torch.testing.assert_close(known, seen)
-    assert latent_browser.largest_activations(sae, None) is None
+    assert latent_browser.known_maxima(sae, None) is None

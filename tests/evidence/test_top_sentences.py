@@ -481,8 +481,8 @@ def test_top_n_equals_sorting_whatever_the_order(seed: int, n: int, n_parts: int
 
 
 def test_priority_sample_is_uniform_and_seeded() -> None:
-    ids = rankings.mix(np.arange(2000))
-    others = rankings.mix(rankings.mix(np.arange(50)))[:, None]
+    ids = rankings.hash64(np.arange(2000))
+    others = rankings.hash64(rankings.hash64(np.arange(50)))[:, None]
     drawn = 1 / rankings.priority(others, ids)
     assert 0.49 < drawn.mean() < 0.51 and 0 < drawn.min() and drawn.max() <= 1
     assert np.array_equal(drawn[0], 1 / rankings.priority(others[0], ids))
@@ -495,7 +495,7 @@ def test_mix_is_splitmix64() -> None:
     gamma = 0x9E3779B97F4A7C15
     states = np.array([(1234567 + i * gamma) % 2**64 for i in range(3)], np.uint64)
     expected = [6457827717110365317, 3203168211198807973, 9817491932198370423]
-    assert rankings.mix(states).tolist() == expected
+    assert rankings.hash64(states).tolist() == expected
 
 
 @pytest.mark.parametrize("n_latents", [40, 1 << 20])

@@ -66,7 +66,7 @@ def test_search_choose_steer_compare_and_reload_the_link(site, tab):
         temperature=TEMPERATURE,
         top_p=TOP_P,
     )
-    pairs = completions.complete_pairs(site.desk.studio, request)
+    pairs = completions.complete_pairs(site.handlers.studio, request)
     texts = tab.locator("#result [data-side=steered] .tok").all_inner_texts()
     assert "".join(texts[: len(pairs[0].steered.tokens)]) == "".join(pairs[0].steered.tokens)
     cells = tab.locator("#result table.effects >> nth=0 >> td").all_inner_texts()
@@ -170,8 +170,8 @@ def test_dose_of_the_latent_that_is_picked(site, tab):
     tab.wait_for_function("document.querySelectorAll('#dose tbody tr').length === 9")
     assert LABELS[5] in tab.inner_text("#dose .verdict")
     prompts = (PROMPT, *(p for p in EXAMPLE_PROMPTS if p != PROMPT))
-    request = dose_request(site.desk.studio, settings.Request(prompts, where="generated"))
-    *_, report = sweep(site.desk.studio, settings.Setting(5), request)
+    request = dose_request(site.handlers.studio, settings.Request(prompts, where="generated"))
+    *_, report = sweep(site.handlers.studio, settings.Setting(5), request)
     concepts = tab.locator("#dose tbody tr td:nth-child(2)").all_inner_texts()
     assert concepts == [f"{point.concept:.2f}×" for point in report.points]
     tab.get_by_role("button", name="remove latent 5").click()
@@ -191,7 +191,7 @@ def test_modes_remove_prompt_view_and_export(site, tab):
     from safetensors.torch import load
 
     vector = load(base64.b64decode(href.split(",")[1]))["vector"]
-    dictionary = site.desk.studio.dictionaries[0]
+    dictionary = site.handlers.studio.dictionaries[0]
     assert vector.tolist() == pytest.approx(
         (DEFAULT_STRENGTH * dictionary.units[3] * dictionary.sae.W_dec[3]).tolist(), rel=1e-5
     )

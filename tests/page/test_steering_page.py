@@ -22,7 +22,7 @@ import torch
 
 import llama_3_inference_text_completion_gradio as demo
 from llama_3_inference_text_completion_gradio import choose_auth
-from saint.page.handlers import Desk, api_endpoints, link_query, read_link
+from saint.page.handlers import PageHandlers, api_endpoints, link_query, read_link
 from saint.stage.errors import UserError
 from saint.stage.program import run_stage
 from saint.steering import completions, settings
@@ -62,7 +62,7 @@ def steer_request(**changes):
 def test_api_steers_as_the_library_does(site, client):
     answer = client.predict(steer_request(temperature=1.0, seed=4), api_name="/steer")
     request = settings.request_from_json(answer["request"])
-    pairs = completions.complete_pairs(site.desk.studio, request)
+    pairs = completions.complete_pairs(site.handlers.studio, request)
     assert answer["pairs"] == json.loads(json.dumps([pair.to_json() for pair in pairs]))
     assert answer["pairs"][0]["plain"]["text"] != answer["pairs"][0]["steered"]["text"]
 
@@ -141,7 +141,7 @@ def test_api_work_ends_with_its_client(site, client, endpoint, data, how):
 
 
 def test_dose_of_any_latent_honours_where_and_chat(site, client):
-    studio, ask = site.desk.studio, ("1:5=set:1", [PROMPT], 3)
+    studio, ask = site.handlers.studio, ("1:5=set:1", [PROMPT], 3)
     wanted = Request((PROMPT,), (Setting(5, "set", 1.0, 1),), "generated", seed=3, chat=True)
     answers = []
     for where, chat in (("generated", True), ("prompt", True), ("generated", False)):
@@ -157,15 +157,15 @@ def test_dose_of_any_latent_honours_where_and_chat(site, client):
     "changes", [{"prompts": 1}, {"prompts": 3}, {"new_tokens": 16}, {"tokens": 250}]
 )
 def test_what_the_page_accepts_can_be_swept(site, changes):
-    studio = replace(site.desk.studio, limits=replace(Limits(), **changes))
-    desk = Desk(studio, site.desk.guides)
+    studio = replace(site.handlers.studio, limits=replace(Limits(), **changes))
+    handlers = PageHandlers(studio, site.handlers.guides)
     mix = [{"sae": 0, "latent": 3, "mode": "add", "strength": 1.0}]
     settings = (mix, "both", 10, 0.0, 1.0, 0, False)
     long = "the " * 199 + "court"
-    assert [*desk.compare(long, *settings)]
+    assert [*handlers.compare(long, *settings)]
     for prompts in (long, ""):  # the examples stand in for none
-        assert [*desk.sweep_chosen("0:3", prompts, *settings)][-1].count("scope='row'") == 9
-    points = [*api_endpoints(desk)["dose"]("0:3=add:1")][-1]["points"]
+        assert [*handlers.sweep_chosen("0:3", prompts, *settings)][-1].count("scope='row'") == 9
+    points = [*api_endpoints(handlers)["dose"]("0:3=add:1")][-1]["points"]
     assert len(points) == 9 and points[0]["sample"].startswith(EXAMPLE_PROMPTS[0])
 
 
@@ -181,27 +181,27 @@ def test_a_sweep_of_the_page_takes_own_prompts_first_and_examples_where_there_is
         (["one"], True, ("one",)),
         (["1", "2", "3", "4", "5"], True, ("1", "2", "3", "4")),
     ):
-        list(site.desk.sweep_chosen("0:3", "\n".join(own), *settings, chat))
+        list(site.handlers.sweep_chosen("0:3", "\n".join(own), *settings, chat))
         assert swept.call_args.args[2].prompts == expected
 
 
 def test_too_many_settings_are_refused_everywhere(site, client):
-    desk, n = site.desk, site.desk.studio.limits.settings
+    handlers, n = site.handlers, site.handlers.studio.limits.settings
     mix = [{"sae": 0, "latent": i, "mode": "add", "strength": 1.0} for i in range(n + 1)]
     steer = [f"0:{i}=add:1.0" for i in range(n + 1)]
     link = read_link(link_query({"request": steer_request(steer=steer)}).partition("=")[2])
     message = f"{n + 1} steered latents: at most {n} at a time"
     for act in (
-        lambda: next(desk.compare(PROMPT, mix, "both", 5, 0.0, 1.0, 0, False)),
-        lambda: desk.view(PROMPT, mix, False),
-        lambda: desk.export(mix),
-        lambda: desk.load(link),
+        lambda: next(handlers.compare(PROMPT, mix, "both", 5, 0.0, 1.0, 0, False)),
+        lambda: handlers.view(PROMPT, mix, False),
+        lambda: handlers.export(mix),
+        lambda: handlers.load(link),
         lambda: client.predict(steer_request(steer=steer), api_name="/steer"),
         lambda: client.predict(steer, api_name="/steering_vector"),
     ):
         with pytest.raises(Exception, match=message):
             act()
-    assert desk.view(PROMPT, mix[:n], False) and desk.export(mix[:n])
+    assert handlers.view(PROMPT, mix[:n], False) and handlers.export(mix[:n])
 
 
 @pytest.mark.parametrize(

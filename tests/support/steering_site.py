@@ -11,7 +11,7 @@ import pytest
 from playwright import sync_api
 
 from llama_3_inference_text_completion_gradio import launch
-from saint.page.handlers import Desk
+from saint.page.handlers import PageHandlers
 from saint.steering import completions
 from tests.support.tiny_steering import make_sae, make_studio, write_setup
 
@@ -38,7 +38,7 @@ class Site:
     """A running page."""
 
     url: str
-    desk: Desk
+    handlers: PageHandlers
     brake: Brake
 
     def wait_until_idle(self, seconds: float = 20) -> None:
@@ -66,8 +66,8 @@ def running_site(root: Path) -> Iterator[Site]:
             yield step
 
     completions.generate = slow
-    page, desk = launch(studio, guides, host="127.0.0.1", port=None, share=False, auth=None)
-    yield Site(str(page.local_url).rstrip("/"), desk, brake)
+    page, handlers = launch(studio, guides, host="127.0.0.1", port=None, share=False, auth=None)
+    yield Site(str(page.local_url).rstrip("/"), handlers, brake)
     page.close()
     completions.generate = original
 

@@ -1,5 +1,5 @@
 "use strict";
-// Everything is in this page: packed columns (see `pack` in saint/browser_data.py) inside
+// Everything is in this page: packed columns (see `pack_columns` in saint/browser/pack.py) inside
 // <script type="text/plain"> elements, decoded when they are needed.
 
 const $ = (id) => document.getElementById(id);
