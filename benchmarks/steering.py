@@ -42,12 +42,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from llama_3 import CheckpointError, Edit
 from sae import TopKSparseAutoencoder, standardise
+from saint.evidence.words import MIN_LETTERS, is_content_word
 from saint.stage.errors import UserError, log
 from saint.stage.files import write_json
 from saint.stage.program import log_arguments, progress, run_stage
 from saint.steering.completions import generate_ids, read
 from saint.steering.guide import Guide
-from saint.steering.search import is_telling
 from saint.steering.settings import Request, Setting
 from saint.steering.studio import (
     EXAMPLE_PROMPTS,
@@ -142,7 +142,7 @@ def clear_latents(studio: Studio, guide: Guide, contexts: Contexts, n: int) -> l
     usual = contexts.logprobs.exp().mean(0)
     found = []
     for word, places in guide.token_index(studio.tokenizer).items():
-        ids = _spellings(studio, word) if is_telling(word) else ()
+        ids = _spellings(studio, word) if is_content_word(word, min_letters=MIN_LETTERS) else ()
         if not ids or float(usual[list(ids)].sum()) > MOST_USUAL:
             continue
         for latent, share in places:

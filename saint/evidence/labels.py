@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from saint.evidence.words import _distinct, is_telling, word_at
+from saint.evidence.words import distinct_words, is_content_word, is_form, word_at
 from saint.stage.errors import UserError
 from saint.stage.yaml_files import load_yaml
 
 TOP_TOKENS = "top tokens"
 SET_SIZE = 5  # excerpts of an intruder test, one of them another latent's
 
-
+_LEAST_NAMED = 0.25
 _KNOWN = ("common_semantic", "certainty", "score")
 
 
@@ -84,27 +84,52 @@ def label_from_top_tokens(latent_evidence: Mapping[str, Any], *, n_words: int = 
     """Name a latent by the words under its strongest tokens, most characteristic first.
 
     latent_evidence: a row of the evidence file. A token that is a piece of a word is joined with
-    its neighbours; words are counted without regard to case, weighted by activation. Function
-    words only count when there is nothing else. Empty when the latent has no firing example.
+    its neighbours; words are counted without regard to case, weighted by activation and by how
+    exclusively the latent marks the token: a token of its windows on which it mostly stays silent
+    is not what it is about. Function words are named where they lead by far. Where the words
+    named hold less than a quarter of the weight, "(mixed)" says that windows disagree.
+    Empty when the latent has no firing example.
     """
+    marked = _share_marked(latent_evidence["examples"])
     weights: dict[str, float] = {}
     spellings: dict[str, Counter[str]] = {}
     for example in latent_evidence["examples"]:
         if example["kind"] not in ("top", "quantile") or not example["tokens"]:
             continue
-        word = word_at(example["tokens"], example["position"] - example["start"])
+        place = example["position"] - example["start"]
+        word = word_at(example["tokens"], place)
         if word:
-            key = word.lower()
-            weights[key] = weights.get(key, 0.0) + max(float(example["value"]), 0.0)
+            key, weight = word.lower(), max(float(example["value"]), 0.0)
+            weights[key] = weights.get(key, 0.0) + weight * marked(example["tokens"][place])
             spellings.setdefault(key, Counter())[word] += 1
-    ranked = sorted(weights, key=lambda w: -weights[w])
-    telling = [w for w in ranked if is_telling(w)]
-    words = _distinct(telling or ranked)[:n_words]
-    if telling:
-        # One-offs are noise beside words that carry a real share of the evidence.
-        total = sum(weights.values())
-        words = [w for i, w in enumerate(words) if i == 0 or weights[w] >= 0.03 * total]
-    return ", ".join(spellings[w].most_common(1)[0][0] for w in words)
+    ranked = sorted(weights, key=lambda w: -weights[w] * _telling(w))
+    total = sum(weights.values())
+    if ranked and is_content_word(ranked[0]):
+        ranked = [word for word in ranked if is_content_word(word)]
+    words = distinct_words(ranked)[:n_words]
+    # One-offs are noise beside words that carry a real share of the evidence.
+    words = [w for i, w in enumerate(words) if i == 0 or weights[w] >= 0.03 * total]
+    text = ", ".join(spellings[w].most_common(1)[0][0] for w in words)
+    named = sum(weights[w] for w in ranked if any(is_form(w, other) for other in words))
+    return f"{text} (mixed)" if named < _LEAST_NAMED * total else text
+
+
+def _telling(word: str) -> float:
+    """How much a lower-case word says, beside a content word."""
+    if is_content_word(word):
+        return 1.0
+    return 0.5 if any(c.isalnum() for c in word) else 0.25
+
+
+def _share_marked(examples: Sequence[Mapping[str, Any]]) -> Callable[[str], float]:
+    """Return how often a token's occurrences in all windows, silent ones too, are marked."""
+    seen: Counter[str] = Counter()
+    fired: Counter[str] = Counter()
+    for example in examples:
+        seen.update(example["tokens"])
+        pairs = zip(example["tokens"], example["activations"], strict=True)
+        fired.update(token for token, activation in pairs if activation > 0)
+    return lambda token: fired[token] / seen[token]
 
 
 def top_token_labels(rows: Iterable[Mapping[str, Any]]) -> dict[int, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Which latents read most clearly: the ones to show first, and to steer with."""
+"""Words that carry meaning, and which latents read most clearly: the ones to show first."""
 
 from __future__ import annotations
 
@@ -11,22 +11,40 @@ from saint.evidence.file import Evidence
 _MIN_SENTENCES = 20
 _MAX_DENSITY = 0.005
 _N_TOP = 20
-# Words that hold sentences together: clear latents, but nothing to look at or to steer with.
-_CONNECTING_WORDS = frozenset(
-    "able about above according across after again against almost already also although always "
-    "among announced another around back because been before being below best better between both "
-    "came close come compared could days different does doing done down during each either else "
-    "enough even ever every exactly first following former from further gave given goes going "
-    "good have having here however including instead into just key kind know known last later "
-    "least less like likely little long made make makes making many more most much must near need "
-    "never next none nothing often once only onto other others over part past perhaps potential "
-    "presents rather really recent recently right said same says seen several shall should show "
-    "shows similar simply since some something state states still such sure take taken than that "
-    "their them then there therefore these they thing things this those though through thus time "
-    "together told took toward towards under united unless until upon used using very want wants "
-    "way well went were what when where whether which while whom whose will with within without "
-    "would year years your".split()
+MIN_LETTERS = 4  # of a word that a latent is shown for
+# Words that hold sentences together, and words too common to say what a text is about.
+STOP_WORDS = frozenset(
+    (
+        "a able about above according across after again against all almost along already also "
+        "although always am among an and announced another any anyone anything are around as at "
+        "away back be because been before being below best better between both but by came can "
+        "close come compared could days did different do does doing done down during each "
+        "either else enough even ever every exactly few first following for former from further "
+        "gave give given goes going gone good got had has have having he her here hers herself "
+        "him himself his how however i if in including instead into is it its itself just keep "
+        "kept key kind know known last later least less like likely little long made make makes "
+        "making many may maybe me might more most much must my myself near need neither never "
+        "next no none nor not nothing now of off often on once only onto or other others "
+        "otherwise our ours out over own part past per perhaps potential presents quite rather "
+        "really recent recently right s said same says seem seen several shall she should show "
+        "shows similar simply since so some someone something soon state states still such sure "
+        "t take taken than that the their theirs them themselves then there therefore these "
+        "they thing things this those though through thus time to together told too took toward "
+        "towards under united unless until up upon used using very via want wants was way we "
+        "well went were what whatever when where whether which while who whom whose why will "
+        "with within without would year years yet you your yours yourself"
+    ).split()
 )
+
+
+def is_content_word(word: str, *, min_letters: int = 0) -> bool:
+    """Whether a lower-case word carries meaning: no function word, no bare punctuation.
+
+    min_letters: 0 takes numbers and pieces too; otherwise a word is letters only, at least so many.
+    """
+    if word in STOP_WORDS or not any(c.isalnum() for c in word):
+        return False
+    return not min_letters or (len(word) >= min_letters and word.isalpha())
 
 
 def clearest_latents(evidence: Evidence, n_latents: int) -> list[int]:
@@ -58,7 +76,7 @@ def clarity(row: Mapping[str, Any]) -> tuple[float, str]:
     """
     top, spread = (_firing_words(row, kind) for kind in ("top", "quantile"))
     word, _ = Counter(top).most_common(1)[0] if top else ("", 0)
-    if len(top) < _N_TOP or not spread or not is_content(word):
+    if len(top) < _N_TOP or not spread or not is_content_word(word, min_letters=MIN_LETTERS):
         return 0.0, ""
     stem = _stem(word)
     shares = [sum(w.startswith(stem) for w in words) / len(words) for words in (top, spread)]
@@ -78,34 +96,19 @@ def _stem(word: str) -> str:
     return word[: max(4, len(word) - 3)]
 
 
-def is_content(word: str) -> bool:
-    """Whether a lower-case word names something, rather than holding sentences together."""
-    return len(word) >= 4 and word.isalpha() and word not in _CONNECTING_WORDS and is_telling(word)
+def is_form(a: str, b: str) -> bool:
+    """Whether two lower-case words are forms of one: "engine" and "engines"."""
+    short, long = sorted((a, b), key=len)
+    return a == b or (len(short) >= 4 and long.startswith(short) and len(long) - len(short) <= 3)
 
 
-# Words that say little about a latent, unless it fires on nothing else.
-_STOP_WORDS = frozenset(
-    (
-        "a an the and or but of to in on at by for from with as is are was were be been it its "
-        "this that these those he she they we you i his her their our not no has have had will "
-        "would s t"
-    ).split()
-)
-
-
-def _distinct(words: list[str]) -> list[str]:
+def distinct_words(words: list[str]) -> list[str]:
     """Drop forms of an earlier word: "engines" and "Germany" after "engine" and "German"."""
     kept: list[str] = []
     for word in words:
-        pairs = (sorted((word, other), key=len) for other in kept)
-        if not any(len(a) >= 4 and b.startswith(a) and len(b) - len(a) <= 3 for a, b in pairs):
+        if not any(is_form(word, other) for other in kept):
             kept.append(word)
     return kept
-
-
-def is_telling(word: str) -> bool:
-    """Whether a lower-case word carries content: no function word, no bare punctuation."""
-    return word not in _STOP_WORDS and any(c.isalnum() for c in word)
 
 
 def word_at(tokens: list[str], index: int) -> str:

@@ -184,7 +184,7 @@ class PageHandlers:
                 if time.monotonic() - last > _FRAME_SECONDS:
                     last = time.monotonic()
                     page = fragments.streaming_html(request.prompts, progress.texts)
-                    yield _saint(page), gr.skip(), gr.skip()
+                    yield page, gr.skip(), gr.skip()
                 continue
             page = fragments.pairs_html(progress.pairs, self.guides, chat=request.chat)
             results = [
@@ -193,19 +193,17 @@ class PageHandlers:
             ]
             record = self.record(request)
             yield (
-                _saint(page),
+                page,
                 link_query(record),
                 json.dumps(record | {"results": results}, indent=1, ensure_ascii=False),
             )
 
     def find(self, kind: str, query: str) -> str:
         """Search for latents and show their cards."""
-        return _saint(
-            fragments.cards_html(
-                [(self.card(hit.sae, hit.latent), hit) for hit in self.hits(kind, query)],
-                n_saes=len(self.guides),
-                note=self._note(kind, query),
-            )
+        return fragments.cards_html(
+            [(self.card(hit.sae, hit.latent), hit) for hit in self.hits(kind, query)],
+            n_saes=len(self.guides),
+            note=self._note(kind, query),
         )
 
     def hits(self, kind: str, query: str) -> list[Hit]:
@@ -243,7 +241,7 @@ class PageHandlers:
     def view(self, prompts: str, mix: Any, chat: bool) -> str:
         """Show the first prompt's tokens against the latents that stand out on it."""
         tokens, rows = self.prompt_rows(prompts, self.settings(mix), chat)
-        return _saint(fragments.prompt_view_html(tokens, rows, self.guides))
+        return fragments.prompt_view_html(tokens, rows, self.guides)
 
     def prompt_rows(
         self, prompts: str, settings: Sequence[Setting], chat: bool
@@ -279,19 +277,14 @@ class PageHandlers:
         first = replace(request, prompts=prompts[:1])
         varied = dose_request(self.studio, first, more=prompts[1:])
         for report in sweep(self.studio, settings[chosen], varied):
-            yield _saint(fragments.dose_html(report, self.guides))
+            yield fragments.dose_html(report, self.guides)
 
     def export(self, mix: Any) -> str:
         """Make a download link of the mix as a steering vector; the bytes are in the link."""
         settings = self.settings(mix)
         data = base64.b64encode(export_vector(self.studio, settings)).decode()
         name = "_".join(["steering", *(f"{s.latent}" for s in settings[:4])]) + ".safetensors"
-        return _saint(
-            f"<a class='download' download='{name}' "
-            f"href='data:application/octet-stream;base64,{data}'>Save {name}</a>"
-            "<p class='muted'>Add it to the layer named in its metadata; the README has the ten "
-            "lines for plain transformers.</p>"
-        )
+        return fragments.download_html(name, data)
 
     def restore(self, web_request: gr.Request) -> list[Any]:
         """Fill the fields from the link's query, where there is one."""
@@ -324,10 +317,6 @@ class PageHandlers:
                 request = Request((prompt,), (setting,), temperature=TEMPERATURE, top_p=TOP_P)
                 found.append((guide.label(latent), request))
         return found[:4]
-
-
-def _saint(html: str) -> str:
-    return f"<div class='saint'>{html}</div>"
 
 
 def link_query(record: dict[str, Any]) -> str:

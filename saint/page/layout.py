@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,9 @@ import gradio as gr
 from gradio import themes
 from gradio.events import api
 
+from saint.page.fragments import chips_html, header_html
 from saint.page.handlers import TEMPERATURE, TOP_P, PageHandlers, api_endpoints, shown
+from saint.stage.plots import STYLE
 from saint.steering.settings import WHERE, Limits
 from saint.steering.studio import EXAMPLE_PROMPTS
 
@@ -33,21 +34,6 @@ _SHARE_JS = """(query) => {
   history.replaceState(null, '', link);
   return link;
 }"""
-_HEADER = """
-<div class="saint"><h1>Turn a model's concepts up and down</h1>
-<p class="lead">Choose a concept, give it a strength, and compare what the model writes by itself
-with what it writes when that concept is turned up.</p>
-<details><summary>How does this work, and what is a latent?</summary>
-<p>While a language model reads, each token is a long list of numbers inside it. A <em>sparse
-autoencoder</em> (SAE) has learned to write that list as a sum of a few out of many directions, and
-many of those directions stand for something one can name: nuclear weapons, court rulings, quoted
-speech. Such a direction is called a <em>latent</em>. Steering adds more or less of it to the
-numbers while the model writes.</p>
-<p>A strength of 1 is the strongest activation ever seen on this latent. Too much of it and
-the text falls apart: watch the <em>surprise</em>, how unlikely the plain model finds a token.</p>
-</details>
-<p class="muted">{facts}</p></div>
-"""
 
 
 def theme() -> themes.Base:
@@ -63,14 +49,14 @@ def theme() -> themes.Base:
 
 def css() -> str:
     """Return the page's style sheet."""
-    return (_HERE / "page.css").read_text(encoding="utf-8")
+    return (_HERE / "page.css").read_text(encoding="utf-8") + STYLE
 
 
 def build_page(handlers: PageHandlers) -> gr.Blocks:
     """Lay the page out and wire it; start it with `launch`."""
     page = gr.Blocks(title="SAINT: steer a language model", analytics_enabled=False)
     with page:
-        gr.HTML(_HEADER.format(facts=escape(_facts(handlers))), elem_id="header")
+        gr.HTML(header_html(_facts(handlers)), elem_id="header")
         with gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=320):
                 mix = _latents_column(handlers)
@@ -185,15 +171,8 @@ def _settings(limits: Limits, *, has_chat: bool) -> list[Any]:
 
 
 def _chips(handlers: PageHandlers) -> str:
-    show = [
-        f"<button data-show='{i}'>Try: {escape(label[:48])}</button>"
-        for i, (label, _) in enumerate(handlers.showcase())
-    ]
-    prompts = [
-        f"<button data-prompt='{i}'>{escape(text)}&nbsp;…</button>"
-        for i, text in enumerate(EXAMPLE_PROMPTS)
-    ]
-    return f"<div class='saint chips'>{''.join(show)}{''.join(prompts)}</div>"
+    labels = [label[:48] for label, _ in handlers.showcase()]
+    return chips_html(labels, EXAMPLE_PROMPTS)
 
 
 def _wire_chips(handlers: PageHandlers, chips: gr.HTML, fields: list[Any]) -> None:

@@ -19,8 +19,8 @@ from saint.stage.html import fragment, inline
 _TEMPLATES = Path(__file__).parent / "templates"
 STYLE = inline(_TEMPLATES / "plot.css")
 
-_WIDTH, _HEIGHT = 440, 250
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 16, 40
+_WIDTH, _HEIGHT = 440, 256
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 16, 46
 _MOST_POINTS = 600
 _FEW_POINTS = 30  # then each is marked by a dot
 

@@ -12,7 +12,7 @@ import numpy as np
 from llama_3 import Tokenizer
 from saint.evidence.file import Evidence
 from saint.evidence.labels import SET_SIZE, Label
-from saint.evidence.words import clarity, is_content
+from saint.evidence.words import MIN_LETTERS, clarity, is_content_word
 from saint.stage.errors import UserError, log
 
 INTRUDER_CHANCE = 1 / SET_SIZE
@@ -50,7 +50,8 @@ class Guide:
         """
         focus: dict[int, float] = {}
         for token, places in self.token_index(tokenizer).items():
-            for latent, share in places if is_content(token) else ():
+            content = is_content_word(token, min_letters=MIN_LETTERS)
+            for latent, share in places if content else ():
                 focus[latent] = max(share, focus.get(latent, 0.0))
 
         def trust(latent: int) -> tuple[bool, float, float]:

@@ -24,22 +24,6 @@ _WORD = re.compile(r"\w+")
 _WINDOWS = 3
 
 
-# A latent for one of these shows little when it is turned up.
-FUNCTION_WORDS = frozenset(
-    """about above after again against almost along already also although always among another
-    anyone anything around away because been before being below between both came come
-    could does done down during each either else enough even ever every from further give
-    given goes going gone have having here hers herself himself however into itself just
-    keep kept know known last least less like likely made make many maybe might more most
-    much must myself near neither never next none nothing often once only onto other
-    others otherwise ours over perhaps quite rather really same seem should since some
-    someone something soon still such than that their theirs them themselves then there
-    therefore these they this those though through thus together toward towards under
-    unless until upon very want well were what whatever when where whether which while
-    whom whose will with within without would your yours yourself""".split()
-)
-
-
 _MAX_QUERY_TOKENS = 512
 
 
@@ -73,11 +57,6 @@ class Card:
     unit: float
     windows: list[tuple[list[str], list[float]]]
     promoted: list[str]
-
-
-def is_telling(token: str) -> bool:
-    """Whether a token (stripped, lower case) is a content word rather than a piece of grammar."""
-    return len(token) > 3 and token.isalpha() and token not in FUNCTION_WORDS
 
 
 def search_labels(studio: Studio, guides: list[Guide], query: str, *, limit: int = 12) -> list[Hit]:

@@ -252,13 +252,26 @@ def test_labels_from_top_tokens_join_word_pieces():
     latent = row(1) | {"examples": []}
     assert label_from_top_tokens(latent) == ""
     words = [" Nuclear", " nuclear", " weapons", " the", " weapon"]
-    latent["examples"] = [
-        example("top", "", i, "x") | {"tokens": [" a", w], "start": 0, "position": 1, "value": v}
-        for i, (w, v) in enumerate(zip(words, [9.0, 8.0, 7.0, 20.0, 6.0], strict=True))
-    ]
+
+    def window(token: str, value: float) -> dict[str, Any]:
+        place = {"tokens": [" a", token], "start": 0, "position": 1}
+        return example("top", "", 0, "x") | place | {"value": value, "activations": [0.0, value]}
+
+    pairs = zip(words, [9.0, 8.0, 7.0, 20.0, 6.0], strict=True)
+    latent["examples"] = [window(word, value) for word, value in pairs]
     assert label_from_top_tokens(latent).lower() == "nuclear, weapons"
     only_the = latent | {"examples": latent["examples"][3:4]}
     assert label_from_top_tokens(only_the) == "the"
+    latent["examples"] = [window(f" w{i}", 1.0) for i in range(30)]
+    assert label_from_top_tokens(latent) == "w0, w1, w2, w3 (mixed)"
+
+
+def test_a_label_is_the_word_that_the_latent_alone_marks():
+    marked = {"tokens": [" anti", "-", "Trump"], "start": 0, "position": 0}
+    marked |= {"value": 2.0, "activations": [2.0, 0.0, 0.0]}
+    stray = marked | {"position": 2, "value": 9.0, "activations": [0.0, 0.0, 9.0]}
+    examples = [example("top", "", 0, "x") | one for one in (*[marked] * 9, stray, stray)]
+    assert label_from_top_tokens(row(1) | {"examples": examples}).startswith("anti")
 
 
 def test_load_labels(tmp_path: Path):

@@ -166,7 +166,7 @@ def test_dose_of_the_latent_that_is_picked(site, tab):
     which.click()
     tab.get_by_role("option", name=LABELS[5]).click()
     tab.click("#sweep")
-    tab.wait_for_selector("#dose .doseplot")
+    tab.wait_for_selector("#dose .plot")
     tab.wait_for_function("document.querySelectorAll('#dose tbody tr').length === 9")
     assert LABELS[5] in tab.inner_text("#dose .verdict")
     prompts = (PROMPT, *(p for p in EXAMPLE_PROMPTS if p != PROMPT))
@@ -287,7 +287,7 @@ def test_nothing_overflows_the_window_and_no_table_is_cut(site, browser, width):
 
 @pytest.mark.parametrize("width", [390, 1200])
 def test_the_numbers_of_plot_and_table_stay_apart(site, browser, width):
-    boxes = "texts => texts.map(t => t.getBoundingClientRect().toJSON())"
+    boxes = "ts => ts.map(t => ({text: t.textContent, ...t.getBoundingClientRect().toJSON()}))"
     bottoms = "cells => cells.map(cell => cell.getBoundingClientRect().bottom)"
     with open_tab(site, browser, width=width) as tab:
         choose(tab)
@@ -299,8 +299,8 @@ def test_the_numbers_of_plot_and_table_stay_apart(site, browser, width):
         tab.get_by_role("tab", name="Find the dose").click()
         tab.click("#sweep")
         tab.wait_for_function("document.querySelectorAll('#dose tbody tr').length === 9")
-        texts = tab.locator("#dose .doseplot text").evaluate_all(boxes)
+        texts = tab.locator("#dose .plot text").evaluate_all(boxes)
         assert len(texts) >= 8
         for a, b in combinations(texts, 2):
             apart = a["right"] + 3 <= b["left"] or b["right"] + 3 <= a["left"]
-            assert apart or a["bottom"] <= b["top"] or b["bottom"] <= a["top"]
+            assert apart or a["bottom"] <= b["top"] or b["bottom"] <= a["top"], (a, b)

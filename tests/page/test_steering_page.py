@@ -164,7 +164,7 @@ def test_what_the_page_accepts_can_be_swept(site, changes):
     long = "the " * 199 + "court"
     assert [*handlers.compare(long, *settings)]
     for prompts in (long, ""):  # the examples stand in for none
-        assert [*handlers.sweep_chosen("0:3", prompts, *settings)][-1].count("scope='row'") == 9
+        assert [*handlers.sweep_chosen("0:3", prompts, *settings)][-1].count('scope="row"') == 9
     points = [*api_endpoints(handlers)["dose"]("0:3=add:1")][-1]["points"]
     assert len(points) == 9 and points[0]["sample"].startswith(EXAMPLE_PROMPTS[0])
 

@@ -150,7 +150,7 @@ def test_dose_report_of_every_latent_honours_where_and_chat(setup, loaded, tmp_p
 def test_dose_report_as_a_page(setup, tmp_path):
     succeed(setup, "--prompt", PROMPT, "--steer", "3=+1", "--dose_report", tmp_path / "dose.html")
     page = (tmp_path / "dose.html").read_text()
-    assert page.count("<svg") == 1 and LABELS[3] in page and "http" not in page
+    assert page.count("<svg") == 2 and LABELS[3] in page and "http" not in page
     done = run(setup, "--dose_report", tmp_path / "none.html")
     assert done.returncode == 1 and done.last_line.startswith("error: --dose_report needs --steer")
 
