@@ -11,6 +11,7 @@ from gradio.events import api
 
 from saint.page.fragments import chips_html, header_html
 from saint.page.handlers import TEMPERATURE, TOP_P, PageHandlers, api_endpoints, shown
+from saint.stage.html import inline
 from saint.stage.plots import STYLE
 from saint.steering.settings import WHERE, Limits
 from saint.steering.studio import EXAMPLE_PROMPTS
@@ -49,7 +50,7 @@ def theme() -> themes.Base:
 
 def css() -> str:
     """Return the page's style sheet."""
-    return (_HERE / "page.css").read_text(encoding="utf-8") + STYLE
+    return str(inline(_HERE / "page.css") + STYLE)
 
 
 def build_page(handlers: PageHandlers) -> gr.Blocks:
