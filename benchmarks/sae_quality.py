@@ -92,8 +92,9 @@ def saint(task: Task, seed: int) -> Model:
         trainer.train_step(raw, len(raw))
 
     def model(x: Tensor) -> tuple[Tensor, Tensor]:
-        values, indices = sae.encode(x)
-        return sae.decode(values, indices), scatter(values > 0, indices, task.n_latents)
+        active = sae.encode(x)
+        values, indices = active.matrices()
+        return sae.decode(active), scatter(values > 0, indices, task.n_latents)
 
     return model
 

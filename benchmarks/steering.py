@@ -41,7 +41,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from llama_3 import CheckpointError, Edit
-from sae import TopKSparseAutoencoder, standardise
+from sae import ActiveLatents, TopKSparseAutoencoder
 from saint.evidence.words import MIN_LETTERS, is_content_word
 from saint.stage.errors import UserError, log
 from saint.stage.files import write_json
@@ -200,11 +200,12 @@ def first_version_edit(
     """A bias on one latent before top-k, and the reconstruction in place of the activation."""
 
     def edit(x: Tensor, positions: Tensor) -> Tensor:
-        z, mean, scale = standardise(x, sae.config.norm_eps)
+        z, mean, scale = sae.normalise(x)
         pre = sae.pre_activations(z.reshape(-1, z.shape[-1]))
         pre[:, latent] += bias
         values, indices = pre.topk(sae.config.k, dim=1)
-        rebuilt = sae.decode(values.relu(), indices).reshape(z.shape) * scale + mean
+        kept = ActiveLatents.of_matrices(values.relu(), indices)
+        rebuilt = sae.decode(kept).reshape(z.shape) * scale + mean
         first = 1 if spare_bos else 0
         return torch.where((positions >= first).unsqueeze(-1), rebuilt.to(x.dtype), x)
 

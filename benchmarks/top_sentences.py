@@ -111,8 +111,9 @@ def ours(values: Tensor, indices: Tensor, offsets: Tensor, n_latents: int, top_n
     """Every latent's exact top N by mean, max and last."""
     tally = Tally(n_latents, top_n, 0, 0)
     ids = np.arange(len(offsets) - 1)
-    sparse = (values.cpu().numpy(), indices.to(torch.int32).cpu().numpy(), offsets.numpy())
-    tally.add(Chunk(*sparse, ids, np.ones(len(ids), bool)))
+    entries = values.shape[1] * np.arange(len(values) + 1)
+    flat = values.reshape(-1).cpu().numpy(), indices.reshape(-1).to(torch.int32).cpu().numpy()
+    tally.add(Chunk(*flat, entries, offsets.numpy(), ids, np.ones(len(ids), bool)))
     tally.finish()
     return tally
 

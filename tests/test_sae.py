@@ -26,7 +26,7 @@ def make_sae(d_model: int = 24, n_latents: int = 64, k: int = 5, seed: int = 0, 
 def test_encode_keeps_the_k_largest_and_blocks_do_not_matter(monkeypatch):
     sae = make_sae(k=6)
     x = torch.randn(33, 24)
-    values, indices = sae.encode(x)
+    values, indices = sae.encode(x).matrices()
     for row, pre in enumerate(sae.pre_activations(x).detach()):
         wanted = sorted(pre.tolist(), reverse=True)[:6]
         assert sorted(values[row].tolist(), reverse=True) == pytest.approx(
@@ -34,7 +34,7 @@ def test_encode_keeps_the_k_largest_and_blocks_do_not_matter(monkeypatch):
         )
         assert sorted(pre[indices[row]].tolist(), reverse=True) == pytest.approx(wanted, abs=1e-6)
     monkeypatch.setattr(sae_module, "BLOCK_ELEMENTS", 64 * 4)
-    torch.testing.assert_close(sae.encode(x)[0].sort().values, values.sort().values)
+    torch.testing.assert_close(sae.encode(x).matrices()[0].sort().values, values.sort().values)
     torch.testing.assert_close(
         torch_ops.gather_dot(x, indices, sae.W_dec.detach()),
         torch.einsum("nd,nkd->nk", x, sae.W_dec[indices].detach()),

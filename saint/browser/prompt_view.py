@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llama_3 import HookPoint, Llama, Tokenizer
-from sae import TopKSparseAutoencoder, standardise
+from sae import TopKSparseAutoencoder
 from saint.stage.errors import UserError
 from saint.stage.html import inline, render
 
@@ -25,9 +25,9 @@ _N_STRANDS = 30
 class PromptActivations:
     """Active latents on every token of a prompt (BOS left out).
 
-    tokens: display text, (n_tokens,). latents, values: (n_tokens, k) indices and activations, 0
-    where fewer than k fire. maxima: (n_latents,) largest seen activations, or None if unknown.
-    names: label by latent, for those that have one.
+    tokens: display text, (n_tokens,). latents, values: (n_tokens, k) indices and activations, k the
+    most that fire on a token, 0 where fewer do. maxima: (n_latents,) largest seen activations, or
+    None if unknown. names: label by latent, for those that have one.
     """
 
     tokens: list[str]
@@ -91,7 +91,8 @@ def prompt_activations(
         raise UserError("--prompt is empty")
     hook = HookPoint(config.layer, config.hook_point)
     captured = model.capture(torch.tensor([ids], device=model.device), [hook])[hook][0, first:]
-    values, latents = sae.encode(standardise(captured.to(sae.W_enc.device), config.norm_eps)[0])
+    active = sae.encode(sae.normalise(captured.to(sae.W_enc.device))[0])
+    values, latents = active.matrices()
     return PromptActivations(
         tokens=[tokenizer.token_text(i) for i in ids[first:]],
         latents=latents.cpu().numpy(),

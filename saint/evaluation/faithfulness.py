@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from llama_3 import HookPoint, Llama
 from llama_3.tokenizer import Tokenizer
-from sae import SAEConfig, TopKSparseAutoencoder, standardise
+from sae import SAEConfig, TopKSparseAutoencoder
 from saint.capture.packing import Pack, batches_by_length, pack
 from saint.stage.errors import UserError
 from saint.stage.program import progress
@@ -68,21 +68,23 @@ def reconstruction_metrics(
         for packed in packs:
             tokens = packed.tokens.to(device)
             raw = model.capture(tokens, [hook], seq_lens=packed.seq_lens)[hook][packed.own]
-            x = standardise(raw, config.norm_eps)[0]
-            values, indices = sae.encode(x)
-            error = (sae.decode(values, indices) - x).square().sum(dim=1).double()
+            x = sae.normalise(raw)[0]
+            active = sae.encode(x)
+            error = (sae.decode(active) - x).square().sum(dim=1).double()
             relative = error / x.square().sum(dim=1).clamp_min(1e-12)
-            sums += torch.stack([error.sum(), relative.sum(), (values > 0).sum().double()])
+            sums += torch.stack([error.sum(), relative.sum(), (active.values > 0).sum().double()])
             wide = x.double()
             moments += torch.stack([wide.sum(0), wide.square().sum(0), raw.double().sum(0)])
-            fired += torch.bincount(indices[values > 0], minlength=config.n_latents)
+            fired += torch.bincount(
+                active.indices[active.values > 0], minlength=config.n_latents
+            )
             bar.update(len(x))
     variance = float((moments[1] - moments[0].square() / n).sum())
-    error, relative, active = sums.tolist()
+    error, relative, n_active = sums.tolist()
     metrics = {
         "fvu": error / max(variance, 1e-12),
         "normalized_mse": relative / n,
-        "l0": active / n,
+        "l0": n_active / n,
     }
     return metrics, (fired / n).cpu(), (moments[2] / n).float()
 

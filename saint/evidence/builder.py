@@ -17,12 +17,21 @@ from torch import Tensor
 from llama_3 import load_llama
 from sae import TopKSparseAutoencoder
 from saint.evidence.file import KINDS, N_BINS, ROWS_PER_GROUP, SPLITS, Examples, LatentBlock
-from saint.evidence.rankings import RANKINGS, Tally, TopN, hash64, run_lengths, run_starts
-from saint.evidence.sample import ROWS_AT_ONCE, SparseActivations, example_activations, ragged_rows
+from saint.evidence.rankings import (
+    RANKINGS,
+    Tally,
+    TopN,
+    hash64,
+    ragged_rows,
+    run_lengths,
+    run_starts,
+)
+from saint.evidence.sample import SparseActivations, example_activations
 from saint.stage.devices import pick_dtype
 from saint.stage.errors import log
 
 _N_RELATED = 10
+_ENTRIES_AT_ONCE = 1 << 22
 _N_PROMOTED = 10
 _N_TOP_WINDOWS = 20
 _RANDOM_SEED, _POSITION_SEED = 1, 3
@@ -113,11 +122,10 @@ class NegativeSampler:
 
     def __init__(self, sparse: SparseActivations, device: torch.device):
         self.sparse, self.device = sparse, device
-        latents, owner = sparse.pool_latents
-        fires = latents >= 0
+        latents, entries, owner = sparse.pool_latents
         n_pool = len(sparse.pool)
-        keys = latents[fires].astype(np.int64) * n_pool
-        keys += np.broadcast_to(owner[:, None], latents.shape)[fires]
+        keys = latents.astype(np.int64) * n_pool
+        keys += np.repeat(owner, np.diff(entries))
         keys.sort()
         keys = keys[run_starts(keys)]
         self._latents, self._sentences = np.divmod(keys, max(1, n_pool))
@@ -178,10 +186,9 @@ class CoactivationCounter:
 
     def __init__(self, sparse: SparseActivations, n_latents: int):
         self.n_latents = n_latents
-        self._latents, _ = sparse.pool_latents
-        flat = self._latents.reshape(-1)
-        self._order = np.argsort(flat, kind="stable")
-        self._starts = np.searchsorted(flat, np.arange(n_latents + 1), sorter=self._order)
+        self._latents, self._entries, _ = sparse.pool_latents
+        self._order = np.argsort(self._latents, kind="stable")
+        self._starts = np.searchsorted(self._latents, np.arange(n_latents + 1), sorter=self._order)
         self._n_firing = np.diff(self._starts)
 
     def strongest(self, latents: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -190,10 +197,12 @@ class CoactivationCounter:
         latents: consecutive.
         """
         entries = self._order[self._starts[latents[0]] : self._starts[latents[-1] + 1]]
-        own = self._latents.reshape(-1)[entries].astype(np.int64) - latents[0]
-        partners = self._latents[entries // max(1, self._latents.shape[1])]
-        keys = own[:, None] * self.n_latents + partners
-        keys = keys[(partners >= 0) & (partners != latents[own][:, None])]
+        token = np.searchsorted(self._entries, entries, side="right") - 1
+        counts = self._entries[token + 1] - self._entries[token]
+        partners = self._latents[ragged_rows(self._entries[token], counts)]
+        own = np.repeat(self._latents[entries].astype(np.int64) - latents[0], counts)
+        keys = own * self.n_latents + partners
+        keys = keys[partners != own + latents[0]]
         # Only pairs that occur are counted: a dense table is mostly zeros.
         keys = keys.astype(np.uint32 if len(latents) * self.n_latents < 1 << 32 else np.uint64)
         keys.sort()
@@ -220,10 +229,10 @@ def histograms(sparse: SparseActivations, maxima: np.ndarray) -> np.ndarray:
     counts = np.zeros(len(maxima) * N_BINS, np.int64)
     scale = np.divide(N_BINS, maxima, where=maxima > 0, out=np.zeros_like(maxima))
     for shard in sparse.shards:
-        for start in range(0, len(shard.values), ROWS_AT_ONCE):
-            rows = slice(start, start + ROWS_AT_ONCE)
-            values = shard.values[rows].numpy().reshape(-1)
-            latents = shard.indices[rows].numpy().reshape(-1)[values > 0].astype(np.int64)
+        for start in range(0, len(shard.values), _ENTRIES_AT_ONCE):
+            part = slice(start, start + _ENTRIES_AT_ONCE)
+            values = shard.values[part].numpy()
+            latents = shard.indices[part].numpy()[values > 0].astype(np.int64)
             bins = np.ceil(values[values > 0] * scale[latents]).astype(np.int64).clip(1, N_BINS) - 1
             counts += np.bincount(latents * N_BINS + bins, minlength=len(counts))
     return counts.reshape(-1, N_BINS)

@@ -27,7 +27,7 @@ _BITS = np.uint32(0x7FFFFFFF)  # of a non-negative float32, which sort as intege
 _SMALLEST = np.float32(2.0**-149)
 _N_BINS, _BIN_SHIFT = 256, 19  # 16 bins per power of two, over 16 of them
 _MIN_ROWS = 1 << 15
-_CHUNK_TOKENS = 4096
+_CHUNK_ENTRIES = 1 << 18
 # splitmix64 (Steele et al., 2014).
 _GAMMA, _MIX_1, _MIX_2 = (
     np.uint64(c) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
@@ -74,31 +74,31 @@ class Pairs:
 def reduce_by_sentence(values: np.ndarray, indices: np.ndarray, offsets: np.ndarray) -> Pairs:
     """Sum and maximum of every latent over every sentence in which it fires.
 
-    values: (n_tokens, k) float32, 0 where the latent does not fire. indices: (n_tokens, k) latents,
-    distinct in a row. offsets: (n_sentences + 1,), sentence i is rows offsets[i] to offsets[i + 1].
+    values: (n_entries,) float32, 0 where the latent does not fire. indices: (n_entries,) latents,
+    distinct on a token. offsets: (n_sentences + 1,), sentence i is entries offsets[i] to
+    offsets[i + 1], in token order.
     """
-    n_entries, flat = values.size, values.reshape(-1)
+    n_entries = len(values)
     entry_bits = max(1, (n_entries - 1).bit_length())
     latent_bits = int(indices.max(initial=0)).bit_length()
     # The entry's number rides in the low bits: a plain sort keeps the order of tokens within a
     # latent, and one of 32-bit integers is several times faster than one of 64 bits or an argsort.
     dtype = np.uint32 if entry_bits + latent_bits <= 32 else np.uint64
-    keys = indices.reshape(-1).astype(dtype) << dtype(entry_bits)
+    keys = indices.astype(dtype) << dtype(entry_bits)
     keys |= np.arange(n_entries, dtype=dtype)
-    fires = flat > 0
+    fires = values > 0
     if not fires.all():
         keys = keys[fires]
     keys.sort()
     # `take` with native integers, and a 32-bit running count, are 2 and 10 times their defaults.
     entries = (keys & dtype((1 << entry_bits) - 1)).astype(np.intp)
-    tokens = ((keys & dtype((1 << entry_bits) - 1)) // dtype(values.shape[1])).astype(np.intp)
     keys >>= dtype(entry_bits)
     owner = np.repeat(np.arange(len(offsets) - 1, dtype=np.int32), np.diff(offsets))
-    sentences = owner.take(tokens)
+    sentences = owner.take(entries)
     new = _differs_from_previous(keys)
     new[1:] |= sentences[1:] != sentences[:-1]
     starts = np.flatnonzero(new)
-    ordered = flat.take(entries)
+    ordered = values.take(entries)
     if not len(starts):
         nothing = np.zeros(0, np.intp)
         return Pairs(nothing, nothing, nothing, ordered.astype(np.float64), ordered)
@@ -131,29 +131,39 @@ def run_lengths(starts: np.ndarray, end: int) -> np.ndarray:
     return lengths
 
 
+def ragged_rows(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Return start, start + 1, … for each of several ranges, one after the other."""
+    before = np.cumsum(lengths) - lengths
+    return np.repeat(starts - before, lengths) + np.arange(int(lengths.sum()))
+
+
 @dataclass(frozen=True)
 class Chunk:
     """Whole sentences after the encoder.
 
-    values, indices: (n_tokens, k) float32 and int32. offsets: (n_sentences + 1,), from 0.
+    values, indices: (n_entries,) float32 and int32. entries: (n_tokens + 1,), where each token's
+    begin. offsets: (n_sentences + 1,), where each sentence's tokens begin. Both from 0.
     sentence_ids: (n_sentences,) int64. canonical: (n_sentences,) bool, False for a sentence whose
     tokens another one with a smaller id has too: it is counted, but not ranked.
     """
 
     values: np.ndarray
     indices: np.ndarray
+    entries: np.ndarray
     offsets: np.ndarray
     sentence_ids: np.ndarray
     canonical: np.ndarray
 
-    def split(self, n_tokens: int) -> Iterator[Chunk]:
-        """Yield chunks of at most n_tokens tokens (or one longer sentence)."""
-        for first, end in batches_of_sentences(self.offsets, n_tokens):
-            rows = slice(int(self.offsets[first]), int(self.offsets[end]))
+    def split(self, n_entries: int) -> Iterator[Chunk]:
+        """Yield chunks of at most n_entries entries (or one longer sentence)."""
+        for first, end in batches_of_sentences(self.entries[self.offsets], n_entries):
+            start, stop = int(self.offsets[first]), int(self.offsets[end])
+            held = slice(int(self.entries[start]), int(self.entries[stop]))
             yield Chunk(
-                self.values[rows],
-                self.indices[rows],
-                self.offsets[first : end + 1] - rows.start,
+                self.values[held],
+                self.indices[held],
+                self.entries[start : stop + 1] - held.start,
+                self.offsets[first : end + 1] - start,
                 self.sentence_ids[first:end],
                 self.canonical[first:end],
             )
@@ -329,11 +339,9 @@ class Tally:
 
     def add(self, chunk: Chunk) -> None:
         """Count a chunk of whole sentences."""
-        # As many tokens as `reduce_by_sentence` can number in 32 bits.
-        limit = max(
-            1, (1 << max(0, 32 - (self.n_latents - 1).bit_length())) // chunk.values.shape[1]
-        )
-        parts = list(chunk.split(min(limit, _CHUNK_TOKENS)))
+        # As many entries as `reduce_by_sentence` can number in 32 bits.
+        limit = 1 << max(0, 32 - (self.n_latents - 1).bit_length())
+        parts = list(chunk.split(min(limit, _CHUNK_ENTRIES)))
         with ThreadPoolExecutor(1) as pool:  # a part is reduced while the one before is ranked
             pairs = pool.submit(self._reduce, parts[0]) if parts else None
             for part, following in zip_longest(parts, parts[1:]):
@@ -344,7 +352,7 @@ class Tally:
                 self._rank(part, found)
 
     def _reduce(self, part: Chunk) -> Pairs:
-        arrays = part.values, part.indices, part.offsets
+        arrays = part.values, part.indices, part.entries[part.offsets]
         if self._compiled:
             return Pairs(*cpu.reduce_by_sentence(*arrays, self.n_latents))
         return reduce_by_sentence(*arrays)
@@ -369,10 +377,11 @@ class Tally:
             drawn = priority(self._latent_hashes.take(latents), hash64(ids).take(sentences))
             tops["sample"].offer(latents, drawn, sentences, ids, pairs.maxima)
         ended = np.flatnonzero(chunk.canonical & (lengths > 0))
-        rows = chunk.offsets[1:][ended] - 1
-        owner = np.repeat(ended, chunk.values.shape[1])
-        latents, values = (x[rows].reshape(-1) for x in (chunk.indices, chunk.values))
-        tops["last"].offer(latents, values, owner, ids)
+        last = chunk.offsets[1:][ended] - 1
+        counts = chunk.entries[last + 1] - chunk.entries[last]
+        held = ragged_rows(chunk.entries[last], counts)
+        owner = np.repeat(ended, counts)
+        tops["last"].offer(chunk.indices[held], chunk.values[held], owner, ids)
 
     def finish(self) -> None:
         """Merge what waits; call before reading the results."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from saint.evidence.rankings import hash64
+from saint.evidence.rankings import hash64, ragged_rows
 from saint.evidence.sparse_activations import SentenceIndex, read_sparse, sparse_path
 from saint.store.activation_store import ActivationStore
 
@@ -62,18 +62,22 @@ class SparseActivations:
             yield shard, members, rows
 
     @cached_property
-    def pool_latents(self) -> tuple[np.ndarray, np.ndarray]:
-        """(n_tokens, k) latents of the pool's tokens, -1 where none fires, and each one's row."""
-        k = self.shards[0].indices.shape[1]
-        latents, owner = [], []
+    def pool_latents(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What fires on the pool's tokens, token by token.
+
+        Returns latents (n_entries,), where each token's entries begin (n_tokens + 1,), and each
+        token's sentence, its place in the pool (n_tokens,).
+        """
+        latents, counts, owner = [np.empty(0, np.int32)], [np.zeros(1, np.int64)], []
         for shard, members, rows in self.tokens_of(self.pool):
-            found = self.shards[shard].indices.numpy()[rows]
-            fires = self.shards[shard].values.numpy()[rows] > 0
-            latents.append(np.where(fires, found, -1))
+            for part in np.array_split(rows, max(1, -(-len(rows) // ROWS_AT_ONCE))):
+                held, token = self.shards[shard].entries_of(part)
+                fires = self.shards[shard].values.numpy()[held] > 0
+                latents.append(self.shards[shard].indices.numpy()[held[fires]])
+                counts.append(np.bincount(token[fires], minlength=len(part)))
             owner.append(np.repeat(members, self.index.length[self.pool[members]]))
-        if not latents:
-            return np.empty((0, k), np.int32), np.empty(0, np.int64)
-        return np.concatenate(latents), np.concatenate(owner)
+        owners = np.concatenate(owner) if owner else np.empty(0, np.int64)
+        return np.concatenate(latents), np.concatenate(counts).cumsum(), owners
 
     def pooled(self, positions: np.ndarray) -> np.ndarray:
         """(n, d_model) float32 mean-pooled standardised tokens of sentences."""
@@ -91,12 +95,6 @@ def groups(keys: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         yield int(key), members
 
 
-def ragged_rows(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Return start, start + 1, … for each of several ranges, one after the other."""
-    before = np.cumsum(lengths) - lengths
-    return np.repeat(starts - before, lengths) + np.arange(int(lengths.sum()))
-
-
 def example_activations(
     sparse: SparseActivations, positions: np.ndarray, latents: np.ndarray
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, int]]:
@@ -110,8 +108,8 @@ def example_activations(
         for members in np.split(in_shard, np.flatnonzero(np.diff(cuts)) + 1):
             rows = ragged_rows(sparse.index.start[positions[members]], lengths[members])
             wanted = np.repeat(latents[members], lengths[members]).astype(np.int32)
-            hits = sparse.shards[shard].indices.numpy()[rows] == wanted[:, None]
-            row, slot = np.nonzero(hits)
+            held, row = sparse.shards[shard].entries_of(rows)
+            hits = sparse.shards[shard].indices.numpy()[held] == wanted[row]
             activations = np.zeros(len(rows), np.float32)
-            activations[row] = sparse.shards[shard].values.numpy()[rows[row], slot]
+            activations[row[hits]] = sparse.shards[shard].values.numpy()[held[hits]]
             yield members, rows, activations, shard

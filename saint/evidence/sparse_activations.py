@@ -12,13 +12,14 @@ import torch
 from safetensors.numpy import load_file as load_arrays
 from torch import Tensor
 
-from sae import TopKSparseAutoencoder, standardise
+from sae import TopKSparseAutoencoder
 from saint.evidence.rankings import (
     Chunk,
     Tally,
     batches_of_sentences,
     first_of_equals,
     hash_sentences,
+    ragged_rows,
 )
 from saint.kernels.fastest import Encode, fastest_encode
 from saint.stage.errors import log
@@ -33,14 +34,22 @@ from saint.store.row_format import read_tensors, write_tensors
 class SparseShard:
     """A shard's activations after the encoder.
 
-    values: (n_tokens, k) float32. indices: (n_tokens, k) int32. pooled: (n_sentences, d_model)
-    float16, the mean of each sentence's standardised tokens. offsets: (n_sentences + 1,) int64.
+    Token i's entries are entries[i] to entries[i + 1] of values (n_entries,) float32 and indices
+    (n_entries,) int32; entries: (n_tokens + 1,) int64. pooled: (n_sentences, d_model) float16, the
+    mean of each sentence's normalised tokens. offsets: (n_sentences + 1,) int64.
     """
 
     values: Tensor
     indices: Tensor
+    entries: Tensor
     pooled: Tensor
     offsets: Tensor
+
+    def entries_of(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return which entries some tokens have, and each one's place in `tokens`."""
+        entries = self.entries.numpy()
+        counts = entries[tokens + 1] - entries[tokens]
+        return ragged_rows(entries[tokens], counts), np.repeat(np.arange(len(tokens)), counts)
 
 
 def sparse_path(work_dir: Path, index: int) -> Path:
@@ -116,24 +125,28 @@ def encode_shard(
 
     Of equal pre-activations, the C++ encoder keeps the first latent's, whatever the batch.
     """
-    k, n_tokens = sae.config.k, len(shard.token_ids)
-    sparse = SparseShard(
-        values=torch.empty(n_tokens, k),
-        indices=torch.empty(n_tokens, k, dtype=torch.int32),
-        pooled=torch.zeros(len(shard.sentence_ids), sae.config.d_model, dtype=torch.float16),
-        offsets=shard.offsets.clone(),
-    )
+    values, indices = [torch.empty(0)], [torch.empty(0, dtype=torch.int32)]
+    counts = [torch.zeros(1, dtype=torch.int64)]
+    means = torch.zeros(len(shard.sentence_ids), sae.config.d_model, dtype=torch.float16)
     for first, end in batches_of_sentences(shard.offsets.numpy(), batch_tokens):
         rows = slice(int(shard.offsets[first]), int(shard.offsets[end]))
         x = shard.read(rows).to(sae.W_enc.device)
-        z = standardise(x, sae.config.norm_eps)[0]
-        values, indices = encode(z)
-        sparse.values[rows], sparse.indices[rows] = values.cpu(), indices.cpu()
+        z = sae.normalise(x)[0]
+        active = encode(z)
+        values.append(active.values.cpu())
+        indices.append(active.indices.to(torch.int32).cpu())
+        counts.append(active.offsets.diff().cpu())
         lengths = (shard.offsets[first + 1 : end + 1] - shard.offsets[first:end]).to(z.device)
         pooled = torch.segment_reduce(z, "mean", lengths=lengths, axis=0, initial=0)
-        sparse.pooled[first:end] = pooled.cpu()
+        means[first:end] = pooled.cpu()
         bar.update(len(x))
-    return sparse
+    return SparseShard(
+        values=torch.cat(values),
+        indices=torch.cat(indices),
+        entries=torch.cat(counts).cumsum(0),
+        pooled=means,
+        offsets=shard.offsets.clone(),
+    )
 
 
 def tally_store(
@@ -154,10 +167,11 @@ def tally_store(
 
     def count(sparse: SparseShard, ids: np.ndarray) -> None:
         canonical = index.canonical[index.find(ids)]
-        values, indices, offsets = (
-            column.numpy() for column in (sparse.values, sparse.indices, sparse.offsets)
+        values, indices, entries, offsets = (
+            column.numpy()
+            for column in (sparse.values, sparse.indices, sparse.entries, sparse.offsets)
         )
-        tally.add(Chunk(values, indices, offsets, ids, canonical))
+        tally.add(Chunk(values, indices, entries, offsets, ids, canonical))
 
     own = range(workers.rank, store.n_shards, workers.world_size)
     n_tokens = int(index.length[np.isin(index.shard, own)].sum())

@@ -343,11 +343,11 @@ def update(
 def reduce_by_sentence(
     values: np.ndarray, indices: np.ndarray, offsets: np.ndarray, n_latents: int
 ) -> tuple[np.ndarray, ...]:
-    """Return sentences, latents, n_tokens, sums and maxima, as `top_sentences.Pairs` has them."""
-    n, k = values.shape
+    """Return sentences, latents, n_tokens, sums and maxima, as `rankings.Pairs` has them."""
+    n = len(values)
     arrays = [np.ascontiguousarray(offsets, np.int64)]
     arrays += [np.ascontiguousarray(values, np.float32), np.ascontiguousarray(indices, np.int32)]
-    outputs = tuple(np.empty(n * k, dtype) for dtype in (*[np.int64] * 3, np.float64, np.float32))
-    sizes = (len(offsets) - 1, n_latents, k)
+    outputs = tuple(np.empty(n, dtype) for dtype in (*[np.int64] * 3, np.float64, np.float32))
+    sizes = (len(offsets) - 1, n_latents)
     n_pairs = int(_call("saint_reduce_by_sentence", *sizes, *arrays, *outputs))
     return tuple(column[:n_pairs] for column in outputs)

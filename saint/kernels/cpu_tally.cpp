@@ -1,4 +1,4 @@
-// Sums and maxima of every latent over every sentence, for saint/top_sentences.py.
+// Sums and maxima of every latent over every sentence, for saint/evidence/rankings.py.
 
 #include <vector>
 
@@ -6,10 +6,10 @@
 
 extern "C" {
 
-// Sentence i is rows offsets[i] to offsets[i + 1] of values and indices (n_tokens, k); a row's
-// latents are distinct. The outputs have room for every entry; returns how many pairs there are.
+// Sentence i is entries offsets[i] to offsets[i + 1] of values and indices, in token order; a
+// token's latents are distinct. The outputs have room for every entry; returns how many pairs there are.
 // Sums are added up in token order.
-int64_t saint_reduce_by_sentence(int64_t n_sentences, int64_t n_latents, int64_t k,
+int64_t saint_reduce_by_sentence(int64_t n_sentences, int64_t n_latents,
                                  const int64_t* offsets, const float* values,
                                  const int32_t* indices, int64_t* sentences, int64_t* latents,
                                  int64_t* n_tokens, double* sums, float* maxima,
@@ -18,7 +18,7 @@ int64_t saint_reduce_by_sentence(int64_t n_sentences, int64_t n_latents, int64_t
   int64_t n = 0;
   for (int64_t sentence = 0; sentence < n_sentences; sentence++) {
     const int64_t first = n;
-    for (int64_t e = offsets[sentence] * k; e < offsets[sentence + 1] * k; e++) {
+    for (int64_t e = offsets[sentence]; e < offsets[sentence + 1]; e++) {
       const float value = values[e];
       if (!(value > 0)) continue;
       int64_t& pair = pair_of[indices[e]];

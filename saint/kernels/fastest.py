@@ -8,12 +8,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sae import TopKSparseAutoencoder
+from sae import ActiveLatents, TopKSparseAutoencoder
 from saint.kernels import cpu
 from saint.kernels.pieces import CpuKernels, Pieces
 from saint.stage.errors import UserError, log
 
-Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
+Encode = Callable[[Tensor], ActiveLatents]
 """As `TopKSparseAutoencoder.encode`."""
 
 
@@ -27,15 +27,15 @@ def fastest_cpu_kernels(d_model: int) -> CpuKernels:
 
 
 @torch.no_grad()
-def encode(sae: TopKSparseAutoencoder, pieces: Pieces, x: Tensor) -> tuple[Tensor, Tensor]:
-    """As `TopKSparseAutoencoder.encode`, by the given pieces."""
-    values, indices = pieces.encode(x - sae.b_pre, sae.W_enc, sae.b_enc, sae.config.k)
-    return values, indices.long()
+def encode(sae: TopKSparseAutoencoder, pieces: Pieces, x: Tensor) -> ActiveLatents:
+    """As `TopKSparseAutoencoder.encode` of a topk, by the given pieces."""
+    return sae.of_topk(*pieces.encode(x - sae.b_pre, sae.W_enc, sae.b_enc, sae.config.k))
 
 
 def fastest_encode(sae: TopKSparseAutoencoder) -> Encode:
     """Return the `sae.encode` of `make_step("auto", …)`, for weights that stay as they are."""
-    if sae.W_enc.device.type != "cpu":
+    fixed = sae.config.activation == "topk" and sae.W_enc.dtype == torch.float32
+    if sae.W_enc.device.type != "cpu" or not fixed:
         return sae.encode
     try:
         return partial(encode, sae, fastest_cpu_kernels(sae.config.d_model))

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from llama_3 import Edit, HookPoint, Llama, Sampling, generate
-from sae import standardise
 from saint.steering.settings import Request, Setting
 from saint.steering.studio import Dictionary, Studio, build_edits
 
@@ -208,7 +207,7 @@ def _surprise(model: Llama, resid: Tensor, ids: Tensor) -> list[float]:
 def setting_activations(dictionary: Dictionary, x: Tensor, setting: Setting) -> Tensor:
     """Return (n_tokens,) activations, in its units, of one latent on raw x; 0 at BOS."""
     sae = dictionary.sae
-    z, _, _ = standardise(x, sae.config.norm_eps)
+    z, _, _ = sae.normalise(x)
     latent = torch.tensor([setting.latent], device=z.device)
     values = sae.latent_activations(z, latent)[:, 0].cpu() / dictionary.units[setting.latent]
     if sae.config.prepend_bos:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sae import standardise
 from saint.steering.completions import read
 from saint.steering.guide import Guide
 from saint.steering.settings import Setting
@@ -154,11 +153,14 @@ def search_text(studio: Studio, guides: list[Guide], query: str, *, limit: int =
 
 
 def latent_matrix(studio: Studio, dictionary: Dictionary, ids: list[int]) -> tuple[Tensor, Tensor]:
-    """Return a text's activations, values and indices (n_tokens, k), on the CPU; 0 at BOS."""
+    """Return a text's activations, values and indices (n_tokens, k), on the CPU; 0 at BOS.
+
+    k: the most that fire on a token, filled up with 0.
+    """
     tokens = torch.tensor([ids], device=studio.model.device)
     x = studio.model.capture(tokens, [dictionary.hook])[dictionary.hook][0]
-    z, _, _ = standardise(x, dictionary.sae.config.norm_eps)
-    values, indices = (t.cpu() for t in dictionary.sae.encode(z))
+    z, _, _ = dictionary.sae.normalise(x)
+    values, indices = (t.cpu() for t in dictionary.sae.encode(z).matrices())
     if dictionary.sae.config.prepend_bos:
         values[0] = 0.0
     return values, indices

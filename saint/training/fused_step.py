@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sae import TopKSparseAutoencoder
+from sae import ActiveLatents, TopKSparseAutoencoder
 from saint.kernels import cpu
 from saint.kernels.fastest import encode
 from saint.kernels.pieces import AuxGradient, CpuKernels, Pieces, SparseGradient
@@ -36,7 +36,7 @@ class FusedStep:
         self._dead = aux.dead if aux is not None else None
         return losses
 
-    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(self, x: Tensor) -> ActiveLatents:
         """See `Step`."""
         return encode(self.sae, self.pieces, x)
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sae import TopKSparseAutoencoder, standardise
+from sae import TopKSparseAutoencoder, normalise
 from saint.kernels.fastest import Encode
 from saint.store.shuffled_rows import BatchedRows, Split
 from saint.training.losses import Losses
@@ -40,15 +40,15 @@ def validate(
     squares, fired = torch.zeros_like(total), torch.zeros(sae.config.n_latents, device=device)
     for start in range(0, n_rows, _BLOCK_ROWS):
         raw = rows.read("val", start, min(start + _BLOCK_ROWS, n_rows)).to(device)
-        x = standardise(raw, sae.config.norm_eps)[0]
-        values, indices = encode(x)
-        error = (sae.decode(values, indices) - x).square().sum(dim=1).double()
+        x = normalise(raw, sae.config)[0]
+        found = encode(x)
+        error = (sae.decode(found) - x).square().sum(dim=1).double()
         loss = loss + (error / x.square().sum(dim=1).clamp_min(1e-12)).sum()
         error_sum = error_sum + error.sum()
-        active = active + (values > 0).sum()
+        active = active + (found.values > 0).sum()
         total += x.double().sum(dim=0)
         squares += x.double().square().sum(dim=0)
-        fired += torch.bincount(indices[values > 0], minlength=len(fired))
+        fired += torch.bincount(found.indices[found.values > 0], minlength=len(fired))
     variance = (squares - total.square() / n_rows).sum().clamp_min(1e-12)
     density = (fired / n_rows).cpu()
     metrics = {
@@ -88,8 +88,8 @@ def maxima_over_rows(trainer: Trainer, rows: BatchedRows) -> Tensor:
         raw = rows.read(split, start, min(start + _BLOCK_ROWS, rows.n_rows(split))).to(
             workers.device
         )
-        values, indices = trainer.kernels.encode(standardise(raw, sae.config.norm_eps)[0])
-        maximum.scatter_reduce_(0, indices.reshape(-1), values.reshape(-1), "amax")
+        found = trainer.kernels.encode(normalise(raw, sae.config)[0])
+        maximum.scatter_reduce_(0, found.indices, found.values, "amax")
     if workers.world_size > 1:
         dist.all_reduce(maximum, op=dist.ReduceOp.MAX)
     return maximum

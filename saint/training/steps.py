@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sae import TopKSparseAutoencoder, normalise_decoder
+from sae import ActiveLatents, TopKSparseAutoencoder, normalise_decoder
 from saint.kernels.fastest import fastest_cpu_kernels
 from saint.kernels.pieces import CpuKernels
 from saint.stage.errors import UserError, log
@@ -40,7 +40,7 @@ class Step(Protocol):
         """Move the weights by the sum over micro-batches and ranks; return the gradient's norm."""
         ...
 
-    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(self, x: Tensor) -> ActiveLatents:
         """As `TopKSparseAutoencoder.encode`, by these kernels."""
         ...
 
@@ -112,7 +112,7 @@ class TorchStep:
         normalise_decoder(self.sae)
         return norm
 
-    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(self, x: Tensor) -> ActiveLatents:
         """See `Step`."""
         return self.sae.encode(x)
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sae import TopKSparseAutoencoder, standardise
+from sae import TopKSparseAutoencoder, normalise
 from saint.stage.workers import Workers
 from saint.training.losses import AuxK, Losses
 from saint.training.moments import Moments
@@ -55,7 +55,7 @@ class Trainer:
         for micro in rows.split(micro_batch_size):
             aux = self._aux(dead, first)
             first += len(micro)
-            x = standardise(micro.to(self.workers.device), self.sae.config.norm_eps)[0]
+            x = normalise(micro.to(self.workers.device), self.sae.config)[0]
             share = len(micro) / len(rows)
             weight = share / self.workers.world_size
             parts.append((share, self.kernels.accumulate(x, k, aux, weight)))

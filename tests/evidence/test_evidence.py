@@ -103,7 +103,7 @@ def test_prompt_view_shows_the_models_own_latents(setup: tuple[Path, Path], tmp_
     hook = HookPoint(1, "resid_pre")
     rows = model.capture(torch.tensor([ids]), [hook])[hook][0, 1:]
     assert rows.shape[1] == D_MODEL and sae.max_activations is not None
-    values, latents = sae.encode(standardise(rows)[0])
+    values, latents = sae.encode(standardise(rows)[0]).matrices()
     shares = values / sae.max_activations[latents]
     found = program.call(
         "latent_browser",

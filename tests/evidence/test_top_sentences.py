@@ -342,7 +342,7 @@ def test_the_fastest_encoder_is_exact_and_gives_ties_to_the_first_latent(d_model
     sae.W_enc[100:] = sae.W_enc[:100]  # every latent has a twin
     x = standardise(torch.randn(70, d_model, generator=torch.Generator().manual_seed(0)))[0]
     encode = fastest.fastest_encode(sae)
-    values, indices = encode(x)
+    values, indices = encode(x).matrices()
     # In float64, the i-th latent and its twin are equally strong.
     best = (x.double() @ sae.W_enc[:100].double().T).topk(4, dim=1)
     wanted = torch.cat([best.indices, best.indices + 100], dim=1).sort(dim=1)
@@ -353,10 +353,10 @@ def test_the_fastest_encoder_is_exact_and_gives_ties_to_the_first_latent(d_model
     if not cpu.is_available():
         return
     sae.config = SAEConfig(d_model, 200, 7, layer=1)  # the last one kept has a twin that is not
-    kept = encode(x)[1].sort(dim=1).values
+    kept = encode(x).matrices()[1].sort(dim=1).values
     last = best.indices[:, 3:] + 100
     assert torch.equal(kept, wanted.values[wanted.values != last].view(-1, 7))
-    again = torch.cat([encode(part)[1] for part in x.split(9)]).sort(dim=1).values
+    again = torch.cat([encode(part).matrices()[1] for part in x.split(9)]).sort(dim=1).values
     assert torch.equal(again, kept)
 
 
@@ -509,16 +509,20 @@ def test_pairs_equal_a_loop_with_32_and_64_bit_keys(n_latents: int, compiled: bo
     step = n_latents // 8
     indices = (rng.integers(0, step, (offsets[-1], 8)) + step * np.arange(8)).astype(np.int32)
     values = rng.random(indices.shape, np.float32).clip(0.3) - np.float32(0.3)
+    held = rng.random(indices.shape) < 0.7  # tokens differ in how many latents they have
+    entries = np.concatenate([[0], held.sum(axis=1).cumsum()])[offsets]
+    flat = values[held], indices[held], entries
     if compiled:
-        parts = cpu.reduce_by_sentence(values, indices, offsets, n_latents)
+        parts = cpu.reduce_by_sentence(*flat, n_latents)
         order = np.lexsort((parts[0], parts[1]))
         pairs = rankings.Pairs(*(column[order] for column in parts))
     else:
-        pairs = rankings.reduce_by_sentence(values, indices, offsets)
+        pairs = rankings.reduce_by_sentence(*flat)
     expected: dict[tuple[int, int], list[float]] = {}
     for sentence in range(len(lengths)):
         for row in range(offsets[sentence], offsets[sentence + 1]):
-            for latent, value in zip(indices[row].tolist(), values[row].tolist(), strict=True):
+            mine = indices[row][held[row]].tolist(), values[row][held[row]].tolist()
+            for latent, value in zip(*mine, strict=True):
                 if value > 0:
                     expected.setdefault((latent, sentence), []).append(value)
     keys = sorted(expected)

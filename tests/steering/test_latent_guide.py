@@ -106,7 +106,7 @@ def test_example_texts_rank_by_activation_and_rarity(studio):
     ids = studio.encode(PROMPT, chat=False)
     x = studio.model.capture(torch.tensor([ids]), [dictionary.hook])[dictionary.hook][0, 1:]
     z = (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-6)
-    values, indices = dictionary.sae.encode(z)
+    values, indices = dictionary.sae.encode(z).matrices()
     dense = torch.zeros(len(z), N_LATENTS).scatter(1, indices, values)
     relative = dense.amax(0) / dictionary.units
     hits = search_text(studio, [Guide()], PROMPT, limit=6)

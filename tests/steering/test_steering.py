@@ -76,8 +76,8 @@ def active_latents(studio, n):
     dictionary = studio.dictionaries[0]
     x = studio.model.capture(ids, [dictionary.hook])[dictionary.hook][0, 1:]
     z = (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-6)
-    values, indices = dictionary.sae.encode(z)
-    counts = torch.bincount(indices[values > 0], minlength=N_LATENTS)
+    active = dictionary.sae.encode(z)
+    counts = torch.bincount(active.indices[active.values > 0], minlength=N_LATENTS)
     return counts.argsort(descending=True)[:n].tolist()
 
 

@@ -197,7 +197,7 @@ def test_density_quantiles_are_those_of_the_activations(data, tmp_path):
     save = tmp_path / "sae.pt"
     train(data, save, "--n_latents", 64)
     x = standardise(open_batched_rows(data / "rows").read("val", 0, 64))[0]
-    values, indices = load_sae(save, device="cpu").encode(x)
+    values, indices = load_sae(save, device="cpu").encode(x).matrices()
     counts = [int((values[indices == i] > 0).sum()) for i in range(64)]
     logs = [math.log10(count / 64) for count in counts if count]
     last = metrics_of(save)[-1]
@@ -219,7 +219,7 @@ def test_the_best_sae_has_its_own_steering_unit(data, tmp_path, kernels):
     saes = [load_sae(path, device="cpu") for path in (save, best)]
     assert not torch.equal(saes[0].W_enc, saes[1].W_enc)
     for sae in saes:
-        values, indices = sae.encode(x)
+        values, indices = sae.encode(x).matrices()
         wanted = torch.zeros(len(x), 32).scatter(1, indices, values).amax(0)
         assert sae.max_activations is not None
         torch.testing.assert_close(sae.max_activations, wanted, rtol=1e-4, atol=1e-4)
@@ -236,7 +236,7 @@ def test_other_weights_are_encoded_with_at_once(kernels):
     trainer.take_weights(saes[1])
     dense = [
         torch.zeros(50, 500).scatter(1, indices, values)
-        for values, indices in (trainer.kernels.encode(x), saes[1].encode(x))
+        for values, indices in (e(x).matrices() for e in (trainer.kernels.encode, saes[1].encode))
     ]
     torch.testing.assert_close(*dense, rtol=1e-4, atol=1e-4)
     assert trainer.kernels.diagnostics().get("debug/float32_tokens_ratio", 0) < 0.5
