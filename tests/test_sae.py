@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
 import sae as sae_module
-from sae import SAEConfig, TopKSparseAutoencoder, load_sae, save_sae, standardise
+from sae import (
+    SAEConfig,
+    Steer,
+    TopKSparseAutoencoder,
+    denormalise,
+    load_sae,
+    save_sae,
+    standardise,
+    steering_shift,
+)
 from saint.kernels import torch_ops
+from saint.kernels.fastest import fastest_encode
 from saint.stage.errors import UserError
 
 
@@ -114,3 +125,149 @@ def test_bad_checkpoints_are_one_clear_line(tmp_path: Path):
     torch.save(record, path)
     with pytest.raises(UserError, match=r"b_pre has shape \(3,\), expected \(24,\)"):
         load_sae(path, device="cpu")
+
+
+RULES = ("topk", "batchtopk", "jumprelu", "relu", "gated")
+
+
+def make_rule(activation: str, **facts):
+    """An SAE of any rule whose tokens have different numbers of active latents."""
+    k = 5 if activation == "topk" else 0
+    threshold = 0.9 if activation == "batchtopk" else None
+    config = SAEConfig(24, 64, k, activation=activation, threshold=threshold, **facts)
+    sae = TopKSparseAutoencoder(config)
+    generator = torch.Generator().manual_seed(1)
+    sae.initialise(0.2 * torch.randn(24, generator=generator), seed=0)
+    with torch.no_grad():
+        sae.b_enc.copy_(0.1 * torch.randn(64, generator=generator))
+        for name, spread in (("threshold", 0.3), ("magnitude_scale", 0.5), ("magnitude_bias", 0.2)):
+            if (tensor := getattr(sae, name)) is not None:
+                tensor.copy_(0.5 + spread * torch.randn(64, generator=generator))
+    return sae.requires_grad_(False)
+
+
+def dense_activations(sae: TopKSparseAutoencoder, x: torch.Tensor) -> torch.Tensor:
+    """The rules as their papers write them, densely and in float64."""
+    weights = {name: tensor.double() for name, tensor in sae.named_parameters()}
+    product = (x.double() - weights["b_pre"]) @ weights["W_enc"].T
+    pre = product + weights["b_enc"]
+    match sae.config.activation:
+        case "topk":
+            best = pre.topk(sae.config.k, dim=1)
+            return torch.zeros_like(pre).scatter(1, best.indices, best.values.relu())
+        case "batchtopk":
+            return pre.relu() * (pre > sae.config.threshold)
+        case "jumprelu":
+            return pre.relu() * (pre > weights["threshold"])
+        case "relu":
+            return pre.relu()
+    magnitude = product * weights["magnitude_scale"] + weights["magnitude_bias"]
+    return magnitude.relu() * (pre > 0)
+
+
+@pytest.mark.parametrize("activation", RULES)
+def test_every_rule_keeps_what_its_formula_says(activation, monkeypatch):
+    sae, x = make_rule(activation), torch.randn(40, 24, generator=torch.Generator().manual_seed(2))
+    wanted = dense_activations(sae, x)
+    monkeypatch.setattr(sae_module, "BLOCK_ELEMENTS", 64 * 7)
+    active = sae.encode(x)
+    dense = torch.zeros(40, 64).index_put((active.tokens(), active.indices), active.values)
+    torch.testing.assert_close(dense.double(), wanted, rtol=1e-5, atol=1e-6)
+    counts = (wanted > 0).sum(dim=1)
+    assert active.k == (5 if activation == "topk" else None)
+    if active.k is None:
+        assert torch.equal(active.offsets.diff(), counts) and counts.min() < counts.max()
+    values, indices = active.matrices()
+    assert torch.equal(torch.zeros(40, 64).scatter_add(1, indices, values), dense)
+    torch.testing.assert_close(
+        sae(x).double(), wanted @ sae.W_dec.double() + sae.b_pre.double(), rtol=1e-5, atol=1e-5
+    )
+    latents = torch.tensor([3, 60, 3])
+    torch.testing.assert_close(sae.latent_activations(x, latents), dense[:, latents])
+    assert len(sae.encode(x[:0]).values) == 0 and sae(x[:0]).shape == (0, 24)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("activation", RULES)
+def test_every_rule_and_normalisation_survives_both_files(activation, suffix, tmp_path: Path):
+    sae = make_rule(activation, normalisation="scalar", norm_factor=0.25, layer=3)
+    sae.max_activations = torch.rand(64)
+    path = tmp_path / f"a{suffix}"
+    save_sae(path, sae)
+    back = load_sae(path, device="cpu", layer=3)
+    assert back.config == sae.config and back.max_activations is not None
+    assert torch.equal(back.max_activations, sae.max_activations)
+    x = 4 * torch.randn(6, 24)
+    assert torch.equal(back.reconstruct(x), sae.reconstruct(x))
+    if suffix == ".safetensors":
+        said = json.loads(path.with_suffix(".json").read_text())
+        assert said["version"] == 2 and said["config"].get("activation", "topk") == activation
+    with pytest.raises(UserError, match="has layer 3"):
+        load_sae(path, device="cpu", layer=2)
+
+
+def test_a_plain_topk_is_written_as_version_1_always_was(tmp_path: Path):
+    sae = make_sae(layer=9)
+    save_sae(tmp_path / "a.pt", sae)
+    record = torch.load(tmp_path / "a.pt", weights_only=True)
+    assert list(record) == ["format", "version", "config", "state_dict"]
+    assert record["version"] == 1 and list(record["config"]) == [
+        *("d_model", "n_latents", "k", "layer", "hook_point", "prepend_bos", "max_token_length"),
+        *("norm_eps", "normalisation", "held_out_fraction", "held_out_seed"),
+        *("model_fingerprint", "dataset_fingerprint", "max_activations"),
+    ]
+    record["config"]["word_of_the_future"] = 1
+    torch.save(record, tmp_path / "a.pt")
+    with pytest.raises(UserError, match="says word_of_the_future, which is not known here"):
+        load_sae(tmp_path / "a.pt", device="cpu")
+
+
+@pytest.mark.parametrize("normalisation", ["per_token_standardise", "none", "scalar"])
+def test_normalise_is_undone_and_steering_is_in_the_raw_scale(normalisation):
+    facts = {"normalisation": normalisation, "norm_factor": 0.5}
+    sae, x = make_rule("relu", **facts), 3 * torch.randn(9, 24) + 1
+    z, mean, scale = sae.normalise(x)
+    torch.testing.assert_close(denormalise(z, mean, scale), x)
+    by_hand = {"none": x, "scalar": 0.5 * x}.get(normalisation, standardise(x)[0])
+    torch.testing.assert_close(z, by_hand)
+    present = dense_activations(sae, z).float()[:, 7]
+    shift = steering_shift(sae, [Steer(7, "set", 2.5)], x)
+    spread = {"none": torch.ones(9, 1), "scalar": torch.full((9, 1), 2.0)}
+    wanted = spread.get(normalisation, x.std(1, keepdim=True) + 1e-6)
+    torch.testing.assert_close(shift, wanted * (2.5 - present)[:, None] * sae.W_dec[7])
+    assert torch.equal(steering_shift(sae, [Steer(7, "scale", 1.0)], x), torch.zeros(9, 24))
+
+
+@pytest.mark.parametrize("activation", ["topk", "jumprelu"])
+def test_narrow_weights_are_multiplied_in_float32(activation, tmp_path: Path):
+    sae = make_rule(activation)
+    save_sae(tmp_path / "a.pt", sae)
+    narrow = load_sae(tmp_path / "a.pt", device="cpu", dtype=torch.bfloat16)
+    assert narrow.W_dec.dtype == torch.bfloat16 and narrow.b_pre.dtype == torch.float32
+    with torch.no_grad():
+        sae.W_enc.copy_(narrow.W_enc)
+        sae.W_dec.copy_(narrow.W_dec)
+    x = torch.randn(30, 24)
+    torch.testing.assert_close(narrow(x), sae(x), rtol=1e-5, atol=1e-5)
+    steers = [Steer(3, "add", 1.0), Steer(4, "ablate")]
+    torch.testing.assert_close(steering_shift(narrow, steers, x), steering_shift(sae, steers, x))
+
+
+def test_a_topk_may_scale_what_it_kept(tmp_path: Path):
+    sae = make_rule("topk")
+    scaled = TopKSparseAutoencoder(sae.config, scaled=True).requires_grad_(False)
+    scaled.load_state_dict(sae.state_dict() | {"magnitude_scale": torch.linspace(1, 2, 64)})
+    save_sae(tmp_path / "a.pt", scaled)
+    x = torch.randn(30, 24)
+    wanted = dense_activations(sae, x).float() * torch.linspace(1, 2, 64)
+    for encode in (load_sae(tmp_path / "a.pt", device="cpu").encode, fastest_encode(scaled)):
+        values, indices = encode(x).matrices()
+        dense = torch.zeros(30, 64).scatter(1, indices, values)
+        torch.testing.assert_close(dense, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_a_batchtopk_without_its_threshold_says_so():
+    sae = TopKSparseAutoencoder(SAEConfig(4, 8, 2, activation="batchtopk"))
+    sae.initialise(torch.zeros(4), seed=0)
+    with pytest.raises(ValueError, match="no threshold yet"):
+        sae.encode(torch.randn(3, 4))
