@@ -22,7 +22,11 @@ from saint.evidence.builder import Directions, EvidenceBuilder, compare_maxima
 from saint.evidence.file import EvidenceWriter
 from saint.evidence.rankings import RANKINGS, Tally, write_top_sentences
 from saint.evidence.sample import ExampleSettings, SparseActivations
-from saint.evidence.sparse_activations import SentenceIndex, tally_store
+from saint.evidence.sparse_activations import (
+    SentenceIndex,
+    entries_per_token,
+    tally_store,
+)
 from saint.stage.errors import UserError, log
 from saint.stage.files import atomic_path, naming_full_disk, require_space
 from saint.stage.flags import (
@@ -216,12 +220,13 @@ def plan_output(args: argparse.Namespace, sae_config: SAEConfig, store: Activati
     )
 
 
-def make_work_dir(work_dir: Path, sae_config: SAEConfig, store: ActivationStore) -> None:
+def make_work_dir(work_dir: Path, sae: TopKSparseAutoencoder, store: ActivationStore) -> None:
     """Make the work directory. Raises UserError when its disk cannot hold what is still to come."""
     work_dir.mkdir(exist_ok=True)
-    n_bytes = 8 * sae_config.k * store.n_tokens + 2 * sae_config.d_model * store.n_sentences
+    n_bytes = 8 * (entries_per_token(sae, store) + 1) * store.n_tokens
+    n_bytes += 2 * sae.config.d_model * store.n_sentences
     n_bytes -= sum(path.stat().st_size for path in work_dir.iterdir())
-    require_space(work_dir, n_bytes, "make room (it is given back at the end)")
+    require_space(work_dir, int(n_bytes), "make room (it is given back at the end)")
 
 
 def run(
@@ -234,7 +239,7 @@ def run(
     """Encode, tally and write, resuming what an interrupted run left."""
     started = time.monotonic()
     work_dir = output.path / WORK_DIR
-    workers.on_main(lambda: make_work_dir(work_dir, sae.config, store))
+    workers.on_main(lambda: make_work_dir(work_dir, sae, store))
     index = SentenceIndex.of(store)
     n_sample = max(100, 20 * args.examples_per_decile)
     tally = Tally(sae.config.n_latents, args.top_n, n_sample, args.seed)

@@ -156,7 +156,7 @@ def dense_activations(sae: TopKSparseAutoencoder, x: torch.Tensor) -> torch.Tens
             best = pre.topk(sae.config.k, dim=1)
             return torch.zeros_like(pre).scatter(1, best.indices, best.values.relu())
         case "batchtopk":
-            return pre.relu() * (pre > sae.config.threshold)
+            return pre.relu() * (pre > 0.9)
         case "jumprelu":
             return pre.relu() * (pre > weights["threshold"])
         case "relu":

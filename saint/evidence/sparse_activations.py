@@ -29,6 +29,8 @@ from saint.stage.workers import Workers
 from saint.store.activation_store import INDEX_TENSORS, ActivationStore, Shard
 from saint.store.row_format import read_tensors, write_tensors
 
+_PROBED_TOKENS = 4096
+
 
 @dataclass(frozen=True)
 class SparseShard:
@@ -115,6 +117,16 @@ def _sentences_of(index: dict[str, Tensor], shard: int) -> tuple[np.ndarray, ...
         raise ValueError("offsets that are no offsets")
     hashes = hash_sentences(token_ids, offsets)
     return ids.copy(), np.full(n, shard), np.arange(n), offsets[:-1].copy(), lengths, hashes
+
+
+@torch.inference_mode()
+def entries_per_token(sae: TopKSparseAutoencoder, store: ActivationStore) -> float:
+    """Return k, or of a rule without one how many latents fire on a token of the first shard."""
+    if sae.config.activation == "topk" or not store.n_shards:
+        return sae.config.k
+    shard = store.read_shard(0)
+    x = shard.read(slice(0, _PROBED_TOKENS)).to(sae.W_enc.device)
+    return len(sae.encode(sae.normalise(x)[0]).values) / max(1, len(x))
 
 
 @torch.inference_mode()
