@@ -75,9 +75,7 @@ def reconstruction_metrics(
             sums += torch.stack([error.sum(), relative.sum(), (active.values > 0).sum().double()])
             wide = x.double()
             moments += torch.stack([wide.sum(0), wide.square().sum(0), raw.double().sum(0)])
-            fired += torch.bincount(
-                active.indices[active.values > 0], minlength=config.n_latents
-            )
+            fired += torch.bincount(active.indices[active.values > 0], minlength=config.n_latents)
             bar.update(len(x))
     variance = float((moments[1] - moments[0].square() / n).sum())
     error, relative, n_active = sums.tolist()
