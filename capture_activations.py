@@ -45,6 +45,8 @@ from saint.store.activation_store import STAGE
 from saint.store.dataset import Sampler, SentenceDataset, open_dataset
 from saint.store.row_format import STORE_DTYPES, row_bytes
 
+NEXT = "; next: sae_preprocessing.py --input_dir %s"
+
 
 def build_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
@@ -130,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model_args = load_args(args.model_dir)
     model_args.shard(args.model_parallel_size)  # raises if it does not split
     workers = start_workers(args.device, model_parallel_size=args.model_parallel_size)
-    log_arguments(args)
+    log_arguments(args, build_parser())
     if args.num_samples < 1:
         raise UserError(f"--num_samples {args.num_samples}: at least one sentence is needed")
     hooks = parse_hooks(args.layers, args.hook_points, model_args.n_layers)
@@ -142,7 +144,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     state = workers.on_main(lambda: begin(output, overwrite=args.overwrite))
     if state is State.DONE:
         counts = read_manifest(output.path, STAGE).counts
-        log.info("done already: %s holds %s tokens", output.path, f"{counts['n_tokens']:,}")
+        log.info(
+            "done already: %s holds %s tokens" + NEXT,
+            output.path,
+            f"{counts['n_tokens']:,}",
+            output.path,
+        )
         return
     try:
         with naming_full_disk(output.path):
@@ -241,7 +248,7 @@ def summarise(output: Output, n_stored: int, n_computed: int, seconds: float) ->
         )
     log.info(
         "captured %s tokens of %s sentences into %s: %.2f GB, %s, %d rows skipped, %d sentences "
-        "cut, %.0f s",
+        "cut, %.0f s" + NEXT,
         f"{counts['n_tokens']:,}",
         f"{counts['n_sentences']:,}",
         output.path,
@@ -250,6 +257,7 @@ def summarise(output: Output, n_stored: int, n_computed: int, seconds: float) ->
         sum(counts["skipped"].values()),
         counts["n_cut_sentences"],
         seconds,
+        output.path,
     )
 
 

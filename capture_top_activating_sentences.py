@@ -44,6 +44,7 @@ from saint.store.activation_store import ActivationStore, open_stores
 STAGE = "capture_top_activating_sentences"
 EVIDENCE = "evidence.parquet"
 WORK_DIR = "top_sentences_work"
+NEXT = "; next: latent_browser.py --html latents.html --evidence_path %s"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -263,7 +264,7 @@ def run(
     if n_encoded:
         speed = f"{n_encoded / max(seconds, 1e-9):.0f} sentences/s encoded and ranked"
     log.info(
-        "%s sentences, %s tokens, %d of %d latents fire: %s, evidence in %.0f s more, in %s",
+        "%s sentences, %s tokens, %d of %d latents fire: %s, evidence in %.0f s more, in %s" + NEXT,
         f"{store.n_sentences:,}",
         f"{store.n_tokens:,}",
         int((tally.n_firing_tokens > 0).sum()),
@@ -271,6 +272,7 @@ def run(
         speed,
         time.monotonic() - started - seconds,
         output.path,
+        output.path / EVIDENCE,
     )
 
 
@@ -278,7 +280,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Find top sentences and evidence as the command line says."""
     args = build_parser().parse_args(argv)
     workers = start_workers(args.device)
-    log_arguments(args)
+    log_arguments(args, build_parser())
     if args.sae_layer_idx is None:
         args.sae_layer_idx = args.layer
     sae = load_sae(args.model_path, device=workers.device, **bare_sae_flags(args))
@@ -288,7 +290,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         n = read_manifest(output.path, STAGE).counts["n_latents"]
         if workers.is_main:
             shutil.rmtree(output.path / WORK_DIR, ignore_errors=True)
-        log.info("done already: %s holds the evidence of %d latents", output.path, n)
+        log.info(
+            "done already: %s holds the evidence of %d latents" + NEXT,
+            output.path,
+            n,
+            output.path / EVIDENCE,
+        )
         return
     with naming_full_disk(output.path):
         run(args, sae, store, output, workers)

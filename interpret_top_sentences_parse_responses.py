@@ -61,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Make labels and scores of everything that was retrieved, and write them."""
     args = build_parser().parse_args(argv)
-    log_arguments(args)
+    log_arguments(args, build_parser())
     _check_not_edited(args)
     if args.from_top_tokens and _has_labels_of_a_model(args):
         return
@@ -195,7 +195,14 @@ def _summarise(
         show_report(report)
     told = ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items())) or "none read"
     path = args.parsed_responses_output_filepath
-    log.info("%d responses: %s; %d labels in %s", len(answers.kinds), told, _n_named(labels), path)
+    log.info(
+        "%d responses: %s; %d labels in %s; next: latent_browser.py --labels_path %s",
+        len(answers.kinds),
+        told,
+        _n_named(labels),
+        path,
+        path,
+    )
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Fetch what has ended; with --wait until everything has."""
     args = build_parser().parse_args(argv)
-    log_arguments(args)
+    log_arguments(args, build_parser())
     ledger = Ledger(args.response_ids_filepath)
     if not ledger.path.exists():
         read_response_ids(args.response_ids_filepath)  # says what is wrong with it
@@ -257,7 +257,11 @@ def _finish(args: argparse.Namespace, ledger: Ledger) -> None:
     output.finish(facts={}, counts={"batches": len(ids)}, files=names)
     state = ledger.state()
     failed = [unit for unit, status in state.status.items() if status == "failed"]
-    log.info("all %d batches are in %s", len(ids), args.response_output_dir)
+    log.info(
+        "all %d batches are in %s; next: interpret_top_sentences_parse_responses.py",
+        len(ids),
+        args.response_output_dir,
+    )
     if failed:
         log.info("%d requests failed: --resend_failed sends them again", len(failed))
 

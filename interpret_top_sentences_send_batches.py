@@ -160,7 +160,7 @@ def _add_money_flags(parser: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Build the requests, quote them, and send what has no answer yet."""
     args = build_parser().parse_args(argv)
-    log_arguments(args)
+    log_arguments(args, build_parser())
     ledger = Ledger(args.response_ids_filepath)
     if args.cancel:
         _cancel(args, ledger)
@@ -323,7 +323,11 @@ def _finish(
     )
     counts = {"batches": len(ids), "requests": len(state.status)}
     output.finish(facts={}, counts=counts, files=[args.response_ids_filepath.name])
-    log.info("%d batches in %s; next: retrieve them", len(ids), args.response_ids_filepath)
+    log.info(
+        "%d batches in %s; next: interpret_top_sentences_retrieve_batches.py",
+        len(ids),
+        args.response_ids_filepath,
+    )
 
 
 if __name__ == "__main__":

@@ -185,7 +185,7 @@ def known_maxima(sae: TopKSparseAutoencoder, evidence_path: Path | None) -> Tens
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the page, or show the prompt, that the command line asks for."""
     args = build_parser().parse_args(argv)
-    log_arguments(args)
+    log_arguments(args, build_parser())
     if args.prompt is None:
         write_browser(args)
     else:

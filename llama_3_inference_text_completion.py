@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     workers = start_workers(
         args.device, model_parallel_size=args.model_parallel_size, data_parallel=False
     )
-    log_arguments(args)
+    log_arguments(args, build_parser())
     request = _request(args)
     studio, guides = load_studio(args, UNLIMITED, workers)
     with nullcontext() if workers.is_main else redirect_stdout(io.StringIO()):

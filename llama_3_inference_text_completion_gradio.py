@@ -148,7 +148,9 @@ def launch(
 def main(argv: Sequence[str] | None = None) -> None:
     """Load the model and serve the page until it is interrupted."""
     args = build_parser().parse_args(argv)
-    log_arguments(argparse.Namespace(**vars(args) | {"auth": args.auth and "(given)"}))
+    log_arguments(
+        argparse.Namespace(**vars(args) | {"auth": args.auth and "(given)"}), build_parser()
+    )
     auth = choose_auth(args.auth, host=args.host, share=args.share)
     limits = Limits(args.max_prompts, new_tokens=args.max_new_tokens, tokens=args.max_total_tokens)
     require_port(args.host, args.port)  # before the model is loaded

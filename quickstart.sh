@@ -71,7 +71,7 @@ step "7 a page to look at, and the model steered by one of its latents"
 python -m embedded.page --run_dir $run --llama_model_dir $model
 
 step "done. Everything is in $run"
-echo "look at:            $PWD/$run/quickstart.html"
-echo "browse all latents: $PWD/$run/latents.html"
 echo "steer in a browser: .venv/bin/python llama_3_inference_text_completion_gradio.py \\"
 echo "    --llama_model_dir $model --sae_model_path $run/trained_sae.pt --port 8080"
+echo "browse all latents: $run/latents.html"
+echo "look at: $(.venv/bin/python -c 'import pathlib, sys; print(pathlib.Path(sys.argv[1]).resolve().as_uri())' $run/quickstart.html)"

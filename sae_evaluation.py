@@ -178,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     workers = start_workers(
         args.device, model_parallel_size=args.model_parallel_size, data_parallel=False
     )
-    log_arguments(args)
+    log_arguments(args, build_parser())
     sae = load_sae(args.sae_model_path, device=workers.device, **bare_sae_flags(args))
     hook = hook_of(sae, args)
     dataset = open_dataset(args.dataset_dir, text_column=args.text_column)
@@ -186,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     output = plan_output(args, sae, hook, dataset, dtype)
     state = workers.on_main(lambda: output.begin(overwrite=args.overwrite))
     if state is State.DONE:
-        log.info("done already: %s", output.path)
+        log.info("done already: %s; look at %s", output.path, output.path.with_suffix(".html"))
         return
     try:
         report = measure(args, sae, hook, dataset, dtype)

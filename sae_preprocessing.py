@@ -43,6 +43,7 @@ from saint.store.row_format import row_bytes
 from saint.store.shuffled_rows import STAGE
 
 _FILE_BYTES = 500_000_000
+NEXT = "; next: sae_training.py --data_dir %s --b_pre_path %s"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -111,7 +112,13 @@ def preprocess(
     if states == [State.DONE, State.DONE]:
         clean_up(store, output.path)
         counts = read_manifest(output.path, STAGE).counts
-        log.info("done already: %s holds %s rows", output.path, f"{counts['n_rows']:,}")
+        log.info(
+            "done already: %s holds %s rows" + NEXT,
+            output.path,
+            f"{counts['n_rows']:,}",
+            output.path,
+            mean_output.path,
+        )
         return
     n_files = max(1, round(store.n_tokens / output.arguments["rows_per_file"]))
     shuffle = Shuffle(
@@ -186,10 +193,16 @@ def finish(result: Result, output: Output, mean_output: Output, started: float) 
     output.finish(facts=facts, counts=counts, files=checksums, known=checksums)
     clean_up(store, output.path)
     megabytes = result.share * sum(f["bytes"] for f in checksums.values()) / 1e6
-    report(output, facts, counts, megabytes / (time.monotonic() - started))
+    report(output, mean_output.path, facts, counts, megabytes / (time.monotonic() - started))
 
 
-def report(output: Output, facts: dict[str, Any], counts: dict[str, int], mb_per_s: float) -> None:
+def report(
+    output: Output,
+    mean_path: Path,
+    facts: dict[str, Any],
+    counts: dict[str, int],
+    mb_per_s: float,
+) -> None:
     """Log the figures a person wants, and warn about massive activations."""
     if facts["massive_tokens"]:
         named = ", ".join(f"{text!r} ({n}×)" for text, n in facts["massive_tokens"].items())
@@ -201,12 +214,14 @@ def report(output: Output, facts: dict[str, Any], counts: dict[str, int], mb_per
             named,
         )
     log.info(
-        "shuffled %s rows into %s: %s for training, %s held out, %s",
+        "shuffled %s rows into %s: %s for training, %s held out, %s" + NEXT,
         f"{counts['n_rows']:,}",
         output.path,
         f"{counts['n_train']:,}",
         f"{counts['n_val']:,}",
         f"{mb_per_s:.0f} MB/s" if mb_per_s else "an earlier run moved all of them",
+        output.path,
+        mean_path,
     )
 
 
@@ -243,7 +258,7 @@ def outputs_of(
 def main(argv: Sequence[str] | None = None) -> None:
     """Preprocess every captured layer directory that the command line chooses."""
     args = build_parser().parse_args(argv)
-    log_arguments(args)
+    log_arguments(args, build_parser())
     if not 0 < args.held_out_fraction < 1:
         raise UserError(f"--held_out_fraction {args.held_out_fraction}: expected between 0 and 1")
     if args.memory_gb <= 0:

@@ -287,7 +287,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train as the command line says."""
     args = build_parser().parse_args(argv)
     workers = start_workers(args.device)
-    log_arguments(args)
+    log_arguments(args, build_parser())
     rows = open_batched_rows(args.data_dir)
     recipe = resolve_recipe(args, rows, workers)
     read_mean(args.b_pre_path, rows.facts["d_model"])
@@ -295,7 +295,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     files = RunFiles(args.model_save_path, args.keep_last_n)
     output = plan_output(args, rows, recipe, files, workers)
     if workers.on_main(lambda: output.begin(overwrite=args.overwrite)) is State.DONE:
-        log.info("done already: %s", output.path)
+        log.info("done already: %s; look at %s", output.path, files.page)
         return
     workers.on_main(rows.verify)
     report, stop = Report(files, recipe, rows.facts["variance"]), Stop()
@@ -323,7 +323,7 @@ def finish(output: Output, run: Run, trainer: Trainer, n_steps: int, seconds: fl
     run.report.close()
     log.info(
         "trained %s: %d steps, loss %.4f, held-out FVU %s, dead %.1f %%, %.0f tokens/s (kernels "
-        "%s), %.0f s, %s",
+        "%s), %.0f s, %s; look at %s",
         output.path,
         trainer.step,
         last["train/loss"],
@@ -333,6 +333,7 @@ def finish(output: Output, run: Run, trainer: Trainer, n_steps: int, seconds: fl
         trainer.kernels.name,
         seconds,
         peak_memory(run.workers.device),
+        run.files.page,
     )
 
 

@@ -364,7 +364,7 @@ def _medians(points: list[Point | None]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the comparison and print one row per method."""
     args = build_parser().parse_args(argv)
-    log_arguments(args)
+    log_arguments(args, build_parser())
     studio, guides = load_studio(args)
     if len(studio.dictionaries) > 1:
         raise UserError("this benchmark compares methods on one SAE")

@@ -255,7 +255,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Convert the embedded model, or say that it is there."""
     args = build_parser().parse_args(argv)
-    log_arguments(args)
+    log_arguments(args, build_parser())
     started = time.perf_counter()
     output = Output(
         path=args.output_dir,

@@ -336,7 +336,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Build the parquet files, or say that they are there."""
     args = build_parser().parse_args(argv)
-    log_arguments(args)
+    log_arguments(args, build_parser())
     output = Output(
         path=args.output_dir,
         stage="embedded_text",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import logging
 import os
 import signal
@@ -12,6 +11,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 from tqdm import tqdm
@@ -82,34 +82,45 @@ def _leave_process_group() -> None:
         dist.destroy_process_group()
 
 
-def log_arguments(args: argparse.Namespace) -> None:
-    """Log all arguments once, as one JSON line."""
-    log.info("arguments %s", json.dumps(vars(args), default=str, sort_keys=True))
+def log_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Log in one line the settings that differ from the parser's defaults.
+
+    Paths are left out: who typed the command knows them, and the manifest holds all arguments.
+    """
+    changed = []
+    for name, value in vars(args).items():
+        is_path = isinstance(value, Path) or name.endswith(("_dir", "_path", "_filepath"))
+        if not is_path and value != parser.get_default(name):
+            words = value if isinstance(value, list | tuple) else [value]
+            changed.append(" ".join([name, *(str(word) for word in words if word is not True)]))
+    log.info("settings: %s", ", ".join(changed) + ", else the defaults" if changed else "defaults")
 
 
-_LINE_SECONDS = 180.0
+_FIRST_LINE_SECONDS, _LINE_SECONDS = 20.0, 180.0
+
+
 _LINE = "{desc}: {n_fmt}/{total_fmt} {unit}, {rate_fmt}{postfix}, {elapsed} gone, {remaining} left"
 
 
 class _Lines(tqdm):
-    """A bar for a log file: one plain line every few minutes, and none for short work."""
+    """A bar for a log file: a plain line after 20 s, then every few minutes; none before."""
 
     def __init__(self, **kwargs: Any) -> None:
-        self._last_line = time.monotonic()
+        self._next_line = time.monotonic() + _FIRST_LINE_SECONDS
         # Every update looks at the clock. What tqdm itself writes (carriage returns) goes nowhere.
-        timing = {"mininterval": _LINE_SECONDS, "maxinterval": _LINE_SECONDS, "miniters": 1}
+        timing = {"mininterval": _FIRST_LINE_SECONDS, "maxinterval": _LINE_SECONDS, "miniters": 1}
         super().__init__(file=io.StringIO(), bar_format=_LINE, leave=False, **timing, **kwargs)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
-        """Log a line, if the last one is long ago; closing the bar (msg is "") shows nothing."""
+        """Log a line, if it is time for one; closing the bar (msg is "") shows nothing."""
         now = time.monotonic()
-        if msg is None and now - self._last_line >= _LINE_SECONDS:
-            self._last_line = now
+        if msg is None and now >= self._next_line:
+            self._next_line = now + _LINE_SECONDS
             log.info("%s", str(self))  # as it is now
 
 
 def progress(total: int | None, *, unit: str, description: str, **kwargs: Any) -> tqdm:
-    """Return a tqdm bar, only on rank 0; where stderr is no terminal, a line every few minutes."""
+    """Return a tqdm bar, only on rank 0; where stderr is no terminal, lines now and then."""
     quiet = int(os.environ.get("RANK", "0")) != 0
     options = {"total": total, "unit": unit, "desc": description, "disable": quiet, **kwargs}
     return tqdm(dynamic_ncols=True, **options) if sys.stderr.isatty() else _Lines(**options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import random
 import shutil
@@ -99,7 +100,17 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert finished.returncode == 0, finished.stderr
         again = call(stage, *args)
         assert again.returncode == 0 and "done already" in again.last_line, again.stderr
+        assert names_what_is_next(finished.last_line) and names_what_is_next(again.last_line)
     return root
+
+
+def names_what_is_next(line: str) -> bool:
+    """A stage's last line ends with a page that exists, or with a command that can be typed."""
+    if "; look at " in line:
+        return Path(line.rpartition("; look at ")[2]).exists()
+    script, *flags = line.rpartition("; next: ")[2].split()
+    importlib.import_module(script.removesuffix(".py")).build_parser().parse_args(flags)
+    return all(Path(path).exists() for path in flags[1::2])
 
 
 def evaluate_args(root: Path, **changes) -> list[object]:

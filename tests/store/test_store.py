@@ -666,13 +666,13 @@ def test_without_a_terminal_progress_is_a_line_now_and_then(monkeypatch, caplog,
     monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
     lines = work(4000)
     assert len(lines) == 2 and capsys.readouterr().err == ""
-    assert lines[0].startswith("encode: 1.00k/4.00k tok, 5.00tok/s")
-    assert "03:20 gone, 10:00 left" in lines[0] and "06:40 gone, 06:40 left" in lines[1]
-    assert "1.00k/? tok" in work(None)[2]
+    assert lines[0].startswith("encode: 500/4.00k tok, 5.00tok/s")  # after 20 s, then 180
+    assert "01:40 gone, 11:40 left" in lines[0] and "05:00 gone, 08:19 left" in lines[1]
+    assert "500/? tok" in work(None)[2]
     caplog.clear()
-    monkeypatch.setattr(program, "_LINE_SECONDS", 500.0)
+    monkeypatch.setattr(program, "_FIRST_LINE_SECONDS", 500.0)
     assert work(4000) == []
-    monkeypatch.setattr(program, "_LINE_SECONDS", 1.0)
+    monkeypatch.setattr(program, "_FIRST_LINE_SECONDS", 1.0)
     monkeypatch.setenv("RANK", "1")
     assert work(4000) == []
 
