@@ -15,12 +15,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from markupsafe import Markup
 from torch import Tensor
 
 from llama_3 import CheckpointError, load_llama
 from sae import TopKSparseAutoencoder, load_sae
-from saint.browser.pack import Page, PageBuilder, WindowLimits
+from saint.browser.pack import Page, PageBuilder, WindowLimits, direction_map
 from saint.browser.prompt_view import prompt_activations, prompt_page, terminal_table
 from saint.evidence.file import Evidence, open_evidence
 from saint.evidence.labels import Label, load_labels
@@ -31,6 +33,7 @@ from saint.stage.flags import add_bare_sae_flags, add_device_flags, bare_sae_fla
 from saint.stage.html import inline, render
 from saint.stage.program import log_arguments, run_stage
 
+SCRIPTS = ("search.js", "keep.js", "canvas.js", "browser.js")
 TEMPLATES = Path(__file__).resolve().parent / "saint" / "browser" / "templates"
 
 
@@ -43,6 +46,9 @@ def build_parser() -> argparse.ArgumentParser:
     files.add_argument("--evidence_path", type=Path, help="evidence.parquet of the top sentences")
     files.add_argument(
         "--labels_path", type=Path, help="parsed_responses.yaml, where there are labels"
+    )
+    files.add_argument(
+        "--sae_model_path", type=Path, help="the SAE: needed for a prompt, and for the page's map"
     )
     files.add_argument("--html", type=Path, help="the HTML file to write, replaced if it is there")
     page = parser.add_argument_group("the page")
@@ -60,6 +66,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="sentences per activation decile [%(default)s]",
     )
     page.add_argument(
+        "--demo_url",
+        default="http://127.0.0.1:8080",
+        help="where the demo runs, for the links that steer by a latent [%(default)s]",
+    )
+    page.add_argument(
         "--max_megabytes",
         type=float,
         default=60,
@@ -68,7 +79,6 @@ def build_parser() -> argparse.ArgumentParser:
     prompt = parser.add_argument_group("a prompt instead")
     prompt.add_argument("--prompt", help="text whose tokens' active latents are shown")
     prompt.add_argument("--model_dir", type=Path, help="Llama weights")
-    prompt.add_argument("--sae_model_path", type=Path, help="the SAE")
     prompt.add_argument(
         "--latents_per_token",
         type=positive_int,
@@ -80,7 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def page_text(page: Page, title: str) -> str:
+def page_text(page: Page, title: str, demo_url: str) -> str:
     """Return the whole HTML file: styles, script and data inside."""
     packed = {"latents": page.latents, "sentences": page.sentences}
     return render(
@@ -88,10 +98,11 @@ def page_text(page: Page, title: str) -> str:
         "browser.html",
         title=title,
         css=inline(TEMPLATES / "browser.css"),
-        js=inline(TEMPLATES / "browser.js"),
+        js=Markup("\n").join(inline(TEMPLATES / name) for name in SCRIPTS),
         summary=page.summary,
         vocabulary=page.vocabulary,
         packed=packed,
+        demo_url=demo_url,
     )
 
 
@@ -102,10 +113,12 @@ def fit_page(evidence: Evidence, labels: Mapping[int, Label], args: argparse.Nam
         args.title
         or f"{evidence.n_latents:,} latents of layer {facts['layer']}, {facts['hook_point']}"
     )
+    places = decoder_map(args, evidence.n_latents)
     text = ""
     for per_decile in range(args.decile_windows, -1, -1):
         limits = WindowLimits(top=args.top_windows, quantile=per_decile)
-        text = page_text(PageBuilder(evidence, labels, limits).build(), title)
+        page = PageBuilder(evidence, labels, limits, places).build()
+        text = page_text(page, title, args.demo_url)
         megabytes = len(text.encode()) / 1e6
         if megabytes <= args.max_megabytes:
             return text
@@ -114,6 +127,19 @@ def fit_page(evidence: Evidence, labels: Mapping[int, Label], args: argparse.Nam
         f"the page needs {len(text.encode()) / 1e6:.0f} MB even without sentences per decile: "
         f"raise --max_megabytes {args.max_megabytes:.0f} or lower --top_windows {args.top_windows}"
     )
+
+
+def decoder_map(args: argparse.Namespace, n_latents: int) -> np.ndarray | None:
+    """Return each direction's place on the map, or None where no SAE is named."""
+    if args.sae_model_path is None:
+        return None
+    sae = load_sae(args.sae_model_path, device=pick_device(args.device), **bare_sae_flags(args))
+    if sae.config.n_latents != n_latents:
+        raise UserError(
+            f"{args.evidence_path} has {n_latents} latents, {args.sae_model_path} has "
+            f"{sae.config.n_latents}"
+        )
+    return direction_map(sae.W_dec.detach())
 
 
 def write_browser(args: argparse.Namespace) -> None:

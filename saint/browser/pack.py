@@ -18,9 +18,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
+from torch import Tensor
 
 from saint.evidence.file import KINDS, Evidence
-from saint.evidence.labels import Label
+from saint.evidence.labels import TOP_TOKENS, Label
+from saint.evidence.words import is_content_word, is_form
 
 LATENTS_PER_CHUNK = 128
 SENTENCES_PER_CHUNK = 256
@@ -37,6 +40,8 @@ _COLUMNS = [
     "coactive",
 ]
 _N_TOP_TOKENS = 6
+_LEAST_WINDOWS = 3
+_MIN_LETTERS = 3
 _MISSING = "…"
 
 
@@ -206,8 +211,15 @@ class Page:
 class PageBuilder:
     """Goes through an evidence file once and packs what the page shows."""
 
-    def __init__(self, evidence: Evidence, labels: Mapping[int, Label], limits: WindowLimits):
-        self.evidence, self.labels, self.limits = evidence, labels, limits
+    def __init__(
+        self,
+        evidence: Evidence,
+        labels: Mapping[int, Label],
+        limits: WindowLimits,
+        places: np.ndarray | None = None,
+    ):
+        """places: (n_latents, 2) in 0..1 on the map of directions, or None for no map."""
+        self.evidence, self.labels, self.limits, self.places = evidence, labels, limits, places
         self.vocabulary = Vocabulary()
         self._summary: dict[str, list[np.ndarray]] = {}
         self._top_tokens: list[str] = []
@@ -236,7 +248,10 @@ class PageBuilder:
         for name in ("n_firing_tokens", "n_firing_sentences", "max_activation"):
             self._summary.setdefault(name, []).append(column[name].to_numpy())
         texts = list(self.vocabulary.numbers)
-        self._top_tokens += _strongest_tokens(windows, texts)
+        peaks = _peak_tokens(windows, texts)
+        self._top_tokens += ["\t".join(_most_common(tops)) for tops, _ in peaks]
+        clear = np.array([_clarity(tops, spread) for tops, spread in peaks])
+        self._summary.setdefault("clarity", []).append(np.rint(1000 * clear).astype(np.int64))
         for row in column["promoted"].to_pylist():
             self._promoted.append("\t".join(_one_line(pair["token"]) for pair in row))
         packed = {"histogram": column["histogram"].flatten().to_numpy()}
@@ -294,6 +309,10 @@ class PageBuilder:
             values = [getattr(label, name) if label else None for label in known]
             # 0 is "not known", so that 1 to 1001 stand for 0 to 1.
             columns[name] = np.array([0 if v is None else 1 + round(1000 * v) for v in values])
+        columns["source"] = np.array([_source(label) for label in known])
+        if self.places is not None:
+            for axis, name in enumerate(("map_x", "map_y")):
+                columns[name] = np.rint(65535 * self.places[:, axis]).astype(np.int64)
         facts = ("n_tokens", "n_sentences", "k", "layer", "hook_point")
         texts = {
             "meta": {name: self.evidence.meta.get(name) for name in facts}
@@ -339,16 +358,61 @@ def _latent_columns(name: str, lists: pa.ListArray, value: str) -> dict[str, np.
     }
 
 
-def _strongest_tokens(windows: PageWindows, texts: list[str]) -> list[str]:
-    """The tokens on which each latent's top windows peak, most frequent first, tab-separated."""
+def _peak_tokens(windows: PageWindows, texts: list[str]) -> list[tuple[list[str], list[str]]]:
+    """The token on which each window of a latent peaks: of its top ones, and of the deciles."""
     offsets = np.cumsum(windows.length) - windows.length
     owner = np.repeat(np.arange(len(windows.counts)), windows.counts)
-    tops = np.flatnonzero(windows.group == 0)
-    seen: list[Counter[str]] = [Counter() for _ in windows.counts]
-    for i in tops.tolist():
+    found: list[tuple[list[str], list[str]]] = [([], []) for _ in windows.counts]
+    for i in np.flatnonzero(windows.group <= 10).tolist():
         rows = slice(offsets[i], offsets[i] + windows.length[i])
         peak = int(windows.activation[rows].argmax())
         text = _one_line(texts[windows.token[rows][peak]]).strip()
         if text:
-            seen[owner[i]][text] += 1
-    return ["\t".join(t for t, _ in counter.most_common(_N_TOP_TOKENS)) for counter in seen]
+            found[owner[i]][int(windows.group[i] > 0)].append(text)
+    return found
+
+
+def _most_common(tokens: list[str]) -> list[str]:
+    return [token for token, _ in Counter(tokens).most_common(_N_TOP_TOKENS)]
+
+
+def _clarity(tops: list[str], spread: list[str]) -> float:
+    """How much of a latent's windows peak on one content word and its forms, 0..1.
+
+    The mean of two shares: of the strongest windows, and of those over all strengths. 0 where the
+    commonest token is a function word or punctuation, or the windows are fewer than three.
+    """
+    if len(tops) < _LEAST_WINDOWS:
+        return 0.0
+    main = Counter(token.lower() for token in tops).most_common(1)[0][0]
+    if not is_content_word(main, min_letters=_MIN_LETTERS):
+        return 0.0
+    shares = [
+        sum(is_form(main, token.lower()) for token in tokens) / len(tokens)
+        for tokens in (tops, spread or tops)
+    ]
+    return sum(shares) / 2
+
+
+def _source(label: Label | None) -> int:
+    """Where a label comes from: 0 there is none, 1 top tokens, 2 a model or a person."""
+    if label is None or not label.text:
+        return 0
+    return 1 if label.extra.get("source") == TOP_TOKENS else 2
+
+
+def direction_map(decoder: Tensor) -> np.ndarray:
+    """Return (n_latents, 2) places in 0..1: directions on their two principal components.
+
+    decoder: (n_latents, d_model). Seeded, so that the same SAE gives the same map. Each component
+    is ranked for one half, since most directions lie close together in the middle.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        rows = decoder.float()
+        _, _, components = torch.pca_lowrank(rows, q=min(8, *rows.shape), niter=4)
+    flat = ((rows - rows.mean(dim=0)) @ components[:, :2]).cpu().numpy()
+    low, high = flat.min(axis=0), flat.max(axis=0)
+    linear = (flat - low) / np.maximum(high - low, 1e-12)
+    rank = flat.argsort(axis=0, kind="stable").argsort(axis=0, kind="stable")
+    return (linear + rank / max(1, len(flat) - 1)) / 2

@@ -245,7 +245,8 @@ def test_sorts_numbers_dead_latents_and_more_rows(page: Any, made: Path) -> None
     page.keyboard.press("Enter")
     assert "dead" in page.locator("article[data-latent='3']").inner_text()
     page.fill("#query", "")
-    page.check("#labelled")
+    page.click(".filters summary")
+    page.select_option("#filter-source", "any")
     page.wait_for_function("document.querySelectorAll('#results li').length === 4")
     latents = "[...document.querySelectorAll('#results a')].map(a => +a.dataset.latent)"
     page.click("#direction")
@@ -287,7 +288,7 @@ def test_a_latents_page_shows_its_evidence_and_keys_move_on(page: Any, made: Pat
         groups[:2] == ["Strongest sentences", "Strongest tenth"] and groups[-1] == "Weakest tenth"
     )
     quiet = [e for e in row["examples"] if e["kind"] == "near_miss"]
-    article.locator("summary").click()
+    article.locator("summary").first.click()
     silent = article.locator("details .windows li")
     assert 0 < silent.count() <= len(quiet)
     texts = {"".join(e["tokens"]).strip() for e in quiet}
@@ -317,10 +318,155 @@ def test_every_control_has_a_name_and_nothing_overflows_a_phone(browser: Any, ma
     tab.wait_for_selector(".finder", state="visible")  # the route changes after the click
     assert tab.evaluate("document.documentElement.scrollWidth") <= 360
     nameless = tab.evaluate(
-        "[...document.querySelectorAll('a, button, input, select')].filter(e => !(e.innerText"
+        "[...document.querySelectorAll('a, button, input, select')].filter(e => !(e.textContent"
         " || e.ariaLabel || e.labels?.length)).map(e => e.outerHTML)"
     )
     assert nameless == []
+    context.close()
+
+
+def test_a_typo_and_a_word_too_many_are_forgiven_and_the_address_keeps_the_search(
+    page: Any, made: Path
+) -> None:
+    latent = labelled(made)
+    page.fill("#query", "zebars")
+    page.wait_for_function("document.querySelectorAll('#results li').length === 1")
+    assert "no “zebars”: showing “zebras”" in page.locator("#status").inner_text()
+    page.fill("#query", "zebras qqqq")
+    page.wait_for_function("document.querySelectorAll('#results li').length === 1")
+    assert "showing those with any" in page.locator("#status").inner_text()
+    page.fill("#query", "zebras")
+    assert page.url.endswith("#/?q=zebras")
+    page.goto("about:blank")
+    page.goto((made / "latents.html").as_uri() + f"#/latent/{latent}?q=zebras&source=2")
+    page.wait_for_selector(f"article[data-latent='{latent}']")
+    assert page.input_value("#query") == "zebras"
+    assert page.locator("#results li").count() == 1
+
+
+def test_filters_are_those_of_the_evidence(page: Any, made: Path) -> None:
+    density = np.array(open_evidence(made / "top" / "evidence.parquet").summary()["density"])
+    page.click(".filters summary")
+    page.select_option("#filter-density", "0.01 2")
+    wanted = int((density >= 0.01).sum())
+    assert page.locator("#status").inner_text().startswith(f"{wanted} ")
+    page.select_option("#filter-density", "")
+    page.select_option("#filter-score", "0.75")
+    assert page.locator("#results a").count() == 1
+    page.select_option("#filter-score", "")
+    page.check("#filter-words")
+    names = page.locator("#results .name").all_inner_texts()
+    assert names and all(re.search(r"\w", name) for name in names)
+
+
+def test_words_of_sentences_are_found_where_they_are_asked_for(page: Any, made: Path) -> None:
+    row = open_evidence(made / "top" / "evidence.parquet").latent(labelled(made))
+    top = next(e for e in row["examples"] if e["kind"] == "top")
+    page.fill("#query", "".join(top["tokens"]).split()[0].lower())
+    page.click("#sentences")
+    page.wait_for_function("document.querySelector('#sentences').hidden")
+    shown = page.evaluate("view.results.includes(" + str(row["latent"]) + ")")
+    assert shown
+
+
+@pytest.mark.parametrize("link", ["#/latent/150", "#/latent/x", "#/compare/1/999", "#/nothing"])
+def test_a_dead_link_says_so(page: Any, link: str) -> None:
+    page.evaluate("link => { location.hash = link }", link)
+    page.get_by_role("heading", name="This link leads nowhere").wait_for()
+    assert "0 to 149" in page.locator("#detail").inner_text()
+
+
+def test_two_latents_stand_side_by_side(page: Any, made: Path) -> None:
+    latent = labelled(made)
+    page.evaluate(f"location.hash = '#/latent/{latent}'")
+    page.get_by_role("button", name="Compare").click()
+    page.evaluate("location.hash = '#/latent/9'")
+    page.get_by_role("link", name=f"Compare with #{latent}").click()
+    page.wait_for_selector(".two article >> nth=1")
+    boxes = [page.locator(".two article").nth(i).bounding_box() for i in (0, 1)]
+    assert boxes[0]["y"] == boxes[1]["y"] and boxes[0]["x"] < boxes[1]["x"]
+    assert page.locator(".two article").first.get_attribute("data-latent") == str(latent)
+
+
+def test_a_list_is_kept_exported_and_imported(page: Any, made: Path, tmp_path: Path) -> None:
+    latent = labelled(made)
+    page.evaluate(f"location.hash = '#/latent/{latent}'")
+    page.get_by_role("button", name="Keep").click()
+    page.reload()
+    page.wait_for_selector("html[data-ready]")
+    assert page.locator("#kept-count").inner_text() == "(1)"
+    page.click(".filters summary")
+    page.check("#filter-kept")
+    assert page.locator("#results a").get_attribute("data-latent") == str(latent)
+    with page.expect_download() as download:
+        page.click("#export")
+    record = json.loads(Path(download.value.path()).read_text())
+    assert record["latents"] == [{"latent": latent, "label": LABEL}]
+    (tmp_path / "list.json").write_text(json.dumps({"latents": [{"latent": 9}, {"latent": 999}]}))
+    page.set_input_files("#import", tmp_path / "list.json")
+    page.wait_for_function("document.querySelectorAll('#results li').length === 2")
+    assert "1 of 2 latents" in page.locator("#status").inner_text()
+
+
+def test_a_token_and_its_bar_light_up_together(page: Any, made: Path) -> None:
+    page.evaluate(f"location.hash = '#/latent/{labelled(made)}'")
+    page.locator(".windows mark.peak").first.hover()
+    lit = page.locator(".chart rect.lit")
+    assert lit.count() == 1
+    counts = "[...document.querySelectorAll('.chart rect')].findIndex(r => r.matches('.lit'))"
+    assert page.evaluate(counts) == 19, "the strongest token is in the last bin"
+    lit.hover()
+    assert page.locator(".windows mark.lit").count() >= 1
+
+
+def test_the_map_lays_directions_along_their_principal_components() -> None:
+    wide, narrow = torch.randn(2, 300, generator=torch.Generator().manual_seed(1))
+    decoder = torch.zeros(300, 16)
+    decoder[:, 3], decoder[:, 7] = 9 * wide, 3 * narrow
+    places = pack.direction_map(decoder)
+    for axis, wanted in ((0, wide), (1, narrow)):
+        along = np.corrcoef(places[:, axis], wanted.numpy())[0, 1]
+        assert abs(along) > 0.9 and places[:, axis].min() == 0 and places[:, axis].max() == 1
+    np.testing.assert_array_equal(places, pack.direction_map(decoder))
+
+
+def test_pictures_open_the_latent_that_is_clicked(browser: Any, made: Path, tmp_path: Path) -> None:
+    target = ["--html", str(tmp_path / "latents.html"), "--sae_model_path", str(made / "sae.pt")]
+    latent_browser.main(arguments(made, *target))
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    tab = context.new_page()
+    tab.goto((tmp_path / "latents.html").as_uri())
+    tab.wait_for_selector("html[data-ready]")
+    for kind in ("map", "scatter"):
+        tab.evaluate("location.hash = '#/'")
+        tab.locator(f".pictures [data-kind={kind}]").click()
+        spot = tab.evaluate(
+            "kind => { const p = pointsOf(PICTURES[kind]), c = document.querySelector('canvas'),"
+            " n = p.latents.length - 1; return [p.latents[n], 12 + (c.clientWidth - 24) * p.xs[n],"
+            " 12 + (c.clientHeight - 24) * (1 - p.ys[n])]; }",
+            kind,
+        )
+        tab.locator("canvas").click(position={"x": spot[1], "y": spot[2]})
+        tab.wait_for_selector(f"article[data-latent='{spot[0]}']")
+    context.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1440])
+def test_no_barrier_for_anybody(browser: Any, made: Path, scheme: Any, width: int) -> None:
+    """axe-core finds nothing on any of the page's views."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright")
+    context = browser.new_context(
+        viewport={"width": width, "height": 844}, color_scheme=scheme, reduced_motion="reduce"
+    )
+    tab = context.new_page()
+    latent = labelled(made)
+    for place in ("", f"#/latent/{latent}", f"#/compare/{latent}/9", "#/latent/999"):
+        tab.goto("about:blank")
+        tab.goto((made / "latents.html").as_uri() + place)
+        tab.wait_for_selector("html[data-ready]")
+        found = axe.Axe().run(tab).response["violations"]
+        assert [(v["id"], [n["html"][:200] for n in v["nodes"]]) for v in found] == []
     context.close()
 
 

@@ -1,10 +1,10 @@
-"use strict";
 // Everything is in this page: packed columns (see `pack_columns` in saint/browser/pack.py) inside
 // <script type="text/plain"> elements, decoded when they are needed.
 
 const $ = (id) => document.getElementById(id);
 const TYPES = { u1: Uint8Array, u2: Uint16Array, u4: Uint32Array, f4: Float32Array };
 const PER_STEP = 40;
+const BINS = 20; // of a latent’s histogram
 const GROUPS = ["Strongest sentences", ...Array.from({ length: 10 }, (_, i) =>
   i === 0 ? "Strongest tenth" : i === 9 ? "Weakest tenth" : `Tenth ${10 - i} of 10`), ""];
 
@@ -44,7 +44,9 @@ function cached(prefix, limit) {
 const latentChunk = cached("data-latents-", 16);
 const sentenceChunk = cached("data-sentences-", 256);
 const data = {}; // meta, n, the summary's columns, labels, tokens, promoted, fields, vocabulary
-const view = { query: "", sort: "", ascending: false, labelled: false, results: [], shown: 0, latent: null };
+const NO_FILTERS = { density: "", score: "", source: "", words: false, kept: false };
+const view = { query: "", sort: "", ascending: false, filters: { ...NO_FILTERS }, inSentences: null, terms: [], notes: [],
+  results: [], matches: null, shown: 0, latent: null, other: null, pinned: null };
 
 // ---------------------------------------------------------------- figures
 
@@ -56,61 +58,9 @@ const known = (column, i) => (data[column][i] ? (data[column][i] - 1) / 1000 : n
 const tokensOf = (i) => (data.tokens[i] ? data.tokens[i].split("\t") : []);
 const nameOf = (i) => data.labels[i] || tokensOf(i).slice(0, 4).join(" · ") || (data.n_firing_tokens[i] ? "no text" : "never fires");
 
-// ---------------------------------------------------------------- search
-
-/** One long lower-case string per field: indexOf over it is faster than any loop over strings. */
-function searchable(lines) {
-  const starts = new Uint32Array(lines.length + 1);
-  const text = lines.join("\n").toLowerCase() + "\n";
-  // Lower-casing may change lengths: find the line ends again in what it made.
-  for (let i = 0, at = 0; i < lines.length; i++) { starts[i] = at; at = text.indexOf("\n", at) + 1; }
-  starts[lines.length] = text.length;
-  return { text, starts };
-}
-
-/** The line that holds an offset, searched forward from `from` in doubling steps. */
-function lineOf(starts, offset, from) {
-  let step = 1, low = from, high = from + 1;
-  while (high < starts.length - 1 && starts[high] <= offset) { low = high; step *= 2; high = Math.min(starts.length - 1, high + step); }
-  while (high - low > 1) { const middle = (low + high) >> 1; if (starts[middle] <= offset) low = middle; else high = middle; }
-  return low;
-}
-
-const isWordCode = (c) => (c > 96 && c < 123) || (c > 47 && c < 58) || c > 127; // lower case only
-
-/** Adds `weight` to every latent whose field contains the term, more for the start of a word, most for a whole one. */
-function addMatches(field, term, weight, scores) {
-  const { text, starts } = field;
-  let line = 0;
-  for (let at = text.indexOf(term); at !== -1;) {
-    line = lineOf(starts, at, line);
-    let found = weight;
-    if (at === starts[line] || !isWordCode(text.charCodeAt(at - 1))) found += isWordCode(text.charCodeAt(at + term.length)) ? 1 : 2;
-    if (scores[line] < found) scores[line] = found;
-    // A better place may follow in the same line; short terms are too common to look.
-    at = text.indexOf(term, term.length > 2 && found < weight + 2 ? at + 1 : starts[line + 1]);
-  }
-}
-
-function find(query) {
-  const terms = query.toLowerCase().split(/\s+/).filter(Boolean);
-  if (!terms.length) return null;
-  let total = null;
-  for (const term of terms) {
-    const scores = new Uint8Array(data.n);
-    addMatches(data.fields.promoted, term, 1, scores);
-    addMatches(data.fields.tokens, term, 4, scores);
-    addMatches(data.fields.labels, term, 7, scores);
-    if (!total) { total = scores; continue; }
-    for (let i = 0; i < data.n; i++) total[i] = total[i] && scores[i] ? Math.min(99, total[i] + scores[i]) : 0;
-  }
-  const number = /^#?(\d+)$/.exec(query.trim());
-  if (number && Number(number[1]) < data.n) total[Number(number[1])] = 255;
-  return total;
-}
-
 const SORTS = {
   relevance: { name: "best match", key: null },
+  clarity: { name: "clarity", key: (i) => data.clarity[i] },
   score: { name: "score", key: (i) => data.score[i] },
   certainty: { name: "certainty", key: (i) => data.certainty[i] },
   density: { name: "density", key: (i) => data.n_firing_tokens[i] },
@@ -128,22 +78,38 @@ function order(sort) {
   return orders[sort];
 }
 
+/** Whether a latent passes the filters that are set. */
+function passes(i) {
+  const { density: range, score, source, words, kept: mine } = view.filters;
+  if (mine && !kept.latents.has(i)) return false;
+  if (range) {
+    const [low, high] = range.split(" ").map(Number), share = density(i);
+    if (share < low || share >= high) return false;
+  }
+  if (score && !(known("score", i) >= Number(score))) return false;
+  if (source && data.source[i] !== Number(source) && !(source === "any" && data.source[i])) return false;
+  return !words || /[\p{L}\p{N}]/u.test(nameOf(i));
+}
+
 /** Fills view.results: matches in order, those that never fire last. */
 function select() {
-  const scores = find(view.query);
+  const found = view.inSentences ? null : find(view.query), scores = found?.scores;
+  view.terms = found?.terms ?? termsOf(view.query);
+  view.notes = found?.notes ?? [];
   const byRelevance = view.sort === "relevance" && scores;
   const base = order(view.sort === "relevance" ? data.defaultSort : view.sort);
   // A counting sort by score keeps the order within a score; without a search there is one score.
   const rank = (i) => (!data.n_firing_tokens[i] && view.sort !== "number" ? 256 : byRelevance ? 255 - scores[i] : 0);
-  const isShown = (i) => (!scores || scores[i]) && (!view.labelled || data.labels[i]);
+  const shown = base.filter((i) => (!scores || scores[i]) && (!view.inSentences || view.inSentences.has(i)) && passes(i));
   const starts = new Uint32Array(258);
-  for (const i of base) if (isShown(i)) starts[rank(i) + 1]++;
+  for (const i of shown) starts[rank(i) + 1]++;
   const nSilent = starts[257];
   for (let r = 1; r < 258; r++) starts[r] += starts[r - 1];
-  const results = new Uint32Array(starts[257]);
-  for (const i of base) if (isShown(i)) results[starts[rank(i)]++] = i;
+  const results = new Uint32Array(shown.length);
+  for (const i of shown) results[starts[rank(i)]++] = i;
   if (view.ascending) results.subarray(0, results.length - nSilent).reverse();
   view.results = results;
+  view.matches = null; // made when a picture is drawn
   view.shown = 0;
 }
 
@@ -163,7 +129,7 @@ function element(tag, attributes = {}, ...children) {
 
 /** Text with the search terms marked. */
 function marked(text) {
-  const terms = view.query.toLowerCase().split(/\s+/).filter(Boolean);
+  const { terms } = view;
   const lower = text.toLowerCase();
   if (!terms.length || lower.length !== text.length) return [text];
   const out = [];
@@ -184,6 +150,7 @@ function marked(text) {
 
 function figureOf(i) {
   const shown = view.sort === "relevance" ? data.defaultSort : view.sort;
+  if (shown === "clarity" && data.clarity[i]) return [(data.clarity[i] / 1000).toFixed(2), "clarity"];
   if (shown === "maximum") return [fixed(data.max_activation[i]), "maximum"];
   if (shown === "score" && known("score", i) !== null) return [known("score", i).toFixed(2), "score"];
   if (shown === "certainty" && known("certainty", i) !== null) return [known("certainty", i).toFixed(2), "certainty"];
@@ -218,7 +185,13 @@ function refresh() {
   $("results").replaceChildren();
   showMore();
   const n = view.results.length.toLocaleString("en");
-  $("status").textContent = view.query ? `${n} of ${data.n.toLocaleString("en")} latents match` : `${n} latents`;
+  const all = view.results.length === data.n ? `${n} latents` : `${n} of ${data.n.toLocaleString("en")} latents match`;
+  $("status").textContent = [all, ...view.notes].join("; ");
+  $("sentences").hidden = !view.query || view.inSentences !== null;
+  if ($("detail").querySelector(".pictures")) {
+    view.matches = view.results.length < data.n ? new Set(view.results) : null;
+    view.redraw?.();
+  }
   performance.measure("saint-search", { start: started, end: performance.now() });
   // Next and previous follow the list.
   if (view.latent !== null) document.querySelector(".crumbs")?.replaceWith(crumbs(view.latent));
@@ -267,7 +240,7 @@ function windowRow(window, maximum) {
     // The space before a word stays outside of its mark.
     const space = /^ */.exec(token)[0];
     const isPeak = t === peak;
-    text.append(space, element("mark", { class: isPeak ? "peak" : null, share: (strength / 255).toFixed(3),
+    text.append(space, element("mark", { class: isPeak ? "peak" : null, "data-bin": Math.min(BINS - 1, Math.max(0, Math.ceil((strength / 255) * BINS) - 1)), share: (strength / 255).toFixed(3),
       title: `${round((strength / 255) * maximum)} (${Math.round((100 * strength) / 255)} % of the maximum)` },
       visible(token.slice(space.length)) || "␣"));
   });
@@ -357,9 +330,29 @@ function crumbs(i) {
     return exists ? element("a", { href: `#/latent/${other}`, rel: offset < 0 ? "prev" : "next", "aria-keyshortcuts": key, title: `key ${key}` }, text)
       : element("span", { "aria-disabled": "true" }, text);
   };
+  const beside = view.pinned !== null && view.pinned !== i
+    ? element("a", { class: "beside", href: `#/compare/${view.pinned}/${i}` }, `Compare with #${view.pinned}`)
+    : element("button", { type: "button", class: "beside" }, view.pinned === i ? "… with which?" : "Compare");
+  if (beside.tagName === "BUTTON") beside.addEventListener("click", () => { view.pinned = i; beside.textContent = "… with which?"; });
   return element("nav", { class: "crumbs", "aria-label": "Latents" },
     element("a", { class: "back", href: "#/" }, "← All latents"), element("span", { class: "number" }, `Latent ${i}`),
-    element("span", { class: "steps" }, step(-1, "Previous", "k"), step(1, "Next", "j")));
+    element("span", { class: "steps" }, keepButton(i), beside, step(-1, "Previous", "k"), step(1, "Next", "j")));
+}
+
+/** Hovering a token marks its bar, hovering a bar its tokens. */
+function linkBars(article) {
+  const bars = [...article.querySelectorAll(".chart rect")];
+  const lit = (bin, on) => {
+    bars[bin]?.classList.toggle("lit", on);
+    for (const mark of article.querySelectorAll(`.windows mark[data-bin="${bin}"]`)) mark.classList.toggle("lit", on);
+  };
+  for (const [type, on] of [["mouseover", true], ["mouseout", false]]) {
+    article.addEventListener(type, (event) => {
+      const mark = event.target.closest?.("mark[data-bin]");
+      if (mark) lit(mark.dataset.bin, on);
+      else if (event.target.tagName === "rect") lit(bars.indexOf(event.target), on);
+    });
+  }
 }
 
 function factList(i) {
@@ -371,8 +364,8 @@ function factList(i) {
     fact("Largest activation", round(data.max_activation[i]), "the steering unit"));
 }
 
-function examples(windows, maximum) {
-  const section = element("section", { class: "card examples", "aria-label": "Where it fires" }, element("h2", {}, "Where it fires"),
+function examples(windows, maximum, i) {
+  const section = element("section", { class: "card examples", "aria-label": `Where latent ${i} fires` }, element("h2", {}, "Where it fires"),
     element("p", { class: "note" }, "The stronger a token’s activation, the stronger its colour; the strongest is underlined."));
   for (let group = 0; group <= 10; group++) {
     const mine = windows.filter((window) => window.group === group);
@@ -389,14 +382,14 @@ function silentExamples(windows, maximum) {
     element("ol", { class: "windows" }, ...mine.map((w) => windowRow(w, maximum))));
 }
 
-async function latentPage(i) {
+async function latentPage(i, heading = "h1") {
   const size = data.meta.latents_per_chunk, place = i % size;
   const chunk = await latentChunk(Math.floor(i / size));
   const windows = await windowsOf(chunk, place);
   const maximum = data.max_activation[i], extra = chunk.extra?.[i];
   const bins = chunk.histogram.length / chunk.window_count.length;
-  const article = element("article", { "data-latent": i }, crumbs(i),
-    element("h1", { tabindex: "-1", id: "heading" }, nameOf(i)), badges(i, extra));
+  const article = element("article", { "data-latent": i }, heading === "h1" ? crumbs(i) : element("p", { class: "crumbs" }, element("a", { href: `#/latent/${i}` }, `Latent ${i}`)),
+    element(heading, heading === "h1" ? { tabindex: "-1", id: "heading" } : { class: "title" }, nameOf(i)), badges(i, extra));
   if (extra?.rationale) article.append(element("p", { class: "note" }, extra.rationale));
   else if (!data.labels[i] && data.tokens[i]) article.append(element("p", { class: "note" }, "No label yet: these are the tokens on which it is strongest."));
   article.append(factList(i));
@@ -411,7 +404,7 @@ async function latentPage(i) {
     up ? element("section", { class: "card" }, element("h2", {}, "What it makes the model say"),
       element("p", { class: "note" }, "Next tokens that its direction makes likelier …"), up,
       element("p", { class: "note", style: "margin-top:.7rem" }, "… and less likely"), down) : null));
-  if (windows.some((window) => window.group < 11)) article.append(examples(windows, maximum));
+  if (windows.some((window) => window.group < 11)) article.append(examples(windows, maximum, i));
   article.append(element("div", { class: "columns" },
     element("section", { class: "card" }, element("h2", {}, "Nearest directions"),
       element("p", { class: "note" }, "Cosine of the decoder directions."), relations(chunk, "neighbours", place)),
@@ -419,6 +412,8 @@ async function latentPage(i) {
       element("p", { class: "note" }, "Share of their tokens on which both fire."), relations(chunk, "coactive", place))));
   const silent = silentExamples(windows, maximum);
   if (silent) article.append(silent);
+  article.append(tryCard(i));
+  linkBars(article);
   return article;
 }
 
@@ -441,7 +436,7 @@ function welcome() {
     element("p", {}, `A sparse autoencoder learned ${data.n.toLocaleString("en")} directions of this layer’s activations; `
       + `about ${data.meta.k} of them are active on any one token. Each is shown with the sentences that wake it: `,
       element("span", { class: "sample" }, "the ", element("mark", {}, "stronger"), " the colour, the stronger it fires.")),
-    random,
+    random, pictureCard(),
     element("div", { class: "card" }, element("h2", {}, "How often they fire"),
       element("p", { class: "note" }, silent ? `Latents by their share of tokens; ${silent.toLocaleString("en")} never fire.` : "Latents by their share of tokens; all of them fire."),
       first === -1 ? "" : chart(logs.slice(first, last + 1), "Histogram of latents by density", `on ${power(first)} of tokens`, `on ${power(last + 1)}`)),
@@ -451,24 +446,70 @@ function welcome() {
 
 // ---------------------------------------------------------------- routes, keys, start
 
+/** What the address asks for. */
+function asked() {
+  const [path, query] = location.hash.replace(/^#/, "").split("?");
+  const numbers = path.split("/").slice(2).map(Number), bad = numbers.find((i) => !Number.isInteger(i) || i < 0 || i >= data.n);
+  const kind = /^\/latent\/[^/]+$/.test(path) ? "latent" : /^\/compare\/[^/]+\/[^/]+$/.test(path) ? "compare" : path === "" || path === "/" ? "welcome" : "nothing";
+  return { kind: kind !== "welcome" && (kind === "nothing" || bad !== undefined) ? "nothing" : kind, numbers, path, query: new URLSearchParams(query ?? "") };
+}
+
+/** Keeps the search in the address, so that it can be sent to somebody. */
+function remember() {
+  const [path] = location.hash.replace(/^#/, "").split("?"), words = new URLSearchParams();
+  if (view.query) words.set("q", view.query);
+  if (view.sort !== "relevance") words.set("sort", view.sort);
+  for (const [name, value] of Object.entries(view.filters)) if (value) words.set(name, value === true ? "1" : value);
+  const text = words.toString();
+  history.replaceState(null, "", `#${path || "/"}${text ? `?${text}` : ""}`);
+}
+
+/** Takes the search from an address that has one. */
+function recall(words) {
+  if (![...words].length) return;
+  view.query = $("query").value = words.get("q") ?? "";
+  if (SORTS[words.get("sort")]) view.sort = $("sort").value = words.get("sort");
+  for (const [name, none] of Object.entries(NO_FILTERS)) {
+    view.filters[name] = typeof none === "boolean" ? words.get(name) === "1" : words.get(name) ?? none;
+    const field = $(`filter-${name}`);
+    if (typeof none === "boolean") field.checked = view.filters[name]; else field.value = view.filters[name];
+  }
+}
+
+function nowhere(path) {
+  return element("section", { class: "welcome" }, element("h1", { tabindex: "-1", id: "heading" }, "This link leads nowhere"),
+    element("p", {}, `“${path}” is not in this page: it holds the latents 0 to ${data.n - 1}. The link may belong to another SAE’s page.`),
+    element("p", {}, element("a", { class: "button", href: "#/" }, "All latents")));
+}
+
+async function detailOf({ kind, numbers, path }) {
+  if (kind === "latent") return latentPage(numbers[0]);
+  if (kind === "nothing") return nowhere(path);
+  if (kind === "welcome") return welcome();
+  const pages = await Promise.all(numbers.map((i) => latentPage(i, "h2")));
+  return element("section", { class: "beside-each-other" }, element("nav", { class: "crumbs", "aria-label": "Latents" }, element("a", { href: "#/" }, "← All latents")),
+    element("h1", { tabindex: "-1", id: "heading" }, `#${numbers[0]} and #${numbers[1]}`), element("div", { class: "two" }, ...pages));
+}
+
 async function route() {
-  const match = /^#\/latent\/(\d+)$/.exec(location.hash);
-  const latent = match && Number(match[1]) < data.n ? Number(match[1]) : null;
-  const opened = latent !== null && latent !== view.latent;
+  const wish = asked(), { kind, numbers } = wish;
+  const latent = kind === "latent" ? numbers[0] : null, started = location.hash;
+  if ([...wish.query].length && view.routed) { recall(wish.query); refresh(); }
+  const opened = kind !== "welcome" && (latent === null || latent !== view.latent);
   view.latent = latent;
-  document.body.classList.toggle("latent-open", latent !== null);
+  if (kind === "compare") view.pinned = null;
+  document.body.classList.toggle("latent-open", kind !== "welcome");
   for (const link of $("results").querySelectorAll("[aria-current]")) link.removeAttribute("aria-current");
   $("results").querySelector(`[data-latent="${latent}"]`)?.setAttribute("aria-current", "true");
-  if (latent === null) {
-    document.title = data.title;
-    $("detail").replaceChildren(welcome());
+  const made = await detailOf(wish);
+  if (location.hash.split("?")[0] !== started.split("?")[0]) return; // another one was opened meanwhile
+  document.title = latent !== null ? `${nameOf(latent)} · latent ${latent}` : kind === "compare" ? `latents ${numbers.join(" and ")}` : data.title;
+  $("detail").replaceChildren(made);
+  if (kind === "welcome") {
+    view.matches = view.results.length < data.n ? new Set(view.results) : null;
     if (view.scrolled) window.scrollTo(0, view.scrolled);
     return;
   }
-  const page = await latentPage(latent);
-  if (view.latent !== latent) return; // another one was opened meanwhile
-  document.title = `${nameOf(latent)} · latent ${latent}`;
-  $("detail").replaceChildren(page);
   $("detail").scrollTop = 0;
   if (matchMedia("(max-width: 820px)").matches) window.scrollTo(0, 0);
   if (opened && view.routed) $("heading").focus({ preventScroll: true });
@@ -479,7 +520,7 @@ function onKey(event) {
   const typing = event.target.matches("input, select, textarea");
   const link = document.activeElement?.closest?.(".results li");
   if (event.key === "/" && !typing) { event.preventDefault(); $("query").focus(); $("query").select(); }
-  else if (event.key === "Escape") { if (view.latent !== null) location.hash = "#/"; $("query").focus(); }
+  else if (event.key === "Escape") { if (document.body.classList.contains("latent-open")) location.hash = "#/"; $("query").focus(); }
   else if (event.key === "ArrowDown" && (link || event.target === $("query"))) {
     event.preventDefault();
     const next = link ? link.nextElementSibling : $("results").firstElementChild;
@@ -494,29 +535,43 @@ function onKey(event) {
 
 function offerSorts() {
   const any = (column) => data[column].some((value) => value > 0);
-  const has = { score: any("score"), certainty: any("certainty") };
-  data.defaultSort = has.score ? "score" : has.certainty ? "certainty" : "density";
+  const has = { score: any("score"), certainty: any("certainty"), clarity: any("clarity") };
+  data.defaultSort = has.clarity ? "clarity" : has.score ? "score" : "density";
   for (const [key, sort] of Object.entries(SORTS)) {
     if (has[key] === false) continue;
     $("sort").append(element("option", { value: key }, sort.name));
   }
   $("sort").value = view.sort = "relevance";
-  $("labelled-control").hidden = !data.meta.n_labels;
+  $("filter-source").closest("label").hidden = !data.meta.n_labels;
+  $("filter-score").closest("label").hidden = !has.score;
 }
 
 function listen() {
-  $("query").addEventListener("input", () => { view.query = $("query").value; refresh(); });
+  const again = () => { remember(); refresh(); };
+  $("query").addEventListener("input", () => { view.query = $("query").value; view.inSentences = null; again(); });
   $("search").addEventListener("submit", (event) => {
     event.preventDefault();
     if (view.query && view.results.length) location.hash = `#/latent/${view.results[0]}`;
   });
-  $("sort").addEventListener("change", () => { view.sort = $("sort").value; refresh(); });
+  $("sentences").addEventListener("click", async () => {
+    const query = view.query;
+    const found = await findSentences(query, (share) => { $("status").textContent = `Reading the sentences: ${Math.round(100 * share)} %`; });
+    if (view.query !== query) return;
+    view.inSentences = found;
+    refresh();
+  });
+  $("sort").addEventListener("change", () => { view.sort = $("sort").value; again(); });
   $("direction").addEventListener("click", () => {
     view.ascending = !view.ascending;
     $("direction").textContent = view.ascending ? "↑" : "↓";
     refresh();
   });
-  $("labelled").addEventListener("change", () => { view.labelled = $("labelled").checked; refresh(); });
+  for (const [name, none] of Object.entries(NO_FILTERS)) {
+    const field = $(`filter-${name}`);
+    field.addEventListener("change", () => { view.filters[name] = typeof none === "boolean" ? field.checked : field.value; again(); });
+  }
+  $("export").addEventListener("click", () => kept.export());
+  $("import").addEventListener("change", () => { if ($("import").files[0]) kept.import($("import").files[0]); $("import").value = ""; });
   $("more").addEventListener("click", showMore);
   new IntersectionObserver((seen) => { if (seen.some((entry) => entry.isIntersecting)) showMore(); },
     { rootMargin: "400px" }).observe($("more"));
@@ -533,7 +588,10 @@ async function start() {
   for (const [name, text] of Object.entries({ labels, tokens, promoted })) data[name] = text.split("\n");
   data.fields = Object.fromEntries(["labels", "tokens", "promoted"].map((name) => [name, searchable(data[name])]));
   offerSorts();
+  kept.load();
+  kept.save();
   listen();
+  recall(asked().query);
   refresh();
   data.vocabulary = (await unpack("data-vocabulary")).extra;
   await route();
