@@ -83,7 +83,7 @@ def _leave_process_group() -> None:
 
 
 def log_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Log in one line the settings that differ from the parser's defaults.
+    """Log in one line the settings that differ from the parser's defaults, if any does.
 
     Paths are left out: who typed the command knows them, and the manifest holds all arguments.
     """
@@ -93,7 +93,8 @@ def log_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser) -> 
         if not is_path and value != parser.get_default(name):
             words = value if isinstance(value, list | tuple) else [value]
             changed.append(" ".join([name, *(str(word) for word in words if word is not True)]))
-    log.info("settings: %s", ", ".join(changed) + ", else the defaults" if changed else "defaults")
+    if changed:
+        log.info("settings: %s, else the defaults", ", ".join(changed))
 
 
 _FIRST_LINE_SECONDS, _LINE_SECONDS = 20.0, 180.0

@@ -14,8 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.test_rooms import MAY_IMPORT
+
 ROOT = Path(__file__).resolve().parents[2]
 README, CHINESE = ROOT / "README.md", ROOT / "README.zh-CN.md"
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
 STAGES = sorted(p.stem for p in ROOT.glob("*.py") if "build_parser" in p.read_text())
 OTHERS = {"--help", "--nproc_per_node", "--nnodes", "--node_rank"}  # python's and torchrun's
@@ -132,3 +135,14 @@ def test_both_readmes_hold_the_same_commands():
 def test_sizes_of_pictures():
     for picture in ROOT.glob("docs/images/*"):
         assert picture.stat().st_size < 150_000, picture
+
+
+def test_the_rooms_are_those_that_the_imports_are_held_to():
+    rows = re.findall(r"^\| `([^`]+)` \|[^|]*\| ([^|]*) \|$", CONTRIBUTING.read_text(), re.M)
+    written = {}
+    for name, others in rows:
+        room = name.removesuffix("/").removesuffix(".py").replace("/", ".")
+        known = {"sae", "llama_3", "nothing"}
+        may = {other if other in known else f"saint.{other}" for other in others.split(", ")}
+        written[room] = may - {"nothing"}
+    assert written == {room: set(others.split()) for room, others in MAY_IMPORT.items()}
