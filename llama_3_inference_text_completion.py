@@ -110,7 +110,7 @@ def _run(
         if workers.is_main:
             with atomic_path(args.export_vector) as temporary:
                 temporary.write_bytes(data)
-        log.info("wrote %s; README says how plain transformers uses it", args.export_vector)
+        log.info("wrote %s; docs/demo.md says how plain transformers uses it", args.export_vector)
         return
     if args.dose_report is not None:
         reports = _sweep_doses(studio, guides, request)
