@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "saint.steering": "saint.stage sae saint.evidence llama_3",
     "saint.page": "saint.stage saint.steering",
     "saint.browser": "saint.stage sae saint.evidence llama_3",
+    "saint.exchange": "saint.stage sae saint.evidence",
 }
 ONLY_IN = {
     "gradio": "saint/page/* llama_3_inference_text_completion_gradio.py",
