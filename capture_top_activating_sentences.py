@@ -27,6 +27,8 @@ from saint.evidence.sparse_activations import (
     entries_per_token,
     tally_store,
 )
+from saint.evidence.token_index import NAME as TOKEN_INDEX
+from saint.evidence.token_index import write_token_index
 from saint.stage.errors import UserError, log
 from saint.stage.files import atomic_path, naming_full_disk, require_space
 from saint.stage.flags import (
@@ -187,9 +189,10 @@ def write_outputs(
         for block in builder.blocks():
             writer.write(block)
             bar.update(len(block.latents))
+    write_token_index(output.path / TOKEN_INDEX, store)
     n_dead = int((builder.n_firing_tokens == 0).sum())
     counts = {name: facts[name] for name in ("n_latents", "n_tokens", "n_sentences")}
-    names = [f"top_sentences_{name}.yaml" for name in RANKINGS] + [EVIDENCE]
+    names = [f"top_sentences_{name}.yaml" for name in RANKINGS] + [EVIDENCE, TOKEN_INDEX]
     output.finish(facts=facts, counts=counts | {"n_silent_latents": n_dead}, files=names)
     shutil.rmtree(output.path / WORK_DIR)
 
@@ -216,7 +219,12 @@ def plan_output(args: argparse.Namespace, sae_config: SAEConfig, store: Activati
         | {"k": sae_config.k, "layer_dir": store.layer_dir}
         | {"model_dir": None if args.model_dir is None else "given"},
         sources={"sae": file_checksum(args.model_path)["xxh3"], "store": store.fingerprint},
-        own_patterns=(*(f"top_sentences_{name}.yaml" for name in RANKINGS), EVIDENCE, WORK_DIR),
+        own_patterns=(
+            *(f"top_sentences_{name}.yaml" for name in RANKINGS),
+            EVIDENCE,
+            TOKEN_INDEX,
+            WORK_DIR,
+        ),
         settings={"data_dir": str(args.data_dir), "model_path": str(args.model_path)},
     )
 

@@ -14,6 +14,7 @@ import json
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 
 from llama_3 import CheckpointError, load_args
@@ -23,13 +24,31 @@ from saint.stage.files import atomic_path, write_json, write_text
 from saint.stage.flags import add_model_parallel_flag
 from saint.stage.program import log_arguments, progress, run_stage
 from saint.stage.workers import Workers, start_workers
+from saint.steering.attribution import ablate_top, attribute
 from saint.steering.completions import Pair, stream_pairs
+from saint.steering.concepts import (
+    N_LATENTS,
+    USE,
+    ConceptFinder,
+    add_concept_flags,
+    open_finder,
+    search_concepts,
+    total_move,
+)
 from saint.steering.dose import DEFAULT_STRENGTHS, DoseReport, dose_request, sweep
 from saint.steering.guide import Guide
 from saint.steering.search import search_labels, search_text, search_token
-from saint.steering.settings import UNLIMITED, WHERE, Request, parse_setting, request_from_json
+from saint.steering.settings import (
+    UNLIMITED,
+    WHERE,
+    Concept,
+    Request,
+    parse_setting,
+    request_from_json,
+    split_steer,
+)
 from saint.steering.studio import EXAMPLE_PROMPTS, Studio, add_studio_flags, load_studio
-from saint.steering.vector import export_vector
+from saint.steering.vector import export_vector, write_control_vector
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -38,6 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_studio_flags(parser)
+    add_concept_flags(parser)
     add_model_parallel_flag(parser)
     what = parser.add_argument_group("what to write")
     what.add_argument("--prompt", nargs="+", help="one or more prompts [four examples]")
@@ -45,10 +65,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--steer",
         nargs="+",
         default=[],
-        metavar="LATENT=+1.5",
-        help="latents and what to do with them, strength in units of the latent's largest seen "
-        "activation: 896=+1.5 adds, 896=1.5 sets, 896=*2 scales, 896=off ablates; "
-        "1:896=+1.5 names a latent of the second SAE",
+        metavar="WHAT=+8",
+        help="concepts and latents, and what to do with them. A concept, saved or found from its "
+        "name, in standard deviations of the residual stream: film=+8 adds, film=-8 subtracts, "
+        "film=8 sets, film=off takes away. A latent, in units of its largest seen activation: "
+        "896=+1.5 adds, 896=1.5 sets, 896=*2 scales, 896=off ablates; 1:896=+1.5 names the second "
+        "SAE's",
     )
     what.add_argument("--where", choices=WHERE, default="both", help="tokens to edit [both]")
     what.add_argument("--max_new_tokens", type=int, default=40, help="tokens to write [40]")
@@ -60,8 +82,33 @@ def build_parser() -> argparse.ArgumentParser:
         "--request", type=Path, help="JSON settings copied from the page, instead of these flags"
     )
     find = parser.add_argument_group("finding latents (instead of writing)")
-    for name, search in (("label", "labels"), ("token", "tokens"), ("text", "an example text")):
+    kinds = {"label": "labels", "token": "tokens", "text": "an example text", "concept": "name"}
+    for name, search in kinds.items():
         find.add_argument(f"--find_{name}", metavar="QUERY", help=f"search by {search}")
+    make = parser.add_argument_group("making a concept (instead of writing)")
+    make.add_argument(
+        "--concept", metavar="QUERY", help="make a concept of a word, a phrase or a text; save it"
+    )
+    make.add_argument("--against", default="", metavar="TEXT", help="the text it is to differ from")
+    make.add_argument("--concept_name", default="", help="name to save it under [the query]")
+    make.add_argument(
+        "--concept_latents", type=int, default=N_LATENTS, help="latents it is made of [%(default)s]"
+    )
+    make.add_argument(
+        "--concept_use",
+        choices=("latents", "means"),
+        default=USE,
+        help="steer with the latents' sum or with the difference of means itself [%(default)s]",
+    )
+    why = parser.add_argument_group("which latents caused a token (instead of writing)")
+    why.add_argument(
+        "--attribute",
+        nargs="?",
+        const="",
+        metavar="TOKEN",
+        help="latents by gradient × activation for this next token of each prompt [the likeliest]",
+    )
+    why.add_argument("--ablate", action="store_true", help="check the top ten by ablating them")
     tune = parser.add_argument_group("tuning and taking away (instead of writing)")
     tune.add_argument(
         "--dose_report",
@@ -70,7 +117,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--steer, and proposes the strongest dose before fluency breaks",
     )
     tune.add_argument(
-        "--export_vector", type=Path, help="write --steer as a steering vector (safetensors) here"
+        "--export_vector",
+        type=Path,
+        help="write --steer as a steering vector here (safetensors; .gguf for llama.cpp)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
     return parser
@@ -86,8 +135,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     log_arguments(args, build_parser())
     request = _request(args)
     studio, guides = load_studio(args, UNLIMITED, workers)
+    finder = open_finder(args, studio, guides)
+    _, wishes = split_steer(args.steer)
+    if wishes:
+        request = replace(request, concepts=tuple(finder.setting(text) for text in wishes))
     with nullcontext() if workers.is_main else redirect_stdout(io.StringIO()):
-        _run(args, workers, studio, guides, request)
+        if args.concept is not None or args.find_concept is not None:
+            _concepts(args, workers, finder)
+        elif args.attribute is not None:
+            _attribute(args, studio, guides, request)
+        else:
+            _run(args, workers, studio, guides, request)
 
 
 def _run(
@@ -106,7 +164,11 @@ def _run(
             _print_hits(search(studio, guides, query), guides, as_json=args.json)
             return
     if args.export_vector is not None:
-        data = export_vector(studio, request.settings)
+        if args.export_vector.suffix == ".gguf":
+            write_control_vector(args.export_vector, studio, request.settings, request.concepts)
+            log.info("wrote %s", args.export_vector)
+            return
+        data = export_vector(studio, request.settings, request.concepts)
         if workers.is_main:
             with atomic_path(args.export_vector) as temporary:
                 temporary.write_bytes(data)
@@ -117,7 +179,7 @@ def _run(
         if workers.is_main:
             _write_doses(reports, guides, args.dose_report)
         return
-    if not request.settings:
+    if not request.settings and not request.concepts:
         log.info("no --steer: both texts are the plain model's; --find_label WORD finds latents")
     pairs = _complete(studio, request, quiet=args.json or not workers.is_main)
     if args.json:
@@ -126,6 +188,72 @@ def _run(
         return
     for pair in pairs:
         _print_pair(pair, guides)
+    for hook, length in total_move(studio, request.concepts).items():
+        names = " and ".join(str(setting) for setting in request.concepts)
+        print(f"{names}: together {length:.1f} standard deviations at {hook}")
+
+
+def _concepts(args: argparse.Namespace, workers: Workers, finder: ConceptFinder) -> None:
+    """Make and save a concept, or search the saved ones."""
+    if args.find_concept is not None:
+        found = search_concepts(finder.saved, args.find_concept)
+    else:
+        found = [
+            finder.find(
+                args.concept,
+                against=args.against,
+                name=args.concept_name,
+                n_latents=args.concept_latents,
+                use=args.concept_use,
+            )
+        ]
+        if workers.is_main:
+            finder.save(found[0])
+            log.info("saved in %s; --steer %r turns it up", finder.path, f"{found[0].name}=+8")
+    if args.json:
+        records = [{"name": c.name} | c.to_json() for c in found]
+        print(json.dumps(records, ensure_ascii=False))
+        return
+    for concept in found:
+        _print_concept(concept, finder.guides[concept.sae])
+    if not found:
+        print("no saved concept holds these words; --concept makes one")
+
+
+def _print_concept(concept: Concept, guide: Guide) -> None:
+    used = "difference of means" if concept.use == "means" else f"{len(concept.latents)} latents"
+    print(f"{concept.name}: {used}, from {concept.source} ({concept.n_tokens} tokens)")
+    print(f"  the latents explain {concept.explained:.0%} of the difference of means:")
+    shares = concept.shares or (0.0,) * len(concept.latents)
+    for latent, weight, share in zip(concept.latents, concept.weights, shares, strict=True):
+        label = guide.label(latent) or "(no label)"
+        print(f"  {latent:>7}  weight {weight:.2f}  share {share:.2f}  {label}")
+
+
+def _attribute(
+    args: argparse.Namespace, studio: Studio, guides: list[Guide], request: Request
+) -> None:
+    """Say which latents raised the next token of each prompt."""
+    records = []
+    for prompt in request.prompts:
+        found = attribute(studio, prompt, token=args.attribute or None, chat=args.chat)
+        change = ablate_top(studio, found) if args.ablate else None
+        records.append(found.to_json() | {"ablated": change})
+        if args.json:
+            continue
+        print(f"\n> {prompt}\n  next token {found.token!r}: logit {found.logit:.2f} above the mean")
+        for part in found.parts:
+            label = guides[found.sae].label(part.latent) or "(no label)"
+            where = found.tokens[part.position].strip()
+            print(f"  {part.effect:+7.3f}  {part.latent:>7}  on {where!r}  {label}")
+        print(
+            f"  all latents {found.latents_total:+.3f}, error term {found.error_total:+.3f} "
+            f"({found.error_share:.0%} of what both move)"
+        )
+        if change is not None:
+            print(f"  ablating these: expected {change['expected']:+.3f}, got {change['got']:+.3f}")
+    if args.json:
+        print(json.dumps(records, ensure_ascii=False))
 
 
 def _request(args: argparse.Namespace) -> Request:
@@ -138,7 +266,7 @@ def _request(args: argparse.Namespace) -> Request:
             raise UserError(f"{args.request} is not JSON: {error}") from None
     return Request(
         prompts=tuple(args.prompt or EXAMPLE_PROMPTS),
-        settings=tuple(parse_setting(text) for text in args.steer),
+        settings=tuple(parse_setting(text) for text in split_steer(args.steer)[0]),
         where=args.where,
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
@@ -194,6 +322,9 @@ def _print_pair(pair: Pair, guides: list[Guide]) -> None:
         surprise = reading.mean_surprise
         cost = "" if surprise is None else f"  [{surprise:.2f} nats per token]"
         print(f"{name:>8}:{reading.text}{cost}")
+    if pair.moved and not pair.effects:
+        shares = ", ".join(f"{share:.0%} at {hook}" for hook, share in pair.moved.items())
+        print(f"          moved the residual by {shares}")
     for effect in pair.effects:
         setting = effect.setting
         name = f"latent {setting.latent} {guides[setting.sae].label(setting.latent)}".strip()

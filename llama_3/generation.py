@@ -14,12 +14,13 @@ class Sampling:
     """How the next token is drawn.
 
     temperature: 0 takes the likeliest. top_p: draw from the likeliest tokens that have this share
-    of the probability, in (0, 1]. seed: of each prompt's own random numbers, in any batch.
+    of the probability, in (0, 1]. seed: of each prompt's own random numbers, in any batch; several
+    give each prompt its own.
     """
 
     temperature: float = 0.0
     top_p: float = 1.0
-    seed: int = 0
+    seed: int | tuple[int, ...] = 0
 
     def __post_init__(self) -> None:
         if self.temperature < 0 or not 0 < self.top_p <= 1:
@@ -48,7 +49,10 @@ def generate(
     width, limit = int(lengths.max()), model.args.max_seq_len
     if width + max_new_tokens > limit:
         raise ValueError(f"{width} + {max_new_tokens} tokens exceed the context of {limit} tokens")
-    generators = [torch.Generator().manual_seed(sampling.seed) for _ in prompts]
+    seeds = [sampling.seed] * len(prompts) if isinstance(sampling.seed, int) else sampling.seed
+    if len(seeds) != len(prompts):
+        raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts")
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     own, length = model.own_args, width + max_new_tokens
     shape = (2, len(model.layers), len(prompts), length, own.n_kv_heads, own.head_dim)
     # Zeros, since masked positions are still multiplied with, by weights of zero.
@@ -78,12 +82,17 @@ def _sample(logits: Tensor, sampling: Sampling, generators: list[torch.Generator
     """Draw one id per row of (batch, vocab) logits; returns (batch, 1)."""
     if sampling.temperature == 0:
         return logits.argmax(-1, keepdim=True)
-    probs, ids = torch.softmax(logits / sampling.temperature, -1).sort(descending=True, stable=True)
+    # The random numbers are the CPU's on every device, so a seed means the same draw everywhere.
+    draw = torch.cat([torch.rand(1, 1, generator=g) for g in generators]).to(logits.device)
+    probs = torch.softmax(logits / sampling.temperature, -1)
+    if sampling.top_p == 1:  # nothing is left out: the order does not matter, sorting is the cost
+        cumulative = probs.cumsum(-1)
+        index = torch.searchsorted(cumulative, draw * cumulative[:, -1:], right=True)
+        return index.clamp(max=probs.shape[-1] - 1)
+    probs, ids = probs.sort(descending=True, stable=True)
     cumulative = probs.cumsum(-1)
     kept = cumulative - probs < sampling.top_p
     mass = torch.where(kept, probs, 0.0).sum(-1, keepdim=True)
-    # The random numbers are the CPU's on every device, so a seed means the same draw everywhere.
-    draw = torch.cat([torch.rand(1, 1, generator=g) for g in generators]).to(logits.device)
     index = (cumulative <= draw * mass).sum(-1, keepdim=True)
     index = torch.minimum(index, kept.sum(-1, keepdim=True) - 1)
     return ids.gather(-1, index)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from itertools import zip_longest
 from typing import Any
 
@@ -60,12 +60,17 @@ class Effect:
 
 @dataclass(frozen=True)
 class Pair:
-    """One prompt's two completions."""
+    """One prompt's two completions.
+
+    moved: hook point ("layer 13 resid_pre") -> length of what all latents and concepts together
+    added there, as a share of the activation's own, mean over the edited tokens.
+    """
 
     prompt: str
     plain: Reading
     steered: Reading
     effects: list[Effect]
+    moved: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-ready dictionary."""
@@ -74,18 +79,19 @@ class Pair:
             record[name] = {"text": reading.text, "mean_surprise": reading.mean_surprise}
             record[name] |= {f.name: getattr(reading, f.name) for f in fields(reading)}
         record["effects"] = [asdict(e) | {"setting": str(e.setting)} for e in self.effects]
+        record["moved"] = self.moved
         return record
 
 
 @dataclass(frozen=True)
-class Progress:
+class Streamed:
     """Texts so far, (plain, steered) per prompt; `pairs` is there once generation has ended."""
 
     texts: list[tuple[str, str]]
     pairs: list[Pair] | None = None
 
 
-def stream_pairs(studio: Studio, request: Request) -> Iterator[Progress]:
+def stream_pairs(studio: Studio, request: Request) -> Iterator[Streamed]:
     """Generate plain and steered completions side by side, with the same seed.
 
     Yields after every token and once more, with measurements, at the end; closing the iterator
@@ -93,13 +99,12 @@ def stream_pairs(studio: Studio, request: Request) -> Iterator[Progress]:
     1") give the same text bit for bit. Raises UserError before any work for a bad request.
     """
     prompts = studio.encode_prompts(request)
-    edits = build_edits(
-        studio, request.settings, where=request.where, prompt_lengths=[len(p) for p in prompts]
-    )
+    lengths = [len(prompt) for prompt in prompts]
+    edits = request_edits(studio, request, lengths)
     runs = [_Run(studio, prompts, request, None), _Run(studio, prompts, request, edits)]
     try:
         for _ in zip_longest(*(run.steps for run in runs)):
-            yield Progress(list(zip(*(run.texts() for run in runs), strict=True)))
+            yield Streamed(list(zip(*(run.texts() for run in runs), strict=True)))
     finally:
         for run in runs:
             run.steps.close()
@@ -109,9 +114,11 @@ def stream_pairs(studio: Studio, request: Request) -> Iterator[Progress]:
             read(studio, run.ids[row], n_prompt=len(prompts[row]), settings=request.settings)
             for run in runs
         )
-        effects = measure_effects(studio, request, runs[1].ids[row], n_prompt=len(prompts[row]))
-        pairs.append(Pair(prompt, plain, steered, effects))
-    yield Progress([(pair.plain.text, pair.steered.text) for pair in pairs], pairs)
+        effects, moved = measure_effects(
+            studio, request, runs[1].ids[row], n_prompt=len(prompts[row])
+        )
+        pairs.append(Pair(prompt, plain, steered, effects, moved))
+    yield Streamed([(pair.plain.text, pair.steered.text) for pair in pairs], pairs)
 
 
 def complete_pairs(studio: Studio, request: Request) -> list[Pair]:
@@ -215,44 +222,64 @@ def setting_activations(dictionary: Dictionary, x: Tensor, setting: Setting) -> 
     return values
 
 
+def request_edits(
+    studio: Studio,
+    request: Request,
+    prompt_lengths: Sequence[int],
+    record: dict[HookPoint, tuple[Tensor, Tensor, Tensor]] | None = None,
+) -> dict[HookPoint, Edit]:
+    """Return the model edits of all that a request turns up and down, see `build_edits`."""
+    return build_edits(
+        studio,
+        request.settings,
+        concepts=request.concepts,
+        where=request.where,
+        prompt_lengths=prompt_lengths,
+        record=record,
+    )
+
+
 @torch.no_grad()
 def measure_effects(
     studio: Studio, request: Request, ids: Sequence[int], *, n_prompt: int
-) -> list[Effect]:
+) -> tuple[list[Effect], dict[str, float]]:
     """Run the steered model over its own text and compare wish with outcome.
 
-    Directions overlap, so encoding the edited activation again need not give the target.
+    Directions overlap, so encoding the edited activation again need not give the target. Returns
+    one effect per latent, and `Pair.moved`.
     """
     record: dict[HookPoint, tuple[Tensor, Tensor, Tensor]] = {}
-    edits = build_edits(
-        studio, request.settings, where=request.where, prompt_lengths=[n_prompt], record=record
-    )
+    edits = request_edits(studio, request, [n_prompt], record)
     if not edits:
-        return []
+        return [], {}
     tokens = torch.tensor([list(ids)], device=studio.model.device)
     studio.model.capture(tokens, set(edits), edits=edits)
+    shares: dict[HookPoint, float] = {}
+    for hook, (before, after, edited) in record.items():
+        if bool(edited.any()):
+            added = torch.linalg.vector_norm((after.float() - before.float())[edited], dim=-1)
+            own = torch.linalg.vector_norm(before.float()[edited], dim=-1)
+            shares[hook] = float((added / own).mean())
     effects = []
     for setting in request.settings:
         dictionary = studio.dictionaries[setting.sae]
         before, after, edited = (t[0] for t in record[dictionary.hook])
-        if not bool(edited.any()):
+        if dictionary.hook not in shares:
             effects.append(Effect(setting, None, None, None, None))
             continue
         mask = edited.cpu()
         present = setting_activations(dictionary, before, setting)[mask]
         realised = setting_activations(dictionary, after, setting)[mask]
-        added = torch.linalg.vector_norm((after.float() - before.float())[edited], dim=-1)
-        share = (added / torch.linalg.vector_norm(before.float()[edited], dim=-1)).mean()
         effects.append(
             Effect(
                 setting,
                 float(present.mean()),
                 float(_target(setting, present).mean()),
                 float(realised.mean()),
-                float(share),
+                shares[dictionary.hook],
             )
         )
-    return effects
+    return effects, {f"layer {hook.layer} {hook.name}": share for hook, share in shares.items()}
 
 
 def _target(setting: Setting, present: Tensor) -> Tensor:

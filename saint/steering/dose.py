@@ -10,6 +10,7 @@ from saint.stage.errors import UserError
 from saint.steering.completions import generate_ids, read
 from saint.steering.settings import Request, Setting
 from saint.steering.studio import Studio, build_edits
+from saint.steering.texts import distinct_pairs
 
 DEFAULT_STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
 # Fluency counts as broken half a nat per token above no dose, or when the text runs in circles:
@@ -122,12 +123,6 @@ def _measure(studio: Studio, request: Request, setting: Setting, strength: float
 
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values) if values else 0.0
-
-
-def distinct_pairs(ids: Sequence[object]) -> float:
-    """Return the share of neighbouring pairs that occur for the first time; 1 without pairs."""
-    pairs = list(zip(ids, ids[1:], strict=False))
-    return len(set(pairs)) / len(pairs) if pairs else 1.0
 
 
 def propose(points: Sequence[DosePoint]) -> float | None:

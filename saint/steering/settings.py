@@ -1,18 +1,21 @@
-"""Steering: a language model with its SAEs, and settings turned into edits of its activations.
+"""What a person asks for: latents and concepts turned up or down, on which prompts, how written.
 
-Everything here is read-only after loading: two visitors who steer at once share the weights and
-nothing else. The edit is `sae.steering_shift`; this module turns a person's settings (strength in
-units of a latent's largest seen activation) into it.
+`896=+1.5` names a latent, its strength in units of its largest seen activation; `film=+8` names a
+concept, its dose in standard deviations of the residual stream along the concept's unit direction.
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
 import math
 import re
 import sys
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
+
+import numpy as np
 
 from saint.stage.errors import UserError
 
@@ -28,7 +31,14 @@ _MAX_STRENGTH = 1000.0
 _SETTING = re.compile(r"(?:(\d+):)?(\d+)=(.+)")
 
 
+_CONCEPT_SETTING = re.compile(r"([^=]*[^=\d\s:][^=]*)=(.+)", re.DOTALL)
+
+
 _SHORTHAND = {"+": "add", "-": "add", "*": "scale", "x": "scale"}
+
+
+_MAX_CONCEPT_LATENTS = 256
+_MAX_NAME_CHARS = 80
 
 
 @dataclass(frozen=True)
@@ -82,6 +92,142 @@ def parse_setting(text: str) -> Setting:
 
 
 @dataclass(frozen=True)
+class Concept:
+    """A named direction: a few latents, and the difference of means that they stand for.
+
+    latents, weights: Σ weights_i · decoder direction_i has length 1; weights are not negative.
+    shares: each latent's part of the cosine of that sum with `means`. means: (d_model,), the unit
+    difference of means, () where it is not known. base: the coordinate of an average token along
+    `vector`'s direction. explained: cosine² of the latents' sum with `means`. use: which of the
+    two steers, "latents" or "means". query, source, n_tokens: what it was found from.
+    """
+
+    name: str
+    latents: tuple[int, ...]
+    weights: tuple[float, ...]
+    shares: tuple[float, ...] = ()
+    means: tuple[float, ...] = ()
+    base: float = 0.0
+    explained: float = 0.0
+    use: str = "latents"
+    query: str = ""
+    source: str = ""
+    n_tokens: int = 0
+    sae: int = 0
+
+    def __post_init__(self) -> None:
+        numbers = (*self.weights, *self.shares, *self.means, self.base, self.explained)
+        if not re.fullmatch(r"[^=\x00-\x1f]*[^=\d\s:\x00-\x1f][^=\x00-\x1f]*", self.name):
+            raise UserError(f"concept {self.name!r:.40}: a name has a letter and no “=”")
+        if len(self.name) > _MAX_NAME_CHARS or self.name != self.name.strip():
+            raise UserError(f"concept {self.name!r:.40}: at most {_MAX_NAME_CHARS} characters")
+        if len(self.weights) != len(self.latents) or len(self.latents) > _MAX_CONCEPT_LATENTS:
+            raise UserError(f"concept {self.name}: its latents and weights do not fit")
+        if self.use not in ("latents", "means") or not (self.means or self.use == "latents"):
+            raise UserError(f"concept {self.name}: use {self.use!r:.40} is not there to use")
+        if not all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers):
+            raise UserError(f"concept {self.name}: a weight is not a number")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON- and YAML-ready dictionary; `means` as base64 of float16."""
+        record: dict[str, Any] = {
+            name: getattr(self, name)
+            for name in ("query", "source", "n_tokens", "sae", "use", "explained", "base")
+        }
+        shares = self.shares or (0.0,) * len(self.latents)
+        record["latents"] = {
+            int(latent): {"weight": weight, "share": share}
+            for latent, weight, share in zip(self.latents, self.weights, shares, strict=True)
+        }
+        if self.means:
+            packed = np.array(self.means, np.float16).tobytes()
+            record["means"] = base64.b64encode(packed).decode()
+        return record
+
+
+def concept_from_json(name: str, record: Any) -> Concept:
+    """Read what `Concept.to_json` wrote. Raises UserError for what is no concept."""
+    if not isinstance(record, Mapping) or not isinstance(record.get("latents"), Mapping):
+        raise UserError(f"concept {name!r:.40} is not a mapping with latents")
+    try:
+        rows = {
+            int(k): (float(v["weight"]), float(v["share"])) for k, v in record["latents"].items()
+        }
+        raw = base64.b64decode(str(record.get("means", "")), validate=True)
+        means = tuple(np.frombuffer(raw, np.float16).astype(float).tolist())
+        return Concept(
+            name=str(name),
+            latents=tuple(rows),
+            weights=tuple(weight for weight, _ in rows.values()),
+            shares=tuple(share for _, share in rows.values()),
+            means=means,
+            base=float(record.get("base", 0.0)),
+            explained=float(record.get("explained", 0.0)),
+            use=str(record.get("use", "latents")),
+            query=str(record.get("query", ""))[:2000],
+            source=str(record.get("source", ""))[:200],
+            n_tokens=int(record.get("n_tokens", 0)),
+            sae=int(record.get("sae", 0)),
+        )
+    except (KeyError, TypeError, ValueError, OverflowError, binascii.Error) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"concept {name!r:.40} is damaged: {error}") from None
+
+
+@dataclass(frozen=True)
+class ConceptSetting:
+    """What a person asks of one concept.
+
+    mode "add": every edited token moves by `dose` of its standard deviations along the concept's
+    unit direction; "set": its coordinate there becomes `dose` above an average token's; "ablate":
+    what it has above an average token's is taken away.
+    """
+
+    concept: Concept
+    mode: str = "add"
+    dose: float = 8.0
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("add", "set", "ablate"):
+            raise UserError(f"concept mode {self.mode!r}: expected add, set or ablate")
+        if not math.isfinite(self.dose) or abs(self.dose) > _MAX_STRENGTH:
+            raise UserError(f"dose {self.dose} is not within ±{_MAX_STRENGTH:g}")
+
+    def __str__(self) -> str:
+        amount = {"add": f"{self.dose:+g}", "set": f"set:{self.dose:g}", "ablate": "off"}
+        return f"{self.concept.name}={amount[self.mode]}"
+
+
+def split_steer(texts: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Tell settings of latents ("896=+1.5") from those of concepts ("film=+8")."""
+    latents, concepts = [], []
+    for text in texts:
+        (concepts if _CONCEPT_SETTING.fullmatch(text) else latents).append(text)
+    return latents, concepts
+
+
+def parse_concept_setting(text: str) -> tuple[str, str, float]:
+    """Read "film=+8", "film=-8" (add), "film=8" (set) or "film=off" (ablate).
+
+    Returns name, mode and dose. Raises UserError for anything else.
+    """
+    match = _CONCEPT_SETTING.fullmatch(text)
+    if match is None or len(text) > 2 * _MAX_NAME_CHARS:
+        raise UserError(f"{text[:60]!r}: expected NAME=+8 (add), NAME=8 (set) or NAME=off (ablate)")
+    name, wish = match[1].strip(), match[2].replace(" ", "")
+    if wish in ("off", "ablate"):
+        return name, "ablate", 0.0
+    mode, colon, amount = wish.partition(":")
+    if not colon:
+        mode, amount = _SHORTHAND.get(wish[0], "set"), wish
+    try:
+        return name, mode, float(amount)
+    except ValueError:
+        raise UserError(f"steering setting {text!r:.60}: {amount!r} is not a number") from None
+
+
+@dataclass(frozen=True)
 class Limits:
     """What one request may ask for.
 
@@ -106,6 +252,7 @@ class Request:
 
     where: "prompt", "generated" or "both" tokens are edited. temperature 0 takes the likeliest
     token; top_p in (0, 1]. chat: each prompt is a user's message and the model answers.
+    concepts: travel with the request, so that it means the same wherever it is read.
     """
 
     prompts: tuple[str, ...]
@@ -116,12 +263,14 @@ class Request:
     top_p: float = 1.0
     seed: int = 0
     chat: bool = False
+    concepts: tuple[ConceptSetting, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-ready dictionary; settings in the terminal's notation."""
-        record = asdict(self) | {"prompts": list(self.prompts)}
-        record["steer"] = [str(setting) for setting in self.settings]
+        record = asdict(replace(self, concepts=())) | {"prompts": list(self.prompts)}
+        record["steer"] = [str(setting) for setting in (*self.settings, *self.concepts)]
         del record["settings"]
+        record["concepts"] = {s.concept.name: s.concept.to_json() for s in self.concepts}
         return record
 
 
@@ -149,9 +298,23 @@ def request_from_json(record: Any) -> Request:
     for name, value in (("prompts", prompts), ("steer", steer)):
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise UserError(f"{name} is not a list of texts")
+    latents, wishes = split_steer(steer)
+    known_concepts = record.get("concepts", {})
+    if not isinstance(known_concepts, Mapping):
+        raise UserError("concepts is not a mapping of names to concepts")
     return Request(
-        prompts=tuple(prompts), settings=tuple(parse_setting(s) for s in steer), **values
+        prompts=tuple(prompts),
+        settings=tuple(parse_setting(text) for text in latents),
+        concepts=tuple(_read_concept_setting(text, known_concepts) for text in wishes),
+        **values,
     )
+
+
+def _read_concept_setting(text: str, known: Mapping[str, Any]) -> ConceptSetting:
+    name, mode, dose = parse_concept_setting(text)
+    if name not in known:
+        raise UserError(f"the settings name the concept {name!r:.40}, and do not say what it is")
+    return ConceptSetting(concept_from_json(name, known[name]), mode, dose)
 
 
 def _as(kind: type, value: Any, name: str) -> Any:

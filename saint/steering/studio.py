@@ -13,7 +13,7 @@ import xxhash
 from torch import Tensor
 
 from llama_3 import HOOK_NAMES, Edit, HookPoint, Llama, LlamaArgs, Tokenizer, load_args, load_llama
-from sae import Steer, TopKSparseAutoencoder, load_sae, steering_shift
+from sae import Steer, TopKSparseAutoencoder, load_sae, standardise, steering_shift
 from saint.evidence.file import open_evidence
 from saint.evidence.labels import load_labels
 from saint.stage.devices import pick_device, pick_dtype
@@ -21,7 +21,14 @@ from saint.stage.errors import UserError, log
 from saint.stage.flags import add_device_flags, positive_int
 from saint.stage.workers import Workers
 from saint.steering.guide import Guide, make_guide
-from saint.steering.settings import WHERE, Limits, Request, Setting
+from saint.steering.settings import (
+    WHERE,
+    Concept,
+    ConceptSetting,
+    Limits,
+    Request,
+    Setting,
+)
 
 
 @dataclass(frozen=True)
@@ -116,6 +123,23 @@ class Studio:
         if not 0 <= request.seed < 2**63:
             raise UserError(f"seed {request.seed} is not between 0 and 2^63 - 1")
         self.check_settings(request.settings)
+        self.check_concepts(request.concepts)
+
+    def check_concepts(self, concepts: Sequence[ConceptSetting]) -> None:
+        """Raise UserError for too many concepts, one named twice, or one made for another SAE."""
+        if len(concepts) > self.limits.settings:
+            raise UserError(f"{len(concepts)} concepts: at most {self.limits.settings} at a time")
+        names = [setting.concept.name for setting in concepts]
+        if len(set(names)) < len(names):
+            raise UserError("a concept is set twice: give each one setting")
+        for setting in concepts:
+            concept = setting.concept
+            if not 0 <= concept.sae < len(self.dictionaries):
+                raise UserError(f"concept {concept.name} belongs to SAE {concept.sae}: not loaded")
+            config = self.dictionaries[concept.sae].sae.config
+            strays = [i for i in concept.latents if not 0 <= i < config.n_latents]
+            if strays or len(concept.means) not in (0, config.d_model):
+                raise UserError(f"concept {concept.name} was made for another SAE")
 
     def check_settings(self, settings: Sequence[Setting]) -> None:
         """Raise UserError for too many latents, one that is not there, or one named twice."""
@@ -141,6 +165,7 @@ def build_edits(
     *,
     where: str,
     prompt_lengths: Sequence[int],
+    concepts: Sequence[ConceptSetting] = (),
     record: dict[HookPoint, tuple[Tensor, Tensor, Tensor]] | None = None,
 ) -> dict[HookPoint, Edit]:
     """Return the model edits for these settings; empty when there is nothing to steer.
@@ -155,6 +180,12 @@ def build_edits(
         dictionary = studio.dictionaries[setting.sae]
         steers = by_hook.setdefault(dictionary.hook, {}).setdefault(setting.sae, [])
         steers.append(dictionary.steer(setting))
+    moves: dict[HookPoint, list[tuple[ConceptSetting, Tensor]]] = {}
+    for wish in concepts:
+        dictionary = studio.dictionaries[wish.concept.sae]
+        by_hook.setdefault(dictionary.hook, {})
+        vector = concept_vector(dictionary, wish.concept)
+        moves.setdefault(dictionary.hook, []).append((wish, vector))
     ends = torch.tensor(prompt_lengths, device=studio.model.device).unsqueeze(1)
     first = 1 if studio.prepend_bos else 0
 
@@ -166,6 +197,8 @@ def build_edits(
             shift = torch.zeros_like(x, dtype=torch.float32)
             for index, steers in wishes.items():
                 shift += steering_shift(studio.dictionaries[index].sae, steers, x)
+            if hook in moves:
+                shift += concept_shift(moves[hook], x)
             after = torch.where(edited.unsqueeze(-1), (x.float() + shift).to(x.dtype), x)
             if record is not None:
                 record[hook] = (x, after, edited)
@@ -174,6 +207,34 @@ def build_edits(
         return edit
 
     return {hook: make_edit(hook, wishes) for hook, wishes in by_hook.items()}
+
+
+def concept_vector(dictionary: Dictionary, concept: Concept) -> Tensor:
+    """Return a concept's unit direction (d_model,), float32, on the SAE's device."""
+    w_dec = dictionary.sae.W_dec.detach()
+    if concept.use == "means":
+        vector = torch.tensor(concept.means, dtype=torch.float32, device=w_dec.device)
+    else:
+        weights = torch.tensor(concept.weights, dtype=torch.float32, device=w_dec.device)
+        vector = weights @ w_dec[list(concept.latents)].float()
+    return vector / torch.linalg.vector_norm(vector).clamp_min(1e-12)
+
+
+def concept_shift(moves: Sequence[tuple[ConceptSetting, Tensor]], x: Tensor) -> Tensor:
+    """Return std(x) · Σ_j change_j · v_j, float32 (..., d_model), what concepts add to x.
+
+    All coordinates z · v_j are read before anything is added; z is x, standardised.
+    """
+    z, _, scale = standardise(x)
+    shift = torch.zeros_like(z)
+    for setting, vector in moves:
+        if setting.mode == "add":
+            shift += setting.dose * vector
+            continue
+        above = z @ vector - setting.concept.base
+        change = setting.dose - above if setting.mode == "set" else -above.clamp_min(0)
+        shift += change.unsqueeze(-1) * vector
+    return shift * scale
 
 
 _DEFAULT_LABELS = Path("output") / "parsed_responses.yaml"

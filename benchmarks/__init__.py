@@ -1,0 +1,1 @@
+"""Benchmarks: run from the repository as `python -m benchmarks.NAME`."""

@@ -1,0 +1,394 @@
+"""From a word, a phrase, sentences or two texts to a concept: a few latents and a direction.
+
+The direction is a difference of means (Belrose, "Diff-in-means concept editing is worst-case
+optimal"; Marks and Tegmark, arXiv:2310.06824): the mean standardised activation of the query's
+tokens minus that of all tokens. The latents are those most raised by the query, weighted by how
+much their mean activation exceeds their mean over all tokens, so that none is negative.
+"""
+
+from __future__ import annotations
+
+import argparse
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sae import TopKSparseAutoencoder, standardise
+from saint.evidence.token_index import NAME as TOKEN_INDEX
+from saint.evidence.token_index import StoredTokens, open_tokens
+from saint.stage.errors import UserError
+from saint.stage.yaml_files import load_yaml, write_yaml
+from saint.steering.guide import Guide
+from saint.steering.settings import (
+    Concept,
+    ConceptSetting,
+    concept_from_json,
+    parse_concept_setting,
+)
+from saint.steering.studio import Dictionary, Studio, concept_vector, fingerprints
+
+N_LATENTS = 16
+USE = "latents"
+DOSE = 8.0
+_MAX_ROWS = 512
+_MAX_FILLED_TOKENS = 8  # a longer query is read as a text of its own, not looked up
+_ENCODE_ROWS = 4096
+CONCEPTS_FILE = "concepts.yaml"
+_STORE = "activation_outputs"
+# Where no store is at hand, a word is read in sentences that say nothing else.
+_FRAMES = (
+    "They talked about {} all day.",
+    "It is about {} and nothing else.",
+    "The article was about {}.",
+    "Everything she wrote concerned {}.",
+    "There is more to say about {}.",
+    "He knew a lot about {}.",
+)
+
+
+@dataclass(frozen=True)
+class Average:
+    """What is usual: means over all tokens. z: (d_model,); activations: (n_latents,)."""
+
+    z: Tensor
+    activations: Tensor
+
+
+@torch.no_grad()
+def average_over_store(sae: TopKSparseAutoencoder, stored: StoredTokens) -> Average:
+    """Return means over a seeded sample of the store's rows."""
+    rows = stored.sample(_ENCODE_ROWS)
+    x = stored.activations(rows).to(sae.W_enc.device)
+    return Average(standardise(x)[0].mean(0), mean_activations(sae, x))
+
+
+@torch.no_grad()
+def average_of_sae(dictionary: Dictionary, densities: Sequence[float] | None) -> Average:
+    """Without a store: the SAE's own centre, and half of each latent's largest where it fires."""
+    sae = dictionary.sae
+    activations = torch.zeros(sae.config.n_latents, device=sae.W_enc.device)
+    if densities is not None:
+        density = torch.tensor(densities, device=activations.device)
+        activations = 0.5 * density * dictionary.units.to(activations.device)
+    return Average(sae.b_pre.detach().float(), activations)
+
+
+@torch.no_grad()
+def mean_activations(sae: TopKSparseAutoencoder, x: Tensor) -> Tensor:
+    """Return each latent's mean activation (n_latents,) over raw activations x."""
+    total = torch.zeros(sae.config.n_latents, device=x.device)
+    for part in x.split(_ENCODE_ROWS):
+        active = sae.encode(sae.normalise(part)[0])
+        total.index_add_(0, active.indices, active.values)
+    return total / max(1, len(x))
+
+
+def spellings(studio: Studio, query: str) -> list[list[int]]:
+    """Token ids of a query as it may stand in a text: capitals, a space before, a plain plural."""
+    word = query.strip()
+    forms = [word, word.lower(), word.capitalize()]
+    if " " not in word and word[-1:].isalpha() and not word.lower().endswith("s"):
+        forms += [form + "s" for form in forms]
+    found = []
+    for form in dict.fromkeys(forms):
+        for text in (" " + form, form):
+            ids = studio.tokenizer.encode(text, bos=False)
+            if ids and ids not in found:
+                found.append(ids)
+    return found
+
+
+@torch.no_grad()
+def read_texts(studio: Studio, dictionary: Dictionary, texts: Sequence[str]) -> list[Tensor]:
+    """Return each text's activations (n_tokens, d_model), BOS left out."""
+    found = []
+    for text in texts:
+        ids = studio.encode(text, chat=False)[: studio.model.args.max_seq_len]
+        tokens = torch.tensor([ids], device=studio.model.device)
+        x = studio.model.capture(tokens, [dictionary.hook])[dictionary.hook][0]
+        found.append(x[1:] if dictionary.sae.config.prepend_bos else x)
+    return found
+
+
+def query_rows(
+    studio: Studio, dictionary: Dictionary, query: str, stored: StoredTokens | None
+) -> tuple[Tensor, str]:
+    """Return the query's own tokens' activations (n, d_model) and where they were found."""
+    forms = spellings(studio, query)
+    short = bool(forms) and len(forms[0]) <= _MAX_FILLED_TOKENS and len(query.split()) <= 3
+    if short and stored is not None:
+        rows = stored.find(forms, limit=_MAX_ROWS)
+        if len(rows) >= 8:
+            x = stored.activations(rows).to(dictionary.sae.W_enc.device)
+            return x, f"{len(rows)} places in the store"
+    if short:
+        parts = []
+        for frame in _FRAMES:
+            text = frame.format(query.strip())
+            n_after = len(studio.tokenizer.encode(frame.split("{}")[1], bos=False))
+            (x,) = read_texts(studio, dictionary, [text])
+            n_own = len(studio.tokenizer.encode(" " + query.strip(), bos=False))
+            parts.append(x[len(x) - n_after - n_own : len(x) - n_after])
+        return torch.cat(parts), "made-up sentences read by the model"
+    return torch.cat(read_texts(studio, dictionary, [query])), "the text, read by the model"
+
+
+@torch.no_grad()
+def find_concept(
+    studio: Studio,
+    query: str,
+    *,
+    against: str = "",
+    name: str = "",
+    sae: int = 0,
+    stored: StoredTokens | None = None,
+    average: Average | None = None,
+    n_latents: int = N_LATENTS,
+    use: str = "latents",
+) -> Concept:
+    """Return the concept that a word, phrase or text stands for.
+
+    against: a second text whose difference from the first is meant, instead of all tokens.
+    stored: the captured tokens; without them the model reads the query on the spot. Raises
+    UserError for an empty query, or when no latent rises with it.
+    """
+    if not query.strip():
+        raise UserError("write a word, a phrase or a text first")
+    dictionary = studio.dictionaries[sae]
+    if average is None:
+        if stored is None:
+            average = average_of_sae(dictionary, None)
+        else:
+            average = average_over_store(dictionary.sae, stored)
+    if against.strip():
+        x = torch.cat(read_texts(studio, dictionary, [query]))
+        other = torch.cat(read_texts(studio, dictionary, [against]))
+        average = Average(standardise(other)[0].mean(0), mean_activations(dictionary.sae, other))
+        source = "two texts, read by the model"
+    else:
+        x, source = query_rows(studio, dictionary, query, stored)
+    means = standardise(x)[0].mean(0) - average.z
+    raised = mean_activations(dictionary.sae, x) - average.activations
+    concept = concept_of(dictionary, means, raised, average.z, n_latents=n_latents, use=use)
+    title = name.strip() or " ".join(query.split())[:60].replace("=", " ").strip()
+    record = concept.to_json() | {
+        "query": query if not against.strip() else f"{query}\n–\n{against}",
+        "source": source,
+        "n_tokens": len(x),
+        "sae": sae,
+    }
+    return concept_from_json(title, record)
+
+
+def concept_of(
+    dictionary: Dictionary,
+    means: Tensor,
+    raised: Tensor,
+    centre: Tensor,
+    *,
+    n_latents: int,
+    use: str = "latents",
+) -> Concept:
+    """Make a concept of a difference of means (d_model,) and the latents' rises (n_latents,).
+
+    Raises UserError when no latent rises.
+    """
+    values, latents = raised.topk(min(n_latents, len(raised)))
+    latents = latents[values > 0]
+    if not len(latents):
+        raise UserError("no latent rises with this query: it is an ordinary text for this SAE")
+    directions = dictionary.sae.W_dec.detach()[latents].float()
+    weights = raised[latents]
+    weights = weights / torch.linalg.vector_norm(weights @ directions)
+    unit = means / torch.linalg.vector_norm(means).clamp_min(1e-12)
+    shares = weights * (directions @ unit)
+    vector = weights @ directions if use == "latents" else unit
+    return Concept(
+        name="concept",
+        latents=tuple(latents.tolist()),
+        weights=tuple(weights.tolist()),
+        shares=tuple(shares.tolist()),
+        means=tuple(unit.tolist()),
+        base=float(centre @ vector),
+        explained=float(shares.sum().clamp_min(0) ** 2),
+        use=use,
+    )
+
+
+# --- saved, read, named in a setting --------------------------------------------------------------
+
+
+def save_concepts(path: Path, concepts: Mapping[str, Concept], studio: Studio) -> None:
+    """Write `concepts.yaml`: names to concepts, with the SAE that each was made for."""
+    made_with = fingerprints(studio)
+    records = {
+        name: {"made_with": made_with[concept.sae]} | concept.to_json()
+        for name, concept in concepts.items()
+    }
+    write_yaml(path, records)
+
+
+def load_concepts(path: Path, studio: Studio) -> dict[str, Concept]:
+    """Read `concepts.yaml`; {} where there is none.
+
+    Raises UserError when it is damaged or a concept was made for another SAE.
+    """
+    if not path.exists():
+        return {}
+    rows = load_yaml(path) or {}
+    if not isinstance(rows, dict):
+        raise UserError(f"{path} is not a mapping of names to concepts")
+    made_with = fingerprints(studio)
+    concepts = {}
+    for name, row in rows.items():
+        concept = concept_from_json(str(name), row)
+        known = concept.sae < len(made_with) and row.get("made_with") == made_with[concept.sae]
+        if not known:
+            raise UserError(f"{path}: the concept {name!r:.40} was made for another SAE")
+        concepts[str(name)] = concept
+    return concepts
+
+
+def search_concepts(concepts: Mapping[str, Concept], query: str) -> list[Concept]:
+    """Return saved concepts whose name or query holds all of the words."""
+    words = query.lower().split()
+    return [
+        concept
+        for concept in concepts.values()
+        if all(word in f"{concept.name} {concept.query}".lower() for word in words)
+    ]
+
+
+def total_move(studio: Studio, concepts: Sequence[ConceptSetting]) -> dict[str, float]:
+    """Return what "add" settings together add, per hook: length in standard deviations.
+
+    Directions overlap, so this is less (or more) than the sum of the doses. A token's standardised
+    activation has the length √(d_model − 1), so dividing by that gives the share of it.
+    """
+    sums: dict[str, Tensor] = {}
+    for setting in concepts:
+        if setting.mode == "add":
+            dictionary = studio.dictionaries[setting.concept.sae]
+            hook = f"layer {dictionary.hook.layer} {dictionary.hook.name}"
+            move = setting.dose * concept_vector(dictionary, setting.concept)
+            sums[hook] = sums[hook] + move if hook in sums else move
+    return {hook: float(torch.linalg.vector_norm(move)) for hook, move in sums.items()}
+
+
+class ConceptFinder:
+    """Concepts by name: the saved ones, and new ones found from the store or the model.
+
+    stores: the captured tokens of each SAE, None where there are none. path: `concepts.yaml`.
+    What is usual over all tokens is worked out once per SAE.
+    """
+
+    def __init__(
+        self,
+        studio: Studio,
+        guides: Sequence[Guide],
+        stores: Sequence[StoredTokens | None],
+        path: Path | None = None,
+    ):
+        self.studio, self.guides, self.stores, self.path = studio, guides, stores, path
+        self.saved = {} if path is None else load_concepts(path, studio)
+        self._averages: dict[int, Average] = {}
+        self._lock = threading.Lock()
+
+    def average(self, sae: int) -> Average:
+        """What is usual over all tokens, for one SAE."""
+        with self._lock:
+            if sae not in self._averages:
+                dictionary, stored = self.studio.dictionaries[sae], self.stores[sae]
+                self._averages[sae] = (
+                    average_of_sae(dictionary, self.guides[sae].densities)
+                    if stored is None
+                    else average_over_store(dictionary.sae, stored)
+                )
+            return self._averages[sae]
+
+    def find(
+        self,
+        query: str,
+        *,
+        against: str = "",
+        name: str = "",
+        sae: int = 0,
+        n_latents: int = N_LATENTS,
+        use: str = USE,
+    ) -> Concept:
+        """Return a new concept, see `find_concept`. Raises UserError for a bad query or SAE."""
+        if not 0 <= sae < len(self.studio.dictionaries):
+            raise UserError(f"SAE {sae}: {len(self.studio.dictionaries)} loaded, counted from 0")
+        return find_concept(
+            self.studio,
+            query,
+            against=against,
+            name=name,
+            sae=sae,
+            stored=self.stores[sae],
+            average=self.average(sae),
+            n_latents=n_latents,
+            use=use,
+        )
+
+    def setting(self, text: str) -> ConceptSetting:
+        """Turn "film=+8" into a setting: a saved concept's, or one found from the name itself."""
+        name, mode, dose = parse_concept_setting(text)
+        concept = self.saved[name] if name in self.saved else self.find(name, name=name)
+        return ConceptSetting(concept, mode, dose)
+
+    def save(self, concept: Concept) -> None:
+        """Keep a concept in `concepts.yaml`, in place of an earlier one of its name."""
+        if self.path is None:
+            raise UserError("no concepts file is open to save in")
+        self.saved = {**self.saved, concept.name: concept}
+        save_concepts(self.path, self.saved, self.studio)
+
+
+def open_finder(args: argparse.Namespace, studio: Studio, guides: Sequence[Guide]) -> ConceptFinder:
+    """Return the finder of what `add_concept_flags` names. Raises UserError for a store that is
+    named and does not fit; the default places may be empty.
+    """
+    stores: list[StoredTokens | None] = []
+    for i, dictionary in enumerate(studio.dictionaries):
+        beside = args.sae_model_path[i].parent
+        given = args.store_dir[i] if args.store_dir and i < len(args.store_dir) else None
+        data_dir = given or beside / _STORE
+        evidence = guides[i].evidence
+        index = None if evidence is None else evidence.path.with_name(TOKEN_INDEX)
+        try:
+            stores.append(
+                open_tokens(
+                    data_dir,
+                    layer=dictionary.hook.layer,
+                    hook_point=dictionary.hook.name,
+                    index_path=index,
+                )
+            )
+        except UserError:
+            if given is not None:
+                raise
+            stores.append(None)
+    path = args.concepts_path or args.sae_model_path[0].parent / CONCEPTS_FILE
+    return ConceptFinder(studio, guides, stores, path)
+
+
+def add_concept_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say where concepts are found and kept."""
+    group = parser.add_argument_group("concepts")
+    group.add_argument(
+        "--store_dir",
+        type=Path,
+        nargs="+",
+        help=f"captured store of each SAE, to find concepts in [{_STORE} beside the SAE; without "
+        "one the model reads the query on the spot]",
+    )
+    group.add_argument(
+        "--concepts_path",
+        type=Path,
+        help=f"file of named concepts [{CONCEPTS_FILE} beside the first SAE]",
+    )
