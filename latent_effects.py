@@ -136,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure every live latent's effect as the command line says."""
     args = build_parser().parse_args(argv)
     workers = start_workers(args.device)
-    log_arguments(args)
+    log_arguments(args, build_parser())
     if args.dose <= 0:
         raise UserError(f"--dose {args.dose:g} is not above 0")
     started = time.monotonic()
