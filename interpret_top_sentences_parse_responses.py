@@ -196,12 +196,7 @@ def _summarise(
     told = ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items())) or "none read"
     path = args.parsed_responses_output_filepath
     log.info(
-        "%d responses: %s; %d labels in %s; next: latent_browser.py --labels_path %s",
-        len(answers.kinds),
-        told,
-        _n_named(labels),
-        path,
-        path,
+        "%d responses: %s; %d labels: look at %s", len(answers.kinds), told, _n_named(labels), path
     )
 
 
