@@ -71,10 +71,19 @@ def test_every_command_parses(name: str):
                 pytest.fail(f"{shlex.join(words)}\n{said.getvalue()}")
 
 
+def all_options(parser: argparse.ArgumentParser) -> set[str]:
+    """The parser's flags, and those of its commands."""
+    found = set(parser._option_string_actions)
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            found |= {o for command in action.choices.values() for o in all_options(command)}
+    return found
+
+
 @cache
 def known_flags() -> frozenset[str]:
     """Flags of all stages, of the store's own program and of the benchmarks (by their source)."""
-    options = {o for stage in STAGES for o in parser_of(stage)._option_string_actions}
+    options = {o for stage in STAGES for o in all_options(parser_of(stage))}
     sources = [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("saint/*/__main__.py")]
     sources += [*ROOT.glob("embedded/*.py"), *ROOT.glob("quickstart.sh"), *ROOT.glob("tests/*.py")]
     for source in sources:
