@@ -6,25 +6,26 @@ python -m embedded.page --run_dir runs/quickstart --llama_model_dir runs/quickst
 from __future__ import annotations
 
 import argparse
-import html
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from string import Template
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from llama_3 import CheckpointError
 from saint.evaluation.page import evaluation_charts
 from saint.evidence.file import Evidence, open_evidence
 from saint.evidence.labels import Label, load_labels
 from saint.evidence.words import clearest_latents
+from saint.report.stages import run_stages
 from saint.stage.errors import UserError, log
 from saint.stage.files import write_json, write_text
 from saint.stage.flags import add_overwrite_flag
+from saint.stage.html import render
 from saint.stage.manifests import Output, State, file_checksum
-from saint.stage.plots import STYLE
 from saint.stage.program import run_stage
 from saint.steering.completions import Pair, complete_pairs
 from saint.steering.settings import Request, Setting
@@ -40,6 +41,7 @@ from saint.training.run_files import RunFiles
 
 _N_LATENTS = 20
 _N_WINDOWS = 5
+_N_OPEN = 3
 _TRIED_LATENTS = 6
 _STRENGTH = 2.0
 # The shown text should say the concept, not only the concept: more than this adds nothing.
@@ -47,6 +49,17 @@ _ENOUGH_CONCEPT = 0.3
 _MAX_SURPRISE = 1.0  # nats per token beyond the plain text, to the plain model
 _MIN_DISTINCT_SHARE = 0.8
 _NEW_TOKENS = 24
+_DOSES = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
+_NO_DIFFERENCE, _LARGE_DIFFERENCE = 0.1, 3.0  # nats, for the colours of a token
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of the run's latents; latents: those to show, clearest first."""
+
+    evidence: Evidence
+    labels: dict[int, Label]
+    latents: list[int]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -119,66 +132,132 @@ def _mean_activation(reading: Any) -> float:
     return sum(rows) / max(1, len(rows))
 
 
-def window_html(example: dict[str, Any], maximum: float) -> str:
-    """Return one window with its firing tokens highlighted by strength."""
-    parts = []
-    for token, activation in zip(example["tokens"], example["activations"], strict=True):
-        text = html.escape(token)
-        if activation > 0:
-            share = min(1.0, activation / max(maximum, 1e-9))
-            title = f"{activation:.2f}"
-            text = f'<mark style="--s:{share:.2f}" title="{title}">{text}</mark>'
-        parts.append(text)
-    return f"<li>{''.join(parts)}</li>"
+def dose_texts(studio: Studio, pair: Pair, setting: Setting) -> list[dict[str, Any]]:
+    """Return what the prompt becomes at each strength of the slider, and what that costs."""
+    found = [{"strength": 0.0, "text": pair.plain.text, "says": "0×: the plain text"}]
+    for strength in _DOSES:
+        request = Request(
+            (pair.prompt,), (replace(setting, strength=strength),), max_new_tokens=_NEW_TOKENS
+        )
+        (one,) = complete_pairs(studio, request)
+        cost = f"{surprise_gain(one):+.2f} nats per token"
+        says = f"{strength:g}×, fluency {cost}"
+        found.append({"strength": strength, "text": one.steered.text, "says": says})
+    return found
 
 
-def latent_html(row: dict[str, Any], label: Label | None) -> str:
-    """Return one latent's card."""
+@torch.inference_mode()
+def token_losses(studio: Studio, text: str) -> dict[str, Any]:
+    """Return each token's loss (nats) by the model and with the SAE's reconstruction in place."""
+    dictionary = studio.dictionaries[0]
+    first = int(studio.prepend_bos)
+    ids = studio.tokenizer.encode(text, bos=studio.prepend_bos)
+    tokens = torch.tensor([ids], device=studio.model.device)
+
+    def replaced(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        own = (positions >= first).unsqueeze(-1)
+        return torch.where(own, dictionary.sae.reconstruct(x), x)
+
+    losses = []
+    for edits in ({}, {dictionary.hook: replaced}):
+        logits = studio.model(tokens, edits=edits)[0, :-1].float()
+        losses.append(F.cross_entropy(logits, tokens[0, 1:], reduction="none"))
+    plain, with_sae = (row.tolist() for row in losses)
+    shown = [{"text": studio.tokenizer.token_text(i), "kind": "", "title": ""} for i in ids[first:]]
+    for token, a, b in zip(shown[-len(plain) :], plain, with_sae, strict=True):
+        if abs(b - a) > _NO_DIFFERENCE:
+            token["kind"] = "worse" if b > a else "better"
+        token["share"] = f"{min(1.0, abs(b - a) / _LARGE_DIFFERENCE):.2f}"
+        token["title"] = f"{a:.2f} nats, with the SAE {b:.2f}"
+    mean = [f"{sum(row) / len(row):.2f}" for row in (plain, with_sae)]
+    return {"loss": shown, "loss_plain": mean[0], "loss_sae": mean[1]}
+
+
+def latent_card(row: dict[str, Any], label: Label | None, *, is_open: bool) -> dict[str, Any]:
+    """Return what the page shows of one latent."""
     top = [example for example in row["examples"] if example["kind"] == "top"][:_N_WINDOWS]
-    windows = "".join(window_html(example, row["max_activation"]) for example in top)
-    name = html.escape(label.text if label else "")
-    promoted = ", ".join(html.escape(t["token"].strip()) for t in row["promoted"][:6])
-    promoted = f'<p class="small">promotes: {promoted}</p>' if promoted else ""
-    return (
-        f'<details><summary><b>{name}</b> <span class="small">latent {row["latent"]}, fires on '
-        f"{row['density']:.2%} of tokens</span></summary>{promoted}<ul>{windows}</ul></details>"
-    )
+    largest = max(row["max_activation"], 1e-9)
+    windows = [
+        [
+            (token, f"{min(1.0, value / largest):.2f}" if value > 0 else "")
+            for token, value in zip(example["tokens"], example["activations"], strict=True)
+        ]
+        for example in top
+    ]
+    return {
+        "number": row["latent"],
+        "name": label.text if label else f"latent {row['latent']}",
+        "density": f"{row['density']:.2%}",
+        "promoted": ", ".join(entry["token"].strip() for entry in row["promoted"][:6]),
+        "windows": windows,
+        "open": is_open,
+    }
 
 
-def render(
-    run_dir: Path,
-    evidence: Evidence,
-    labels: dict[int, Label],
-    latents: list[int],
-    pair: Pair,
-    setting: Setting,
-) -> str:
+def page_text(args: argparse.Namespace, known: Known, shown: dict[str, Any]) -> str:
     """Fill the page's template."""
+    run_dir, evidence, labels = args.run_dir, known.evidence, known.labels
     report = json.loads((run_dir / "sae_evaluation.json").read_text(encoding="utf-8"))
-    figures = {
+    facts = {
         "variance explained": f"{1 - report['fvu']:.1%}",
         "cross-entropy recovered": f"{report['loss_recovered']:.1%}",
         "active latents per token": f"{report['l0']:.0f} of {evidence.n_latents:,}",
         "dead latents": f"{report['dead_share']:.1%}",
     }
-    tiles = "".join(f"<div><b>{v}</b><span>{k}</span></div>" for k, v in figures.items())
-    label = labels.get(setting.latent)
-    template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    return Template(template).substitute(
-        tiles=tiles,
+    stages = [
+        {
+            "name": stage.name,
+            "made": stage.made,
+            "size": stage.size,
+            "seconds": "" if stage.seconds is None else f"{stage.seconds:,.0f} s",
+        }
+        for stage in run_stages(run_dir)
+    ]
+    cards = [
+        latent_card(evidence.latent(i), labels.get(i), is_open=place < _N_OPEN)
+        for place, i in enumerate(known.latents)
+    ]
+    demo = (
+        ".venv/bin/python llama_3_inference_text_completion_gradio.py \\\n    --llama_model_dir "
+        f"{args.llama_model_dir} --sae_model_path {args.sae_model_path[0]} --port 8080"
+    )
+    return render(
+        Path(__file__).parent,
+        "quickstart.html",
+        facts=facts,
+        model="SmolLM2-135M-Instruct",
         layer=report["layer"],
-        curves_style=STYLE,
         curves=curves(RunFiles(run_dir / "trained_sae.pt").read_metrics()),
         evaluation=evaluation_charts(report),
-        latents="".join(latent_html(evidence.latent(i), labels.get(i)) for i in latents),
-        prompt=html.escape(pair.prompt),
-        plain=html.escape(pair.plain.text),
-        steered=html.escape(pair.steered.text),
-        steered_by=html.escape(f"latent {setting.latent} ({label.text if label else ''})"),
-        strength=f"{setting.strength:g}",
+        latents=cards,
+        stages=stages,
+        demo=demo,
         n_tokens=f"{evidence.meta['n_tokens']:,}",
         n_sentences=f"{evidence.meta['n_sentences']:,}",
+        **shown,
     )
+
+
+def make_page(args: argparse.Namespace, known: Known) -> tuple[dict[str, Any], str]:
+    """Return the record of what was found and the page that shows it."""
+    studio, _ = load_studio(args)
+    tried = steerable(studio, known.evidence, known.latents)[:_TRIED_LATENTS]
+    pair, setting = showcase(studio, tried or [0])
+    record = {"latents": known.latents, "setting": str(setting), "prompt": pair.prompt}
+    record |= {"plain": pair.plain.text, "steered": pair.steered.text}
+    record |= {"labels": {str(i): known.labels[i].text for i in known.latents if i in known.labels}}
+    doses = dose_texts(studio, pair, setting)
+    label = known.labels.get(setting.latent)
+    name = f"latent {setting.latent}" + (f" ({label.text})" if label else "")
+    shown = {
+        "prompt": pair.prompt,
+        "plain": pair.plain.text,
+        "doses": doses,
+        "chosen": [dose["strength"] for dose in doses].index(_STRENGTH),
+        "steered": {"latent": setting.latent, "name": name},
+    }
+    shown |= token_losses(studio, pair.prompt + pair.plain.text)
+    return record, page_text(args, known, shown)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -199,16 +278,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if _begin(output, args.overwrite) is not State.DONE:
         evidence, labels = open_evidence(evidence_path), load_labels(labels_path)
         latents = clearest_latents(evidence, _N_LATENTS)
-        studio, _ = load_studio(args)
-        tried = steerable(studio, evidence, latents)[:_TRIED_LATENTS]
-        pair, setting = showcase(studio, tried or [0])
-        record = {"latents": latents, "setting": str(setting), "prompt": pair.prompt}
-        record |= {"plain": pair.plain.text, "steered": pair.steered.text}
-        record |= {"labels": {str(i): labels[i].text for i in latents if i in labels}}
+        record, text = make_page(args, Known(evidence, labels, latents))
         write_json(page.with_suffix(".json"), record)
-        write_text(page, render(args.run_dir, evidence, labels, latents, pair, setting))
+        write_text(page, text)
         output.finish(facts={}, counts={}, files=[page.name, "quickstart.json"])
     show(json.loads(page.with_suffix(".json").read_text(encoding="utf-8")))
+    log.info("look at %s", page.resolve().as_uri())
 
 
 def _begin(output: Output, overwrite: bool) -> State:

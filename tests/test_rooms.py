@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "saint.interpretation": "saint.stage saint.store saint.evidence",
     "saint.steering": "saint.stage sae saint.evidence llama_3",
     "saint.page": "saint.stage saint.steering",
+    "saint.report": "saint.stage saint.training saint.evaluation saint.evidence",
     "saint.browser": "saint.stage sae saint.evidence llama_3",
     "saint.exchange": "saint.stage sae saint.evidence",
 }

@@ -100,13 +100,19 @@ function select() {
   const base = order(view.sort === "relevance" ? data.defaultSort : view.sort);
   // A counting sort by score keeps the order within a score; without a search there is one score.
   const rank = (i) => (!data.n_firing_tokens[i] && view.sort !== "number" ? 256 : byRelevance ? 255 - scores[i] : 0);
-  const shown = base.filter((i) => (!scores || scores[i]) && (!view.inSentences || view.inSentences.has(i)) && passes(i));
+  const filtered = Object.values(view.filters).some(Boolean), within = view.inSentences;
+  const shown = new Uint32Array(data.n);
+  let n = 0;
+  for (let at = 0; at < data.n; at++) {
+    const i = base[at];
+    if ((!scores || scores[i]) && (!within || within.has(i)) && (!filtered || passes(i))) shown[n++] = i;
+  }
   const starts = new Uint32Array(258);
-  for (const i of shown) starts[rank(i) + 1]++;
+  for (let at = 0; at < n; at++) starts[rank(shown[at]) + 1]++;
   const nSilent = starts[257];
   for (let r = 1; r < 258; r++) starts[r] += starts[r - 1];
-  const results = new Uint32Array(shown.length);
-  for (const i of shown) results[starts[rank(i)]++] = i;
+  const results = new Uint32Array(n);
+  for (let at = 0; at < n; at++) { const i = shown[at]; results[starts[rank(i)]++] = i; }
   if (view.ascending) results.subarray(0, results.length - nSilent).reverse();
   view.results = results;
   view.matches = null; // made when a picture is drawn
@@ -596,6 +602,7 @@ async function start() {
   data.vocabulary = (await unpack("data-vocabulary")).extra;
   await route();
   document.documentElement.dataset.ready = "true";
+  (window.requestIdleCallback ?? setTimeout)(() => { wordsByLength(); order("clarity"); }); // before they are needed
 }
 
 start().catch((error) => { $("status").textContent = `This page cannot be shown: ${error.message}`; throw error; });

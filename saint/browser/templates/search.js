@@ -44,6 +44,11 @@ function scoresOf(term) {
   return scores;
 }
 
+function hasAny(scores) {
+  for (let i = 0; i < scores.length; i++) if (scores[i]) return true;
+  return false;
+}
+
 const termsOf = (query) => query.toLowerCase().split(/\s+/).filter(Boolean);
 
 /** All words of labels and tokens, by length: what a misspelt word may have meant. */
@@ -81,23 +86,24 @@ function find(query) {
   if (!terms.length) return null;
   const notes = [], used = [];
   const each = terms.map((term) => {
-    let scores = scoresOf(term);
-    if (scores.some(Boolean) || number) { used.push(term); return scores; }
+    const scores = scoresOf(term);
+    if (number || hasAny(scores)) { used.push(term); return scores; }
     const meant = respelt(term);
-    for (const word of meant) scoresOf(word).forEach((score, i) => { if (scores[i] < score) scores[i] = score; });
+    for (const word of meant) {
+      const others = scoresOf(word);
+      for (let i = 0; i < data.n; i++) if (scores[i] < others[i]) scores[i] = others[i];
+    }
     if (meant.length) notes.push(`no “${term}”: showing ${meant.map((word) => `“${word}”`).join(", ")}`);
     used.push(...(meant.length ? meant : [term]));
     return scores;
   });
-  let total = new Uint8Array(data.n), any = false;
-  for (let i = 0; i < data.n; i++) {
-    let sum = 0;
-    for (const scores of each) { if (!scores[i]) { sum = 0; break; } sum += scores[i]; }
-    if (sum) { total[i] = Math.min(99, sum); any = true; }
+  const total = each[0].slice();
+  for (const scores of each.slice(1)) {
+    for (let i = 0; i < data.n; i++) total[i] = total[i] && scores[i] ? Math.min(99, total[i] + scores[i]) : 0;
   }
-  if (!any && terms.length > 1) {
+  if (terms.length > 1 && !hasAny(total)) {
     for (const scores of each) for (let i = 0; i < data.n; i++) total[i] = Math.min(99, total[i] + scores[i]);
-    if (total.some(Boolean)) notes.push("none has all the words: showing those with any");
+    if (hasAny(total)) notes.push("none has all the words: showing those with any");
   }
   if (number && Number(number[1]) < data.n) total[Number(number[1])] = 255;
   return { scores: total, notes, terms: used };
