@@ -37,6 +37,7 @@ from saint.stage.flags import (
     add_overwrite_flag,
     bare_sae_flags,
     positive_int,
+    said_of_dtype,
 )
 from saint.stage.manifests import Output, State, file_checksum, model_fingerprint, read_manifest
 from saint.stage.program import log_arguments, progress, run_stage
@@ -217,6 +218,7 @@ def plan_output(args: argparse.Namespace, sae_config: SAEConfig, store: Activati
         stage=STAGE,
         arguments={name: getattr(args, name) for name in names}
         | {"k": sae_config.k, "layer_dir": store.layer_dir}
+        | said_of_dtype(args)
         | {"model_dir": None if args.model_dir is None else "given"},
         sources={"sae": file_checksum(args.model_path)["xxh3"], "store": store.fingerprint},
         own_patterns=(

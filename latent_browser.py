@@ -189,7 +189,7 @@ def look_at_prompt(args: argparse.Namespace) -> None:
     if args.html is not None:
         about = (
             f"{sae.config.n_latents:,} latents of layer {sae.config.layer}, "
-            f"{sae.config.hook_point}; {sae.config.k} may fire on a token."
+            f"{sae.config.hook_point}; {sae.config.k or 'any number'} may fire on a token."
         )
         text = prompt_page(found, title=args.prompt, about=about, per_token=args.latents_per_token)
         write_text(args.html, text)

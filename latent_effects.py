@@ -29,6 +29,7 @@ from saint.stage.flags import (
     add_overwrite_flag,
     bare_sae_flags,
     positive_int,
+    said_of_dtype,
 )
 from saint.stage.manifests import Output, State, file_checksum, model_fingerprint
 from saint.stage.program import log_arguments, progress, run_stage
@@ -104,7 +105,9 @@ def plan_output(args: argparse.Namespace, dtype: str) -> Output:
     return Output(
         path=directory,
         stage=STAGE,
-        arguments={name: getattr(args, name) for name in names} | {"dtype": dtype},
+        arguments={name: getattr(args, name) for name in names}
+        | {"dtype": dtype}
+        | said_of_dtype(args),
         sources={
             "sae": file_checksum(args.sae_model_path)["xxh3"],
             "evidence": file_checksum(args.evidence_path)["xxh3"],

@@ -37,6 +37,7 @@ from saint.stage.flags import (
     add_overwrite_flag,
     bare_sae_flags,
     positive_int,
+    said_of_dtype,
 )
 from saint.stage.manifests import Output, State, file_checksum, model_fingerprint
 from saint.stage.program import log_arguments, run_stage
@@ -110,7 +111,8 @@ def plan_output(
             "layer": hook.layer,
             "hook_point": hook.name,
             "prepend_bos": sae.config.prepend_bos,
-        },
+        }
+        | said_of_dtype(args),
         sources={
             "sae": file_checksum(args.sae_model_path)["xxh3"],
             "model": model_fingerprint(args.model_dir),

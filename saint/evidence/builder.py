@@ -268,7 +268,7 @@ class Directions:
     def neighbours(self, latents: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
         """Return (n_latents, n) latents of largest decoder cosine, and the cosines."""
         rows = torch.from_numpy(latents).to(self.decoder.device)
-        cosines = self.decoder[rows] @ self.decoder.T
+        cosines = (self.decoder[rows] @ self.decoder.T).float()
         cosines[torch.arange(len(rows)), rows] = -torch.inf
         values, found = stable_topk(cosines, min(n, len(self.decoder) - 1))
         return found, values
@@ -279,7 +279,8 @@ class Directions:
         """Return token ids and logits (n_latents, n): raised and lowered most; None if unknown."""
         if self.unembed is None:
             return None, None
-        logits = self.unembed(self.decoder[torch.from_numpy(latents).to(self.decoder.device)])
+        rows = torch.from_numpy(latents).to(self.decoder.device)
+        logits = self.unembed(self.decoder[rows].float())
         raised, lowered = stable_topk(logits, n), stable_topk(-logits, n)
         return (raised[1], raised[0]), (lowered[1], -lowered[0])
 

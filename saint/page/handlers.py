@@ -90,20 +90,27 @@ class PageHandlers:
     # --- what the browser sends, and what it gets back -------------------------------------------
 
     def dial(self, setting: Setting) -> dict[str, Any]:
-        """A setting as the page's mix shows it. share: of the residual, per unit of strength."""
+        """A setting as the page's mix shows it.
+
+        share: of the residual, per unit of strength; missing where tokens are not standardised,
+        since it then depends on the token.
+        """
         self.studio.check_settings([setting])
         dictionary = self.studio.dictionaries[setting.sae]
         unit = float(dictionary.units[setting.latent])
-        return {
+        shown = {
             "sae": setting.sae,
             "latent": setting.latent,
             "mode": setting.mode,
             "strength": setting.strength,
             "label": self.guides[setting.sae].label(setting.latent),
-            # A unit decoder direction times std(x), against ‖x − mean(x)‖ = std(x)·√(d_model − 1).
-            "share": unit / (dictionary.sae.config.d_model - 1) ** 0.5,
             "raw": dictionary.unit_source.startswith("raw"),
         }
+        config = dictionary.sae.config
+        if config.normalisation == "per_token_standardise":
+            # A unit decoder direction times std(x), against ‖x − mean(x)‖ = std(x)·√(d_model − 1).
+            shown["share"] = unit / (config.d_model - 1) ** 0.5
+        return shown
 
     def settings(self, mix: Any) -> tuple[Setting, ...]:
         """Check the mix that a browser sent. Raises UserError when it is no mix."""

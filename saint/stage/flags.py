@@ -61,7 +61,8 @@ def positive_float(text: str) -> float:
 
 
 def add_bare_sae_flags(parser: argparse.ArgumentParser) -> None:
-    """Add `--k`, `--sae_layer_idx`, `--hook_point` and `--no_bos`."""
+    """Add `--sae_dtype`, `--k`, `--sae_layer_idx`, `--hook_point` and `--no_bos`."""
+    add_sae_dtype_flag(parser)
     group = parser.add_argument_group(
         "what an older SAE file (a bare state dict) does not say; others know it themselves"
     )
@@ -71,6 +72,29 @@ def add_bare_sae_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--no_bos", action="store_true", help="it was trained without BOS tokens")
 
 
+def add_sae_dtype_flag(parser: argparse.ArgumentParser) -> None:
+    """Add `--sae_dtype`."""
+    parser.add_argument(
+        "--sae_dtype",
+        default="float32",
+        choices=["float32", "bfloat16"],
+        help="how the SAE's weights are kept; bfloat16 halves their memory, and they are still "
+        "multiplied in float32 [%(default)s]",
+    )
+
+
+def sae_dtype(args: argparse.Namespace) -> Any:
+    """Return `--sae_dtype` as torch's."""
+    import torch
+
+    return getattr(torch, args.sae_dtype)
+
+
+def said_of_dtype(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what a manifest says of `--sae_dtype`: nothing where it is the default."""
+    return {} if args.sae_dtype == "float32" else {"sae_dtype": args.sae_dtype}
+
+
 def bare_sae_flags(args: argparse.Namespace) -> dict[str, Any]:
     """Return these flags as `load_sae`'s keyword arguments."""
     return {
@@ -78,4 +102,5 @@ def bare_sae_flags(args: argparse.Namespace) -> dict[str, Any]:
         "layer": args.sae_layer_idx,
         "hook_point": args.hook_point,
         "no_bos": args.no_bos,
+        "dtype": sae_dtype(args),
     }

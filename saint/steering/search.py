@@ -111,7 +111,8 @@ def _promoting(studio: Studio, query: str, limit: int) -> list[Hit]:
         if not len(rows):
             continue
         rows = rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-        cosine = (dictionary.sae.W_dec @ rows.T).amax(dim=1)
+        directions = dictionary.sae.W_dec
+        cosine = (directions @ rows.T.to(directions.dtype)).float().amax(dim=1)
         values, latents = cosine.topk(min(limit, len(cosine)))
         for value, latent in zip(values.tolist(), latents.tolist(), strict=True):
             hits.append(Hit(sae, latent, value, f"makes it likelier (cosine {value:.2f})"))

@@ -18,7 +18,7 @@ from saint.evidence.file import open_evidence
 from saint.evidence.labels import load_labels
 from saint.stage.devices import pick_device, pick_dtype
 from saint.stage.errors import UserError, log
-from saint.stage.flags import add_device_flags, positive_int
+from saint.stage.flags import add_device_flags, add_sae_dtype_flag, positive_int, sae_dtype
 from saint.stage.workers import Workers
 from saint.steering.guide import Guide, make_guide
 from saint.steering.settings import (
@@ -261,6 +261,7 @@ def add_studio_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--sae_model_path", type=Path, nargs="+", required=True, help="one or more trained SAEs"
     )
+    add_sae_dtype_flag(parser)
     group.add_argument(
         "--sae_layer_idx",
         type=int,
@@ -318,9 +319,8 @@ def load_studio(
     for i, (path, (layer, k, hook_point)) in enumerate(
         zip(args.sae_model_path, flags, strict=True)
     ):
-        sae = load_sae(
-            path, device=device, k=k, layer=layer, hook_point=hook_point, no_bos=args.no_bos
-        )
+        said = {"k": k, "layer": layer, "hook_point": hook_point, "no_bos": args.no_bos}
+        sae = load_sae(path, device=device, dtype=sae_dtype(args), **said)
         hook = _checked_hook(path, sae, model_args)
         guide_paths = _guide_paths(path, labels_paths[i], evidence_paths[i])
         dictionary, guide = _bind(path, sae, hook, *guide_paths)

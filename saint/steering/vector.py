@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from sae import SAEConfig, standardise
 from saint.stage.errors import UserError
 from saint.stage.files import atomic_path
 from saint.steering.settings import ConceptSetting, Setting
@@ -25,7 +26,8 @@ def export_vector(
     """Return a safetensors file with `vector` (d_model,) float32, all that is added to a token.
 
     That is Σ strength_i · unit_i · d_i over latents plus Σ dose_j · v_j over concepts. The edit is
-    x + std(x) · vector at every position but BOS, std over d_model (unbiased, plus norm_eps).
+    x + std(x) · vector at every position but BOS, std over d_model (unbiased, plus norm_eps);
+    x + scale · vector where the metadata have a scale (an SAE that does not standardise tokens).
     Metadata: layer (0-based), hook_point, prepend_bos, norm_eps, steer (the settings). Raises
     UserError for settings that depend on the activation (set, scale, ablate), of several SAEs, or
     for none.
@@ -41,10 +43,18 @@ def export_vector(
         "hook_point": dictionary.hook.name,
         "prepend_bos": json.dumps(config.prepend_bos),
         "norm_eps": repr(config.norm_eps),
+        **({} if concepts else _said_of_scale(config)),
         "strength": json.dumps(strengths),
         "steer": json.dumps([str(setting) for setting in (*settings, *concepts)]),
     }
     return save({"vector": vector}, metadata)
+
+
+def _said_of_scale(config: SAEConfig) -> dict[str, str]:
+    """Say what the vector is to be multiplied by where that is not a token's deviation."""
+    if config.normalisation == "per_token_standardise":
+        return {}
+    return {"scale": repr(1 / config.norm_factor)}
 
 
 def summed_vector(
@@ -60,6 +70,18 @@ def summed_vector(
         raise UserError("choose a latent or a concept first: there is nothing to export")
     if any(setting.mode != "add" for setting in (*settings, *concepts)):
         raise UserError("only “add” makes a constant vector: set, scale and ablate need the SAE")
+    if (
+        settings
+        and concepts
+        and any(
+            studio.dictionaries[s.sae].sae.config.normalisation != "per_token_standardise"
+            for s in settings
+        )
+    ):
+        raise UserError(
+            "concepts go in units of a token's deviation, latents of this SAE do not: export them "
+            "one after the other"
+        )
     saes = {setting.sae for setting in settings} | {s.concept.sae for s in concepts}
     if len(saes) > 1:
         raise UserError("a steering vector belongs to one layer: choose latents of one SAE")
@@ -81,7 +103,7 @@ def write_control_vector(
     """Write a GGUF control vector, as llama.cpp's `--control-vector` reads it.
 
     llama.cpp adds `direction.<l>` to the output of block l, whatever the token: our resid_pre of
-    layer L is block L − 1's output, and std(x) is replaced by its mean over the example prompts.
+    layer L is block L − 1's output, and the scale is replaced by its mean over the example prompts.
     Raises UserError as `export_vector`, for another hook point, at layer 0 or 1 (llama.cpp has no
     place for those), and without the package `gguf`.
     """
@@ -98,7 +120,8 @@ def write_control_vector(
     for prompt in EXAMPLE_PROMPTS:
         tokens = torch.tensor([studio.encode(prompt, chat=False)], device=studio.model.device)
         x = studio.model.capture(tokens, [dictionary.hook])[dictionary.hook][0]
-        stds.append(x.float().std(-1)[1 if studio.prepend_bos else 0 :])
+        scale = (standardise(x) if concepts else dictionary.sae.normalise(x))[2].squeeze(-1)
+        stds.append(scale[1 if studio.prepend_bos else 0 :])
     scaled = (vector * float(torch.cat(stds).mean())).numpy()
     with atomic_path(path) as temporary:
         writer = GGUFWriter(temporary, "controlvector")
