@@ -158,10 +158,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     page, _ = launch(studio, guides, host=args.host, port=args.port, share=args.share, auth=auth)
     if auth is not None and args.auth is None:
         print(f"one-time login: user {auth[0]}, password {auth[1]}", flush=True)
+    log.info("ctrl-C stops the page")
     print(f"open http://{args.host}:{args.port}", flush=True)
     if page.share_url:
         print(f"public link {page.share_url}", flush=True)
-    log.info("ctrl-C stops the page")
     try:
         threading.Event().wait()
     finally:
