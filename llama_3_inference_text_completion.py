@@ -302,8 +302,7 @@ def _sweep_doses(studio: Studio, guides: list[Guide], request: Request) -> list[
             bar.update()
         report = steps[-1]
         reports.append(report)
-        dose = "none" if report.proposed is None else f"{report.proposed:g}"
-        print(f"{latent_name(setting, guides)}: strongest dose before fluency breaks: {dose}")
+        print(f"{latent_name(setting, guides)}: {report.verdict}")
     bar.close()
     return reports
 

@@ -15,10 +15,11 @@ from markupsafe import Markup
 from saint.stage import plots
 from saint.stage.html import fragment, inline, render
 from saint.steering.completions import Effect, Pair, Reading
-from saint.steering.dose import MAX_LOSS, MIN_DISTINCT_SHARE, DoseReport, distinct_pairs
+from saint.steering.dose import DEFAULT_STRENGTHS, MAX_LOSS, MIN_DISTINCT_SHARE, DoseReport
 from saint.steering.guide import INTRUDER_CHANCE, Guide
 from saint.steering.search import Card, Hit
 from saint.steering.settings import Setting
+from saint.steering.texts import distinct_pairs
 
 _HERE = Path(__file__).parent
 _TEMPLATES = _HERE / "templates"
@@ -225,6 +226,8 @@ def dose_html(report: DoseReport, guides: Sequence[Guide]) -> Markup:
     name, proposed = latent_name(report.setting, guides), ""
     if report.proposed is not None:
         verdict, proposed = "Strongest dose before fluency breaks:", f"{report.proposed:g}"
+        if not report.shows:
+            verdict = "This does not show in the text, up to"
     elif len(report.points) > 1:
         verdict = "Even the weakest dose here breaks fluency: try smaller ones."
     else:
@@ -246,24 +249,25 @@ def _dose_curves(report: DoseReport) -> list[Markup]:
     points = report.points
     if len(points) < 2:
         return []
-    dose, chosen = plots.Axis("dose", unit="×"), []
+    # The same axes for every latent, and while the sweep grows.
+    dose, chosen = plots.Axis("dose", unit="×", include=(0.0, DEFAULT_STRENGTHS[-1])), []
     if report.proposed is not None:
         chosen = [plots.Rule("x", report.proposed, "proposed")]
     losses = [(p.strength, p.surprise - points[0].surprise) for p in points]
-    limit = plots.Rule("y", MAX_LOSS, "limit")
+    limit = plots.Rule("y", report.limit, "limit")
     return [
         plots.line_chart(
             "concept in the text",
             [plots.Series("concept", [(p.strength, p.concept) for p in points])],
             x=dose,
-            y=plots.Axis(unit="×", include=(0.0,)),
+            y=plots.Axis(unit="×", include=(0.0, 1.0)),
             rules=chosen,
         ),
         plots.line_chart(
             "loss of fluency",
             [plots.Series("loss", losses)],
             x=dose,
-            y=plots.Axis("nats per token", include=(0.0, 2 * MAX_LOSS)),
+            y=plots.Axis("nats per token", include=(0.0, 4 * MAX_LOSS)),
             rules=[*chosen, limit],
         ),
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from statistics import stdev
 from typing import Any
 
 from saint.stage.errors import UserError
@@ -13,12 +14,16 @@ from saint.steering.studio import Studio, build_edits
 from saint.steering.texts import distinct_pairs
 
 DEFAULT_STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
-# Fluency counts as broken half a nat per token above no dose, or when the text runs in circles:
-# a loop is *easy* to predict, so surprise alone would praise it.
+# Fluency counts as broken half a nat per token above no dose (more where the texts' own scatter
+# is wider, see `DoseReport.limit`), or when the text runs in circles: a loop is *easy* to predict,
+# so surprise alone would praise it.
 MAX_LOSS = 0.5
 MIN_DISTINCT_SHARE = 0.7
-# One prompt says little; these also bound a sweep's time.
+# A difference is told from noise at three standard errors.
+SIGMAS = 3.0
+# One prompt and one text say little; these also bound a sweep's time.
 SWEEP_PROMPTS = 4
+SWEEP_SEEDS = 4
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,8 @@ class DosePoint:
     concept: the latent's activation, in units, when the *plain* model reads the text, so that it
     measures the text and not the edit. surprise: nats per token under the plain model.
     distinct: share of a completion's token pairs that are its first. sample: the first completion.
+    loss, rise: mean change of surprise and concept from no dose, over texts with the same prompt
+    and seed; loss_error, rise_error: their standard errors over those texts.
     """
 
     strength: float
@@ -35,6 +42,15 @@ class DosePoint:
     surprise: float
     distinct: float
     sample: str
+    loss: float = 0.0
+    loss_error: float = 0.0
+    rise: float = 0.0
+    rise_error: float = 0.0
+
+    @property
+    def shows(self) -> bool:
+        """Whether the concept rises in the text by more than three standard errors."""
+        return self.rise > SIGMAS * self.rise_error and self.rise > 0
 
 
 @dataclass(frozen=True)
@@ -45,9 +61,32 @@ class DoseReport:
     points: list[DosePoint]
     proposed: float | None
 
+    @property
+    def limit(self) -> float:
+        """The loss that counts as broken: half a nat, or three standard errors where that is more.
+
+        A loss smaller than that cannot be told from none.
+        """
+        return max(MAX_LOSS, SIGMAS * max((p.loss_error for p in self.points), default=0.0))
+
+    @property
+    def shows(self) -> bool:
+        """Whether the concept shows in the text at the proposed dose or a weaker one."""
+        return any(p.shows for p in self.points if p.strength <= (self.proposed or 0.0))
+
+    @property
+    def verdict(self) -> str:
+        """The report in a sentence."""
+        if self.proposed is None:
+            return "even the weakest dose here breaks fluency: try smaller ones"
+        if not self.shows:
+            return f"does not show in the text up to {self.proposed:g}, where fluency still holds"
+        return f"strongest dose before fluency breaks: {self.proposed:g}"
+
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-ready dictionary."""
-        return asdict(self) | {"setting": str(self.setting), "max_loss": MAX_LOSS}
+        known = {"setting": str(self.setting), "max_loss": self.limit, "verdict": self.verdict}
+        return asdict(self) | known
 
 
 def dose_request(
@@ -93,44 +132,81 @@ def sweep(
     """
     mode = "set" if setting.mode == "set" else "add"
     points: list[DosePoint] = []
+    plain: list[_Sample] = []
     for strength in sorted({0.0, *strengths}):
         # "set 0" would already remove the latent: the reference is no steering at all.
         settings = (replace(setting, mode=mode, strength=strength),) if strength else ()
-        points.append(_measure(studio, replace(request, settings=settings), setting, strength))
-        yield DoseReport(replace(setting, mode=mode), list(points), propose(points))
+        samples = _write(studio, replace(request, settings=settings), setting)
+        plain = plain or samples
+        points.append(_point(strength, samples, plain))
+        report = DoseReport(replace(setting, mode=mode), list(points), None)
+        yield replace(report, proposed=propose(points, report.limit))
 
 
-def _measure(studio: Studio, request: Request, setting: Setting, strength: float) -> DosePoint:
+@dataclass(frozen=True)
+class _Sample:
+    """One text of a sweep as the plain model reads it."""
+
+    text: str
+    concept: float
+    surprise: float | None
+    distinct: float
+
+
+def _write(studio: Studio, request: Request, setting: Setting) -> list[_Sample]:
+    """Write every prompt with every seed, and read the texts back one by one."""
     prompts = studio.encode_prompts(replace(request, settings=(setting,)))
     lengths = [len(prompt) for prompt in prompts]
     edits = build_edits(studio, request.settings, where=request.where, prompt_lengths=lengths)
-    rows = [list(prompt) for prompt in prompts]
-    for step in generate_ids(studio, prompts, request, edits):
-        for row, token in zip(rows, step, strict=True):
-            if token is not None:
-                row.append(token)
-    concept, surprise, distinct, sample = [], [], [], ""
-    for i, row in enumerate(rows):
-        if len(row) == lengths[i]:
-            continue
-        reading = read(studio, row, n_prompt=lengths[i], settings=(setting,))
-        concept += [values[0] for values in reading.activations[reading.n_prompt :]]
-        surprise += [s for s in reading.surprise[reading.n_prompt :] if s is not None]
-        distinct.append(distinct_pairs(row[lengths[i] :]))
-        sample = sample or request.prompts[i] + reading.text
-    return DosePoint(strength, _mean(concept), _mean(surprise), _mean(distinct), sample)
+    samples = []
+    for seed in range(request.seed, request.seed + SWEEP_SEEDS):
+        rows = [list(prompt) for prompt in prompts]
+        for step in generate_ids(studio, prompts, replace(request, seed=seed), edits):
+            for row, token in zip(rows, step, strict=True):
+                if token is not None:
+                    row.append(token)
+        for i, row in enumerate(rows):
+            reading = read(studio, row, n_prompt=lengths[i], settings=(setting,))
+            concept = [values[0] for values in reading.activations[reading.n_prompt :]]
+            text = request.prompts[i] + reading.text
+            distinct = distinct_pairs(row[lengths[i] :])
+            samples.append(_Sample(text, _mean(concept), reading.mean_surprise, distinct))
+    return samples
 
 
-def _mean(values: list[float]) -> float:
+def _point(strength: float, samples: Sequence[_Sample], plain: Sequence[_Sample]) -> DosePoint:
+    pairs = list(zip(samples, plain, strict=True))
+    read = [(a.surprise, b.surprise) for a, b in pairs]
+    losses = [a - b for a, b in read if a is not None and b is not None]  # None: an empty text
+    rises = [a.concept - b.concept for a, b in pairs]
+    return DosePoint(
+        strength,
+        _mean([sample.concept for sample in samples]),
+        _mean([sample.surprise for sample in samples if sample.surprise is not None]),
+        _mean([sample.distinct for sample in samples]),
+        samples[0].text,
+        _mean(losses),
+        standard_error(losses),
+        _mean(rises),
+        standard_error(rises),
+    )
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Return the standard error of the mean; 0 for fewer than two values."""
+    return stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+
+
+def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
-def propose(points: Sequence[DosePoint]) -> float | None:
+def propose(points: Sequence[DosePoint], limit: float = MAX_LOSS) -> float | None:
     """Return the strongest dose below the first at which fluency breaks; None if all break."""
     proposed = None
     for point in points[1:]:
         lost = point.surprise - points[0].surprise
-        if lost > MAX_LOSS or point.distinct < MIN_DISTINCT_SHARE * points[0].distinct:
+        if lost > limit or point.distinct < MIN_DISTINCT_SHARE * points[0].distinct:
             break
         proposed = point.strength
     return proposed

@@ -6,6 +6,7 @@ import runpy
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,9 +16,17 @@ from llama_3 import HookPoint, generate, load_llama
 from sae import BLOCK_ELEMENTS
 from saint.stage.errors import UserError
 from saint.steering.completions import complete_pairs, generate_ids, read, stream_pairs
-from saint.steering.dose import DosePoint, distinct_pairs, dose_request, propose, sweep
+from saint.steering.dose import (
+    SWEEP_SEEDS,
+    DosePoint,
+    DoseReport,
+    dose_request,
+    propose,
+    sweep,
+)
 from saint.steering.settings import Limits, Request, Setting, parse_setting, request_from_json
 from saint.steering.studio import build_edits
+from saint.steering.texts import distinct_pairs
 from tests.support.tiny_steering import (
     D_MODEL,
     N_LATENTS,
@@ -385,14 +394,40 @@ def test_sweep_measures_the_text_under_the_plain_model(studio):
     reports = list(sweep(studio, Setting(3, "scale", 2.0), request, (0.5, 2.0)))
     points = reports[-1].points
     assert [p.strength for p in points] == [0.0, 0.5, 2.0] and len(reports) == 3
-    plain = complete_pairs(studio, request)
-    tokens = [s or 0 for pair in plain for s in pair.plain.surprise[pair.plain.n_prompt :]]
-    assert points[0].surprise == pytest.approx(sum(tokens) / len(tokens), abs=1e-5)
-    steered = complete_pairs(studio, replace(request, settings=(Setting(3, "add", 2.0),)))
-    readings = [pair.steered for pair in steered]
-    concept = [a[0] for r in readings for a in r.activations[r.n_prompt :]]
-    assert points[2].concept == pytest.approx(sum(concept) / len(concept), abs=1e-5)
-    assert points[2].sample == PROMPT + readings[0].text
+    # Independently: every prompt with every seed, through the page's own completions.
+    seeds = range(request.seed, request.seed + SWEEP_SEEDS)
+    wish = (Setting(3, "add", 2.0),)
+    pairs = [
+        pair
+        for seed in seeds
+        for pair in complete_pairs(studio, replace(request, seed=seed, settings=wish))
+    ]
+    losses = np.array([p.steered.mean_surprise - p.plain.mean_surprise for p in pairs])
+    concept = [np.mean([a[0] for a in p.steered.activations[p.steered.n_prompt :]]) for p in pairs]
+    assert len(pairs) == 2 * SWEEP_SEEDS
+    assert points[2].loss == pytest.approx(losses.mean(), abs=1e-5)
+    assert points[2].loss_error == pytest.approx(losses.std(ddof=1) / len(pairs) ** 0.5, abs=1e-5)
+    assert points[2].concept == pytest.approx(np.mean(concept), abs=1e-5)
+    assert points[2].sample == PROMPT + pairs[0].steered.text
+    assert (points[0].loss, points[0].loss_error, points[0].rise) == (0.0, 0.0, 0.0)
+
+
+def test_a_dose_report_knows_its_own_noise():
+    def point(strength, loss, loss_error, rise, rise_error):
+        return DosePoint(strength, rise, 3 + loss, 1.0, "", loss, loss_error, rise, rise_error)
+
+    first = point(0, 0, 0, 0, 0)
+    quiet = [first, point(1, 0.4, 0.1, 0.2, 0.05), point(2, 0.7, 0.1, 0.5, 0.1)]
+    report = DoseReport(Setting(3), quiet, propose(quiet, 0.5))
+    assert (report.limit, report.proposed, report.shows) == (0.5, 1, True)
+    assert "strongest dose" in report.verdict
+    # Where three standard errors are wider than half a nat, 0.7 nat is no break yet.
+    noisy = [first, point(1, 0.4, 0.3, 0.2, 0.1), point(2, 0.7, 0.3, 0.2, 0.1)]
+    limit = DoseReport(Setting(3), noisy, None).limit
+    report = DoseReport(Setting(3), noisy, propose(noisy, limit))
+    assert limit == pytest.approx(0.9) and report.proposed == 2
+    assert not report.shows and "does not show in the text" in report.verdict
+    assert report.to_json()["max_loss"] == pytest.approx(0.9)
 
 
 def test_reading_is_the_plain_models_whatever_was_steered(studio):

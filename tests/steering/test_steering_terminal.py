@@ -141,7 +141,7 @@ def test_dose_report_of_every_latent_honours_where_and_chat(setup, loaded, tmp_p
         *_, expected = sweep(loaded[0], setting, dose_request(loaded[0], wanted))
         assert report == json.loads(json.dumps(expected.to_json()))
         assert len(report["points"]) == len(DEFAULT_STRENGTHS)
-        assert f"{LABELS[setting.latent]} (#{setting.latent}): strongest dose" in shown
+        assert f"{LABELS[setting.latent]} (#{setting.latent}): {expected.verdict}" in shown
     elsewhere = dose_request(loaded[0], replace(wanted, where="prompt"))
     *_, other = sweep(loaded[0], NUCLEAR, elsewhere)
     assert reports[0]["points"] != json.loads(json.dumps(other.to_json()))["points"]
