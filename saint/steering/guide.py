@@ -14,6 +14,7 @@ from saint.evidence.file import Evidence
 from saint.evidence.labels import SET_SIZE, Label
 from saint.evidence.words import MIN_LETTERS, clarity, is_content_word
 from saint.stage.errors import UserError, log
+from saint.steering.effects import EFFECTS, Effects, load_effects
 
 INTRUDER_CHANCE = 1 / SET_SIZE
 
@@ -23,12 +24,14 @@ class Guide:
     """Labels and evidence of one SAE. Read-only but for an index that is made once, on demand.
 
     intruder: latent, labelled or not -> how often the odd one out of its excerpts was found.
+    effects: what latents do when they are turned up, where `latent_effects.py` has measured it.
     """
 
     labels: dict[int, Label] = field(default_factory=dict)
     evidence: Evidence | None = None
     densities: list[float] | None = None
     intruder: dict[int, float] = field(default_factory=dict)
+    effects: Effects | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
     _tokens: dict[str, list[tuple[int, float]]] | None = None
 
@@ -46,8 +49,21 @@ class Guide:
     def clearest(self, n: int, tokenizer: Tokenizer) -> list[int]:
         """Labelled latents to show first: best tested, then most certain, then clearest.
 
-        Latents that fire on more than 0.5 % of the tokens come last. Empty without labels.
+        Those that were seen to show in written texts come before all others. Latents that fire on
+        more than 0.5 % of the tokens come last. Empty without labels.
         """
+        shown = [] if self.effects is None else self.effects.strongest(n)
+        shown = [latent for latent in shown if latent in self.labels]
+        rest = [latent for latent in self._clear(n, tokenizer) if latent not in shown]
+        return (shown + rest)[:n]
+
+    def steers(self, latent: int) -> float:
+        """How well a latent steers, 0 where it was not measured: the causal score, and 10 more
+        where it was seen to show in texts."""
+        row = None if self.effects is None else self.effects.rows.get(latent)
+        return 0.0 if row is None else row["score"] + 10.0 * bool(row["shows"])
+
+    def _clear(self, n: int, tokenizer: Tokenizer) -> list[int]:
         focus: dict[int, float] = {}
         for token, places in self.token_index(tokenizer).items():
             content = is_content_word(token, min_letters=MIN_LETTERS)
@@ -92,7 +108,10 @@ def make_guide(
         densities = evidence.summary().column("density").to_pylist()
     named = {latent: label for latent, label in labels.items() if label.text}
     intruder = {i: label.intruder for i, label in labels.items() if label.intruder is not None}
-    return Guide(named, evidence, densities, intruder)
+    path = None if evidence is None else evidence.path.with_name(EFFECTS)
+    known = path is not None and path.exists()
+    effects = load_effects(path, n_latents=n_latents) if known and path is not None else None
+    return Guide(named, evidence, densities, intruder, effects)
 
 
 def _index_tokens(evidence: Evidence, tokenizer: Tokenizer) -> dict[str, list[tuple[int, float]]]:

@@ -73,7 +73,12 @@ def search_labels(studio: Studio, guides: list[Guide], query: str, *, limit: int
             focus = 1 / (1 + len(present))
             score = (sum(found) / len(words) + 0.1 * trust + 0.1 * focus) / 1.2
             hits.append(Hit(sae, latent, score, "label"))
-    return sorted(hits, key=lambda hit: -hit.score)[:limit]
+    # Of equally good matches, the one that steers better.
+    return sorted(hits, key=lambda hit: (-round(hit.score, 2), -_steers(guides, hit)))[:limit]
+
+
+def _steers(guides: list[Guide], hit: Hit) -> float:
+    return guides[hit.sae].steers(hit.latent)
 
 
 def _word_score(word: str, present: set[str]) -> float:
@@ -95,7 +100,8 @@ def search_token(studio: Studio, guides: list[Guide], query: str, *, limit: int 
         for latent, share in guide.token_index(studio.tokenizer).get(query.strip().lower(), ()):
             reason = f"leads {share:.0%} of its strongest sentences"
             hits.append(Hit(sae, latent, share, reason))
-    hits = sorted(hits, key=lambda hit: -hit.score)[: max(1, 2 * limit // 3)]
+    hits = sorted(hits, key=lambda hit: (-round(hit.score, 1), -_steers(guides, hit), -hit.score))
+    hits = hits[: max(1, 2 * limit // 3)]
     seen = {(hit.sae, hit.latent) for hit in hits}
     promoting = _promoting(studio, query, limit)
     return (hits + [hit for hit in promoting if (hit.sae, hit.latent) not in seen])[:limit]
