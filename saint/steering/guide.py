@@ -59,7 +59,8 @@ class Guide:
 
     def steers(self, latent: int) -> float:
         """How well a latent steers, 0 where it was not measured: the causal score, and 10 more
-        where it was seen to show in texts."""
+        where it was seen to show in texts.
+        """
         row = None if self.effects is None else self.effects.rows.get(latent)
         return 0.0 if row is None else row["score"] + 10.0 * bool(row["shows"])
 
