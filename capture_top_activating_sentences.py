@@ -175,7 +175,8 @@ def write_outputs(
     facts = {name: store.facts[name] for name in copied} | {
         "sae_fingerprint": output.sources["sae"],
         "n_latents": sae.config.n_latents,
-        "k": sae.config.k,
+        # Of a rule without such a number, how many fire on a token on average.
+        "k": sae.config.k or round(int(tally.n_firing_tokens.sum()) / max(1, store.n_tokens)),
         "n_tokens": store.n_tokens,
         "n_sentences": store.n_sentences,
         "n_duplicate_sentences": int((~sparse.index.canonical).sum()),

@@ -298,7 +298,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         log.info("done already: %s; look at %s", output.path, files.page)
         return
     workers.on_main(rows.verify)
-    report, stop = Report(files, recipe, rows.facts["variance"]), Stop()
+    report, stop = Report(files, recipe, rows), Stop()
     if args.wandb_project:
         run_id = f"{files.model.stem}-{output.identity}"
         workers.on_main(lambda: report.open_wandb(args.wandb_project, run_id, args.wandb_offline))

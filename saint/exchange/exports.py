@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sae import SAEConfig
-from saint.exchange.foreign import BLOCK_ROWS, Rows, as_tensor, write_tensors
+from saint.exchange.foreign import Rows, as_tensor, per_row, write_tensors
 from saint.exchange.hooks import lens_name, module_name
 from saint.stage.errors import UserError
 from saint.stage.files import save_torch, write_text
@@ -47,6 +47,7 @@ class Parts:
             self.threshold = self.threshold / factor
         n, d = self.w_enc.shape
         topk_scale = scale if config.activation == "topk" else None
+        self.unscaled = decoder if topk_scale is None else None
         wide = torch.ones(n) if topk_scale is None else topk_scale
         self.encoder = Rows.of(self.w_enc)
         self.encoder_t = Rows((d, n), lambda a, b: self.w_enc.T[a:b])
@@ -55,8 +56,7 @@ class Parts:
 
     def b_enc_of_raw(self) -> Tensor:
         """Return the encoder bias of a tool that does not subtract b_dec from its input."""
-        blocks = self.w_enc.split(BLOCK_ROWS)
-        shift = torch.cat([w.double() @ self.b_dec.double() for w in blocks])
+        shift = per_row(self.w_enc, lambda w: w @ self.b_dec.double())
         return (self.b_enc.double() - shift).float()
 
 
@@ -168,7 +168,9 @@ def export_dictionary_learning(
         decoder = {"W_dec": as_tensor(parts.decoder), "b_dec": parts.b_dec}
         assert parts.threshold is not None
         encoder["threshold"] = parts.threshold
-    decoder = decoder or {"decoder.weight": as_tensor(parts.decoder_t)}
+    if decoder is None:
+        same = parts.unscaled  # as it is, it need not be in memory
+        decoder = {"decoder.weight": as_tensor(parts.decoder_t) if same is None else same.float()}
     if rule == "gated":
         assert parts.scale is not None and parts.bias is not None
         biases = {"gate_bias": parts.b_enc, "mag_bias": parts.bias, "r_mag": parts.scale.log()}

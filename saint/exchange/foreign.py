@@ -64,6 +64,17 @@ class Rows:
             yield self.read(start, min(start + BLOCK_ROWS, self.shape[0])).float().contiguous()
 
 
+def per_row(matrix: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return (n,) float64: `reduce` of float64 blocks of rows of an (n, d) matrix."""
+    found = torch.empty(len(matrix), dtype=torch.float64)
+    # One block's memory for all: small results between new ones would keep them from being freed.
+    block = torch.empty(BLOCK_ROWS, matrix.shape[1], dtype=torch.float64)
+    for start in range(0, len(matrix), BLOCK_ROWS):
+        rows = matrix[start : start + BLOCK_ROWS]
+        found[start : start + len(rows)] = reduce(block[: len(rows)].copy_(rows))
+    return found
+
+
 def check_shapes(found: ForeignSAE, source: str) -> None:
     """Raise UserError where a tensor does not fit the others."""
     n, d = found.config.n_latents, found.config.d_model
@@ -90,13 +101,11 @@ def fold(found: ForeignSAE) -> tuple[SAEConfig, dict[str, Rows]]:
     b_enc, bias = found.b_enc.double(), found.magnitude_bias
     scale, threshold = found.magnitude_scale, found.threshold
     if not found.subtracts_b_dec:
-        shift = torch.cat([w.double() @ b_dec for w in found.w_enc.split(BLOCK_ROWS)])
+        shift = per_row(found.w_enc, lambda w: w @ b_dec)
         b_enc = b_enc + shift
         if bias is not None and scale is not None:
             bias = bias.double() + scale.double() * shift
-    norms = torch.cat(
-        [torch.linalg.vector_norm(w.double(), dim=1) for w in found.w_dec.split(BLOCK_ROWS)]
-    )
+    norms = per_row(found.w_dec, lambda w: torch.linalg.vector_norm(w, dim=1))
     norms = torch.where(norms > 0, norms, 1.0)
     factor = torch.ones_like(norms)  # of the encoder
     if float((norms - 1).abs().max()) <= _UNIT_NORM_TOLERANCE:

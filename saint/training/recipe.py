@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from typing import Any
 
+from sae import NORMALISATIONS
 from saint.stage.errors import UserError
 from saint.stage.flags import positive_int
 from saint.stage.workers import Workers
@@ -126,6 +127,14 @@ class Recipe:
         "float32",
         choices=MOMENT_KINDS,
         before="float32",
+    )
+    normalisation: str = _field(
+        "of activations: each token standardised, all divided by one number, or as they are; "
+        "sparsify and dictionary_learning can read the last two only, which cost FVU",
+        str,
+        "per_token_standardise",
+        choices=NORMALISATIONS,
+        before="per_token_standardise",
     )
 
     def learning_rate_at(self, step: int, n_steps: int) -> float:

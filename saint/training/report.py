@@ -11,10 +11,12 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
+from saint.store.shuffled_rows import BatchedRows
 from saint.training.metrics import LossMeter, describe_step
 from saint.training.recipe import Recipe
 from saint.training.run_files import RunFiles, WandbLog
 from saint.training.trainer import Trainer
+from saint.training.weights import total_variance
 
 _PAGE_SECONDS = 20
 
@@ -22,11 +24,12 @@ _PAGE_SECONDS = 20
 class Report:
     """Rank 0's: everybody else measures in vain.
 
-    variance: of the training rows, standardised and summed over d_model.
+    variance: of the training rows, normalised and summed over d_model.
     """
 
-    def __init__(self, files: RunFiles, recipe: Recipe, variance: float):
-        self.files, self.recipe, self.variance = files, recipe, variance
+    def __init__(self, files: RunFiles, recipe: Recipe, rows: BatchedRows):
+        self.files, self.recipe = files, recipe
+        self.variance = total_variance(recipe, rows)
         self.wandb: WandbLog | None = None
         self._page_written = 0.0
         self._val_fvu: float | None = None

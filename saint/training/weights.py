@@ -8,7 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sae import SAEConfig, TopKSparseAutoencoder, load_sae, normalise_decoder, save_sae
+from sae import (
+    SAEConfig,
+    TopKSparseAutoencoder,
+    load_sae,
+    normalise,
+    normalise_decoder,
+    save_sae,
+)
 from saint.stage.errors import UserError
 from saint.stage.manifests import manifest_path, read_manifest
 from saint.stage.workers import Workers
@@ -18,6 +25,7 @@ from saint.training.recipe import Recipe
 from saint.training.run_files import RunFiles
 from saint.training.trainer import Trainer
 
+_SAMPLE_ROWS = 1 << 16  # of shuffled training rows, for what is not known of all
 _INHERITED_FACTS = (
     "layer",
     "hook_point",
@@ -37,17 +45,49 @@ def first_sae(
 
     b_pre_path, load_path: the flags --b_pre_path and --model_load_path. Raises UserError.
     """
-    config = SAEConfig(
-        d_model=rows.facts["d_model"],
-        n_latents=recipe.n_latents,
-        k=recipe.k,
-        **{name: rows.facts[name] for name in _INHERITED_FACTS},
-    )
+    config = make_config(recipe, rows)
     sae = TopKSparseAutoencoder(config, device=workers.device)
-    sae.initialise(read_mean(b_pre_path, config.d_model), seed=recipe.seed)
+    mean = read_mean(b_pre_path, config.d_model)
+    if recipe.normalisation != "per_token_standardise":  # the file's is of standardised tokens
+        mean = sample_moments(rows, config)[0].float()
+    sae.initialise(mean, seed=recipe.seed)
     if load_path:
         _copy_weights(sae, load_path)
     return sae
+
+
+def _sample(rows: BatchedRows) -> Tensor:
+    return rows.read("train", 0, min(_SAMPLE_ROWS, rows.n_rows("train"))).float()
+
+
+def make_config(recipe: Recipe, rows: BatchedRows) -> SAEConfig:
+    """Return what the SAE's file will say; norm_factor by a sample of the training rows."""
+    return SAEConfig(
+        d_model=rows.facts["d_model"],
+        n_latents=recipe.n_latents,
+        k=recipe.k,
+        normalisation=recipe.normalisation,
+        norm_factor=norm_factor(rows) if recipe.normalisation == "scalar" else 1.0,
+        **{name: rows.facts[name] for name in _INHERITED_FACTS},
+    )
+
+
+def total_variance(recipe: Recipe, rows: BatchedRows) -> float:
+    """Return the training rows' variance in the SAE's input space, summed over d_model."""
+    if recipe.normalisation == "per_token_standardise":
+        return rows.facts["variance"]
+    return sample_moments(rows, make_config(recipe, rows))[1]
+
+
+def norm_factor(rows: BatchedRows) -> float:
+    """Return what gives the training rows a mean norm of √d_model, by a sample of them."""
+    return rows.facts["d_model"] ** 0.5 / float(_sample(rows).norm(dim=1).mean())
+
+
+def sample_moments(rows: BatchedRows, config: SAEConfig) -> tuple[Tensor, float]:
+    """Return mean (d_model,) and total variance of a sample of training rows, normalised."""
+    variance, mean = torch.var_mean(normalise(_sample(rows), config)[0].double(), dim=0)
+    return mean, float(variance.sum())
 
 
 def read_mean(path: Path, d_model: int) -> Tensor:
@@ -79,7 +119,7 @@ def refuse_another_mean(path: Path, rows: BatchedRows) -> None:
 def _copy_weights(sae: TopKSparseAutoencoder, path: Path) -> None:
     """Start from another SAE's weights, its decoder directions normalised."""
     other = load_sae(path, device="cpu", k=sae.config.k)
-    for name in ("d_model", "n_latents"):
+    for name in ("d_model", "n_latents", "normalisation"):
         mine, theirs = getattr(sae.config, name), getattr(other.config, name)
         if mine != theirs:
             raise UserError(f"--model_load_path {path} has {name} {theirs}, this run has {mine}")

@@ -398,3 +398,26 @@ def test_every_field_of_the_recipe_is_a_flag_in_help_and_in_the_docs_table():
     for each, line in zip(fields(Recipe), lines, strict=True):
         assert f"--{each.name} " in text and line.startswith(f"| `--{each.name}` | ")
     assert "| `--decay_fraction` | " in "".join(lines) and "64" in recipe_table()
+
+
+@pytest.mark.parametrize("normalisation", ["none", "scalar"])
+def test_rows_need_not_be_standardised(data, tmp_path, normalisation):
+    save = tmp_path / "sae.pt"
+    train(data, save, "--normalisation", normalisation, "--num_epochs", 30, "--learning_rate", 0.01)
+    sae, rows = load_sae(save, device="cpu"), open_batched_rows(data / "rows")
+    raw = rows.read("train", 0, 256).float()
+    factor = 4 / float(raw.norm(dim=1).mean()) if normalisation == "scalar" else 1.0
+    assert sae.config.normalisation == normalisation
+    assert sae.config.norm_factor == pytest.approx(factor, rel=1e-5)
+    x = rows.read("val", 0, 64).float()
+    torch.testing.assert_close(sae.normalise(x)[0], x * factor)
+    error = (sae.reconstruct(x) - x).square().sum() / (x - x.mean(0)).square().sum()
+    last = metrics_of(save)[-1]
+    assert last["val/fvu"] == pytest.approx(float(error), rel=1e-3)
+    assert last["val/fvu"] < 0.6 and last["train/fvu"] < 0.6
+    assert sae.max_activations is not None
+    active = sae.encode(torch.cat([raw, x]) * factor)
+    wanted = torch.zeros(32).scatter_reduce(0, active.indices, active.values, "amax")
+    torch.testing.assert_close(sae.max_activations, wanted, rtol=1e-4, atol=1e-4)
+    with pytest.raises(UserError, match=f"normalisation {normalisation}, this run has per_token"):
+        train(data, tmp_path / "other.pt", "--model_load_path", save)

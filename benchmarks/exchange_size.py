@@ -1,0 +1,81 @@
+"""Time and memory of bringing a large SAE in and out, each in a process of its own.
+
+    python benchmarks/exchange_size.py --work_dir runs/exchange_size
+
+Makes a JumpReLU SAE of SAELens's layout (random, decoder norms other than one, so that all is
+folded), imports it, and exports the result to each format that carries it. The last line is one
+JSON object: seconds, peak resident memory, and that memory in sizes of the SAE's file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+REPO = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPO))
+
+from saint.exchange.foreign import Rows, write_tensors  # noqa: E402
+
+
+def make(directory: Path, n: int, d: int) -> Path:
+    """Write SAELens's two files; returns the weights'."""
+
+    def draw(rows: int, columns: int, scale: float) -> Rows:
+        block = scale * torch.randn(64, columns)  # rows repeat: only their number matters
+        return Rows((rows, columns), lambda a, b: block[torch.arange(a, b) % 64])
+
+    small = {"b_enc": torch.randn(n), "threshold": torch.rand(n), "b_dec": torch.randn(d)}
+    tensors = {"W_enc": draw(d, n, d**-0.5), "W_dec": draw(n, d, 1.5 * d**-0.5)}
+    path = directory / "sae_weights.safetensors"
+    write_tensors(path, tensors | {name: Rows.of(t) for name, t in small.items()}, {})
+    config = {"architecture": "jumprelu", "d_in": d, "d_sae": n, "apply_b_dec_to_input": False}
+    hook = {"metadata": {"hook_name": "blocks.21.hook_resid_post"}}
+    (directory / "cfg.json").write_text(json.dumps(config | hook))
+    return path
+
+
+def run(*arguments: object) -> dict[str, float]:
+    """Run saint_exchange.py; returns its seconds and peak memory in bytes."""
+    started = time.monotonic()
+    measured = (
+        "import resource, subprocess, sys; code = subprocess.run(sys.argv[1:]).returncode; "
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss); sys.exit(code)"
+    )
+    command = [sys.executable, str(REPO / "saint_exchange.py"), *map(str, arguments)]
+    done = subprocess.run(
+        [sys.executable, "-c", measured, *command], stdout=subprocess.PIPE, check=True
+    )
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {"seconds": time.monotonic() - started, "bytes": unit * int(done.stdout)}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Time and memory of a large SAE's exchange.")
+    parser.add_argument("--work_dir", type=Path, required=True, help="where files are made")
+    parser.add_argument("--n_latents", type=int, default=65536, help="latents [%(default)s]")
+    parser.add_argument("--d_model", type=int, default=3072, help="width [%(default)s]")
+    args = parser.parse_args(argv)
+    theirs = args.work_dir / "saelens"
+    theirs.mkdir(parents=True, exist_ok=True)
+    size = make(theirs, args.n_latents, args.d_model).stat().st_size
+    ours = args.work_dir / "sae.safetensors"
+    found = {"import": run("import", theirs, "--output_path", ours)}
+    for name in ("saelens", "dictionary_learning"):
+        out = args.work_dir / f"out_{name}"
+        found[f"export {name}"] = run("export", ours, "--format", name, "--output_dir", out)
+    for name, row in found.items():
+        row["sizes"] = round(row["bytes"] / size, 2)
+        print(f"{name}: {row['seconds']:.1f} s, {row['bytes'] / 1e9:.2f} GB, {row['sizes']} files")
+    print(json.dumps({"file_bytes": size, **found}))
+
+
+if __name__ == "__main__":
+    main()
