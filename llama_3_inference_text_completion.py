@@ -225,9 +225,9 @@ def _print_concept(concept: Concept, guide: Guide) -> None:
     print(f"{concept.name}: {used}, from {concept.source} ({concept.n_tokens} tokens)")
     print(f"  the latents explain {concept.explained:.0%} of the difference of means:")
     shares = concept.shares or (0.0,) * len(concept.latents)
-    for latent, weight, share in zip(concept.latents, concept.weights, shares, strict=True):
+    for latent, weight, part in zip(concept.latents, concept.weights, shares, strict=True):
         label = guide.label(latent) or "(no label)"
-        print(f"  {latent:>7}  weight {weight:.2f}  share {share:.2f}  {label}")
+        print(f"  {latent:>7}  weight {weight:.2f}  share {part:.2f}  {label}")
 
 
 def _attribute(

@@ -164,13 +164,17 @@ def generate_ids(
     prompts: list[list[int]],
     request: Request,
     edits: Mapping[HookPoint, Edit] | None,
+    seeds: Sequence[int] = (),
 ) -> Iterator[list[int | None]]:
-    """Return an iterator of one id per prompt and step, as `llama_3.generate`."""
+    """Return an iterator of one id per prompt and step, as `llama_3.generate`.
+
+    seeds: one per prompt, where they are not all the request's.
+    """
     return generate(
         studio.model,
         prompts,
         max_new_tokens=request.max_new_tokens,
-        sampling=Sampling(request.temperature, request.top_p, request.seed),
+        sampling=Sampling(request.temperature, request.top_p, tuple(seeds) or request.seed),
         stop_ids=studio.tokenizer.stop_ids,
         edits=edits,
     )

@@ -154,24 +154,40 @@ class _Sample:
 
 
 def _write(studio: Studio, request: Request, setting: Setting) -> list[_Sample]:
-    """Write every prompt with every seed, and read the texts back one by one."""
+    """Write every prompt with every seed, and read the texts back one by one.
+
+    As many seeds go as one batch as the studio's limit of tokens has room for.
+    """
     prompts = studio.encode_prompts(replace(request, settings=(setting,)))
-    lengths = [len(prompt) for prompt in prompts]
-    edits = build_edits(studio, request.settings, where=request.where, prompt_lengths=lengths)
+    widest = max(map(len, prompts)) + request.max_new_tokens
+    n_together = max(1, min(SWEEP_SEEDS, studio.limits.tokens // (len(prompts) * widest)))
     samples = []
-    for seed in range(request.seed, request.seed + SWEEP_SEEDS):
-        rows = [list(prompt) for prompt in prompts]
-        for step in generate_ids(studio, prompts, replace(request, seed=seed), edits):
-            for row, token in zip(rows, step, strict=True):
-                if token is not None:
-                    row.append(token)
+    for first in range(0, SWEEP_SEEDS, n_together):
+        n = min(n_together, SWEEP_SEEDS - first)
+        seeds = [request.seed + first + i for i in range(n) for _ in prompts]
+        rows = _generate(studio, prompts * n, request, seeds)
         for i, row in enumerate(rows):
-            reading = read(studio, row, n_prompt=lengths[i], settings=(setting,))
+            length = len(prompts[i % len(prompts)])
+            reading = read(studio, row, n_prompt=length, settings=(setting,))
             concept = [values[0] for values in reading.activations[reading.n_prompt :]]
-            text = request.prompts[i] + reading.text
-            distinct = distinct_pairs(row[lengths[i] :])
+            text = request.prompts[i % len(prompts)] + reading.text
+            distinct = distinct_pairs(row[length:])
             samples.append(_Sample(text, _mean(concept), reading.mean_surprise, distinct))
     return samples
+
+
+def _generate(
+    studio: Studio, prompts: list[list[int]], request: Request, seeds: Sequence[int]
+) -> list[list[int]]:
+    """Return the prompts' ids with what was generated; a prompt's draws are its own seed's."""
+    lengths = [len(prompt) for prompt in prompts]
+    edits = build_edits(studio, request.settings, where=request.where, prompt_lengths=lengths)
+    rows = [list(prompt) for prompt in prompts]
+    for step in generate_ids(studio, prompts, request, edits, seeds=seeds):
+        for row, token in zip(rows, step, strict=True):
+            if token is not None:
+                row.append(token)
+    return rows
 
 
 def _point(strength: float, samples: Sequence[_Sample], plain: Sequence[_Sample]) -> DosePoint:

@@ -402,7 +402,8 @@ def test_sweep_measures_the_text_under_the_plain_model(studio):
         for seed in seeds
         for pair in complete_pairs(studio, replace(request, seed=seed, settings=wish))
     ]
-    losses = np.array([p.steered.mean_surprise - p.plain.mean_surprise for p in pairs])
+    read = [(p.steered.mean_surprise, p.plain.mean_surprise) for p in pairs]
+    losses = np.array([a - b for a, b in read if a is not None and b is not None])
     concept = [np.mean([a[0] for a in p.steered.activations[p.steered.n_prompt :]]) for p in pairs]
     assert len(pairs) == 2 * SWEEP_SEEDS
     assert points[2].loss == pytest.approx(losses.mean(), abs=1e-5)
