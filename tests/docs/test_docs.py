@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from saint.training.recipe import recipe_table
 from tests.test_rooms import MAY_IMPORT
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -156,3 +157,8 @@ def test_the_rooms_are_those_that_the_imports_are_held_to():
         may = {other if other in known else f"saint.{other}" for other in others.split(", ")}
         written[room] = may - {"nothing"}
     assert written == {room: set(others.split()) for room, others in MAY_IMPORT.items()}
+
+
+def test_the_recipes_table_is_the_one_that_its_fields_make():
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    assert recipe_table() in text, f"docs/training.md should hold:\n{recipe_table()}"
