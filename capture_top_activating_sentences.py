@@ -25,6 +25,7 @@ from saint.evidence.sample import ExampleSettings, SparseActivations
 from saint.evidence.sparse_activations import (
     SentenceIndex,
     entries_per_token,
+    open_matching_store,
     tally_store,
 )
 from saint.evidence.token_index import NAME as TOKEN_INDEX
@@ -42,7 +43,7 @@ from saint.stage.flags import (
 from saint.stage.manifests import Output, State, file_checksum, model_fingerprint, read_manifest
 from saint.stage.program import log_arguments, progress, run_stage
 from saint.stage.workers import Workers, start_workers
-from saint.store.activation_store import ActivationStore, open_stores
+from saint.store.activation_store import ActivationStore
 
 STAGE = "capture_top_activating_sentences"
 EVIDENCE = "evidence.parquet"
@@ -123,33 +124,6 @@ def _add_sizes(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument("--seed", type=int, default=0, help="seed of all samples [%(default)s]")
     what.add_argument("--layer", type=int, help="0-based layer of the store [the SAE's]")
-
-
-def open_matching_store(data_dir: Path, sae: TopKSparseAutoencoder) -> ActivationStore:
-    """Open the layer that the SAE was trained on. Raises UserError if the store has another."""
-    config = sae.config
-    stores = open_stores(data_dir)
-    held = ", ".join(store.layer_dir for store in stores)
-    matching = [
-        store
-        for store in stores
-        if config.layer in (None, store.facts["layer"])
-        and config.hook_point == store.facts["hook_point"]
-    ]
-    if len(matching) != 1:
-        layer = "unknown" if config.layer is None else config.layer
-        raise UserError(
-            f"{data_dir} holds {held}; the SAE's layer is {layer} and its hook point "
-            f"{config.hook_point}: name the right --data_dir, or --layer and --hook_point"
-        )
-    facts = matching[0].facts
-    theirs = {
-        name: getattr(config, name) for name in ("d_model", "prepend_bos", "model_fingerprint")
-    }
-    for name, value in theirs.items():
-        if value is not None and facts[name] != value:
-            raise UserError(f"{data_dir} has {name} {facts[name]}, the SAE has {value}")
-    return matching[0]
 
 
 def write_outputs(

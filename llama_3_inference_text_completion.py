@@ -41,13 +41,13 @@ from saint.steering.search import search_labels, search_text, search_token
 from saint.steering.settings import (
     UNLIMITED,
     WHERE,
-    Concept,
     Request,
     parse_setting,
     request_from_json,
     split_steer,
 )
 from saint.steering.studio import EXAMPLE_PROMPTS, Studio, add_studio_flags, load_studio
+from saint.steering.terminal import print_attribution, print_concept, print_hits, print_pair
 from saint.steering.vector import export_vector, write_control_vector
 
 
@@ -161,7 +161,7 @@ def _run(
     }  # fmt: skip
     for search, query in queries.items():
         if query is not None:
-            _print_hits(search(studio, guides, query), guides, as_json=args.json)
+            print_hits(search(studio, guides, query), guides, as_json=args.json)
             return
     if args.export_vector is not None:
         if args.export_vector.suffix == ".gguf":
@@ -177,7 +177,12 @@ def _run(
     if args.dose_report is not None:
         reports = _sweep_doses(studio, guides, request)
         if workers.is_main:
-            _write_doses(reports, guides, args.dose_report)
+            if args.dose_report.suffix == ".json":
+                write_json(args.dose_report, [report.to_json() for report in reports])
+            else:
+                body = "".join(dose_html(report, guides) for report in reports)
+                page = report_page("How far each latent can be turned up", body)
+                write_text(args.dose_report, page)
         return
     if not request.settings and not request.concepts:
         log.info("no --steer: both texts are the plain model's; --find_label WORD finds latents")
@@ -187,7 +192,7 @@ def _run(
         print(json.dumps(record, ensure_ascii=False))
         return
     for pair in pairs:
-        _print_pair(pair, guides)
+        print_pair(pair, guides)
     for hook, length in total_move(studio, request.concepts).items():
         names = " and ".join(str(setting) for setting in request.concepts)
         print(f"{names}: together {length:.1f} standard deviations at {hook}")
@@ -215,19 +220,9 @@ def _concepts(args: argparse.Namespace, workers: Workers, finder: ConceptFinder)
         print(json.dumps(records, ensure_ascii=False))
         return
     for concept in found:
-        _print_concept(concept, finder.guides[concept.sae])
+        print_concept(concept, finder.guides[concept.sae])
     if not found:
         print("no saved concept holds these words; --concept makes one")
-
-
-def _print_concept(concept: Concept, guide: Guide) -> None:
-    used = "difference of means" if concept.use == "means" else f"{len(concept.latents)} latents"
-    print(f"{concept.name}: {used}, from {concept.source} ({concept.n_tokens} tokens)")
-    print(f"  the latents explain {concept.explained:.0%} of the difference of means:")
-    shares = concept.shares or (0.0,) * len(concept.latents)
-    for latent, weight, part in zip(concept.latents, concept.weights, shares, strict=True):
-        label = guide.label(latent) or "(no label)"
-        print(f"  {latent:>7}  weight {weight:.2f}  share {part:.2f}  {label}")
 
 
 def _attribute(
@@ -241,17 +236,7 @@ def _attribute(
         records.append(found.to_json() | {"ablated": change})
         if args.json:
             continue
-        print(f"\n> {prompt}\n  next token {found.token!r}: logit {found.logit:.2f} above the mean")
-        for part in found.parts:
-            label = guides[found.sae].label(part.latent) or "(no label)"
-            where = found.tokens[part.position].strip()
-            print(f"  {part.effect:+7.3f}  {part.latent:>7}  on {where!r}  {label}")
-        print(
-            f"  all latents {found.latents_total:+.3f}, error term {found.error_total:+.3f} "
-            f"({found.error_share:.0%} of what both move)"
-        )
-        if change is not None:
-            print(f"  ablating these: expected {change['expected']:+.3f}, got {change['got']:+.3f}")
+        print_attribution(prompt, found, change, guides[found.sae])
     if args.json:
         print(json.dumps(records, ensure_ascii=False))
 
@@ -305,48 +290,6 @@ def _sweep_doses(studio: Studio, guides: list[Guide], request: Request) -> list[
         print(f"{latent_name(setting, guides)}: {report.verdict}")
     bar.close()
     return reports
-
-
-def _write_doses(reports: list[DoseReport], guides: list[Guide], path: Path) -> None:
-    if path.suffix == ".json":
-        write_json(path, [report.to_json() for report in reports])
-    else:
-        body = "".join(dose_html(report, guides) for report in reports)
-        write_text(path, report_page("How far each latent can be turned up", body))
-
-
-def _print_pair(pair: Pair, guides: list[Guide]) -> None:
-    print(f"\n> {pair.prompt}")
-    for name, reading in (("plain", pair.plain), ("steered", pair.steered)):
-        surprise = reading.mean_surprise
-        cost = "" if surprise is None else f"  [{surprise:.2f} nats per token]"
-        print(f"{name:>8}:{reading.text}{cost}")
-    if pair.moved and not pair.effects:
-        shares = ", ".join(f"{share:.0%} at {hook}" for hook, share in pair.moved.items())
-        print(f"          moved the residual by {shares}")
-    for effect in pair.effects:
-        setting = effect.setting
-        name = f"latent {setting.latent} {guides[setting.sae].label(setting.latent)}".strip()
-        if effect.target is None:
-            print(f"          {name}: no token was edited")
-            continue
-        outcome = f"{effect.present:.2f} → target {effect.target:.2f}, got {effect.realised:.2f}"
-        print(f"          {name}: {outcome} × its largest; {effect.share:.0%} of the residual")
-
-
-def _print_hits(hits: list, guides: list[Guide], *, as_json: bool) -> None:
-    rows = [
-        {"sae": h.sae, "latent": h.latent, "label": guides[h.sae].label(h.latent),
-         "score": round(h.score, 4), "reason": h.reason}
-        for h in hits
-    ]  # fmt: skip
-    if as_json:
-        print(json.dumps(rows, ensure_ascii=False))
-        return
-    for row in rows:
-        print(f"{row['sae']}:{row['latent']}  {row['label'] or '(no label)'}  ({row['reason']})")
-    if not rows:
-        print("nothing found; --find_token and --find_text look beyond the labels")
 
 
 if __name__ == "__main__":

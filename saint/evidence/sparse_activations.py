@@ -22,14 +22,41 @@ from saint.evidence.rankings import (
     ragged_rows,
 )
 from saint.kernels.fastest import Encode, fastest_encode
-from saint.stage.errors import log
+from saint.stage.errors import UserError, log
 from saint.stage.manifests import verify_file, verify_size
 from saint.stage.program import progress
 from saint.stage.workers import Workers
-from saint.store.activation_store import INDEX_TENSORS, ActivationStore, Shard
+from saint.store.activation_store import INDEX_TENSORS, ActivationStore, Shard, open_stores
 from saint.store.row_format import read_tensors, write_tensors
 
 _PROBED_TOKENS = 4096
+
+
+def open_matching_store(data_dir: Path, sae: TopKSparseAutoencoder) -> ActivationStore:
+    """Open the layer that the SAE was trained on. Raises UserError if the store has another."""
+    config = sae.config
+    stores = open_stores(data_dir)
+    held = ", ".join(store.layer_dir for store in stores)
+    matching = [
+        store
+        for store in stores
+        if config.layer in (None, store.facts["layer"])
+        and config.hook_point == store.facts["hook_point"]
+    ]
+    if len(matching) != 1:
+        layer = "unknown" if config.layer is None else config.layer
+        raise UserError(
+            f"{data_dir} holds {held}; the SAE's layer is {layer} and its hook point "
+            f"{config.hook_point}: name the right --data_dir, or --layer and --hook_point"
+        )
+    facts = matching[0].facts
+    theirs = {
+        name: getattr(config, name) for name in ("d_model", "prepend_bos", "model_fingerprint")
+    }
+    for name, value in theirs.items():
+        if value is not None and facts[name] != value:
+            raise UserError(f"{data_dir} has {name} {facts[name]}, the SAE has {value}")
+    return matching[0]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,76 @@
+"""What the terminal shows: concepts, search results, pairs of texts, a token's causes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+from saint.steering.attribution import Attribution
+from saint.steering.completions import Pair
+from saint.steering.guide import Guide
+from saint.steering.search import Hit
+from saint.steering.settings import Concept
+
+
+def print_concept(concept: Concept, guide: Guide) -> None:
+    """Print what a concept is made of."""
+    used = "difference of means" if concept.use == "means" else f"{len(concept.latents)} latents"
+    print(f"{concept.name}: {used}, from {concept.source} ({concept.n_tokens} tokens)")
+    print(f"  the latents explain {concept.explained:.0%} of the difference of means:")
+    shares = concept.shares or (0.0,) * len(concept.latents)
+    for latent, weight, part in zip(concept.latents, concept.weights, shares, strict=True):
+        label = guide.label(latent) or "(no label)"
+        print(f"  {latent:>7}  weight {weight:.2f}  share {part:.2f}  {label}")
+
+
+def print_attribution(
+    prompt: str, found: Attribution, change: Mapping[str, float] | None, guide: Guide
+) -> None:
+    """Print what raised a token, and what ablating the top latents changed where that was tried."""
+    print(f"\n> {prompt}\n  next token {found.token!r}: logit {found.logit:.2f} above the mean")
+    for part in found.parts:
+        label = guide.label(part.latent) or "(no label)"
+        where = found.tokens[part.position].strip()
+        print(f"  {part.effect:+7.3f}  {part.latent:>7}  on {where!r}  {label}")
+    print(
+        f"  all latents {found.latents_total:+.3f}, error term {found.error_total:+.3f} "
+        f"({found.error_share:.0%} of what both move)"
+    )
+    if change is not None:
+        print(f"  ablating these: expected {change['expected']:+.3f}, got {change['got']:+.3f}")
+
+
+def print_pair(pair: Pair, guides: list[Guide]) -> None:
+    """Print both texts, their cost, and what the edit did."""
+    print(f"\n> {pair.prompt}")
+    for name, reading in (("plain", pair.plain), ("steered", pair.steered)):
+        surprise = reading.mean_surprise
+        cost = "" if surprise is None else f"  [{surprise:.2f} nats per token]"
+        print(f"{name:>8}:{reading.text}{cost}")
+    if pair.moved and not pair.effects:
+        shares = ", ".join(f"{share:.0%} at {hook}" for hook, share in pair.moved.items())
+        print(f"          moved the residual by {shares}")
+    for effect in pair.effects:
+        setting = effect.setting
+        name = f"latent {setting.latent} {guides[setting.sae].label(setting.latent)}".strip()
+        if effect.target is None:
+            print(f"          {name}: no token was edited")
+            continue
+        outcome = f"{effect.present:.2f} → target {effect.target:.2f}, got {effect.realised:.2f}"
+        print(f"          {name}: {outcome} × its largest; {effect.share:.0%} of the residual")
+
+
+def print_hits(hits: list[Hit], guides: list[Guide], *, as_json: bool) -> None:
+    """Print search results, best first."""
+    rows = [
+        {"sae": h.sae, "latent": h.latent, "label": guides[h.sae].label(h.latent),
+         "score": round(h.score, 4), "reason": h.reason}
+        for h in hits
+    ]  # fmt: skip
+    if as_json:
+        print(json.dumps(rows, ensure_ascii=False))
+        return
+    for row in rows:
+        print(f"{row['sae']}:{row['latent']}  {row['label'] or '(no label)'}  ({row['reason']})")
+    if not rows:
+        print("nothing found; --find_token and --find_text look beyond the labels")
