@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import re
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,19 @@ from saint.store.activation_store import open_store
 from tests.support.tiny_store import make_store
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def read_in_one_line(text: str, tops: Path, n_latents: int) -> None:
+    """Run the lines of pandas, polars and duckdb, those that are installed."""
+    lines = re.search(r"^```python\n(pandas.*?)^```", text, re.S | re.M)
+    assert lines
+    for line in lines[1].splitlines():
+        name = line.split(".")[0]
+        if importlib.util.find_spec(name) is None:
+            continue
+        path = (tops / "evidence.parquet").as_posix()
+        value = eval(line.replace("evidence.parquet", path), {name: importlib.import_module(name)})
+        assert len(value) >= n_latents // 2
 
 
 def test_the_notebook_example_decodes_and_reads_windows(
@@ -44,5 +59,6 @@ def test_the_notebook_example_decodes_and_reads_windows(
     values, latents = names["active"].matrices()
     dense = torch.zeros(len(raw), store.n_latents).scatter_(1, latents, values)
     assert (dense > 0).any() and names["windows"] and all(names["windows"])
+    read_in_one_line(text, tops, store.n_latents)
     best = max(float(d[:, latent].max()) for d in store.dense.values())
     assert names["latent"]["max_activation"] == pytest.approx(best, rel=1e-5)
