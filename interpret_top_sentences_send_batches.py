@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from saint.evidence.labels import Label, load_labels
+from saint.evidence.labels import Label
 from saint.interpretation.batches import (
     add_batch_flags,
     cancel_batches,
@@ -31,7 +31,6 @@ from saint.interpretation.prompts import (
     TASKS,
     PromptOptions,
     add_evidence_flags,
-    prompt_facts,
 )
 from saint.interpretation.questions import (
     Completions,
@@ -39,11 +38,10 @@ from saint.interpretation.questions import (
     Source,
     choose_latents,
     only_unseen,
-    open_source,
     questions,
     shown_sentences,
 )
-from saint.interpretation.sending import Job, form_of
+from saint.interpretation.sending import Job, config_of, form_of, open_evidence_and_labels
 from saint.stage.errors import UserError, log
 from saint.stage.flags import add_overwrite_flag, positive_int
 from saint.stage.manifests import Output
@@ -168,10 +166,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.cancel:
         _cancel(args, ledger)
         return
-    source, labels = _open(args)
+    source, labels = open_evidence_and_labels(args)
     client = open_client(args.timeout_s) if have_key() or not args.dry_run else None
     options = PromptOptions(**{f.name: getattr(args, f.name) for f in fields(PromptOptions)})
-    config = _config(args, source, options)
+    config = config_of(args, source, options)
     latents = choose_latents(
         source, args.latents, args.min_sentences, labels if args.task in LABELLED_TASKS else None
     )[: args.max_latents]
@@ -255,33 +253,6 @@ def _steered_completions(args: argparse.Namespace) -> Completions | None:
         return [(pair.prompt, pair.plain.text, pair.steered.text) for pair in pairs]
 
     return make
-
-
-def _open(args: argparse.Namespace) -> tuple[Source, dict[int, Label]]:
-    if args.top_sentences_dict_filepath is None:
-        raise UserError("--top_sentences_dict_filepath is needed")
-    if args.task in LABELLED_TASKS and args.labels_path is None:
-        raise UserError(
-            f"--task {args.task} tests labels: give --labels_path parsed_responses.yaml"
-        )
-    labels = load_labels(args.labels_path) if args.task in LABELLED_TASKS else {}
-    source = open_source(
-        args.top_sentences_dict_filepath,
-        args.evidence_path,
-        args.dataset_dir,
-        text_column=args.text_column,
-    )
-    if source.kind != "evidence" and args.task != "explain":
-        raise UserError(f"--task {args.task} needs the evidence file, which is not there")
-    return source, labels
-
-
-def _config(args: argparse.Namespace, source: Source, options: PromptOptions) -> dict[str, Any]:
-    facts = prompt_facts(args.task, options, model=args.model)
-    if args.task == "effect":
-        facts |= {"steer_strength": args.steer_strength, "sae": str(args.sae_model_path or "")}
-    ranking = source.ranking if args.task == "explain" else None
-    return {**facts, "made_from": source.kind, "ranking": ranking, "source": source.fingerprint}
 
 
 def _cancel(args: argparse.Namespace, ledger: Ledger) -> None:

@@ -127,14 +127,14 @@ def main() -> None:
     parser.add_argument("--n_latents", type=int, default=400, help="latents that are tested [400]")
     args = parser.parse_args()
     groups: dict[str, list[tuple[int, np.ndarray, np.ndarray]]] = {}
-    for task, latent, found, truth in excerpts(args.evidence_path, args.n_latents):
-        features = np.array([geometry(e) for e in found])
+    for task, latent, members, truth in excerpts(args.evidence_path, args.n_latents):
+        features = np.array([geometry(e) for e in members])
         groups.setdefault(task, []).append((latent, features, np.array(truth)))
     found: dict[str, Any] = {}
-    for task, members in groups.items():
-        found[task], error = (round(v, 4) for v in accuracy(task, members))
+    for task, tested in groups.items():
+        found[task], error = (round(v, 4) for v in accuracy(task, tested))
         found |= {f"{task}_chance": CHANCE[task], f"{task}_standard_error": error}
-        found[f"{task}_latents"] = len({latent for latent, _, _ in members})
+        found[f"{task}_latents"] = len({latent for latent, _, _ in tested})
     found["passed"] = all(found[t] <= CHANCE[t] + _ALLOWED for t in groups)
     print(json.dumps(found))
 

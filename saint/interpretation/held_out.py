@@ -174,7 +174,7 @@ def detect_cases(row: Mapping[str, Any], n: int, rng: random.Random) -> list[Cas
         if pair is None:
             continue
         yes, no = pair
-        pools[kind].remove(no.example)
+        pools[kind] = [e for e in pools[kind] if e is not no.example]
         cases += [Case(yes, 1, "fires"), Case(no, 0, kind)]
     return cases if len(cases) >= 2 * _LEAST else []
 
@@ -189,7 +189,7 @@ def fuzz_cases(row: Mapping[str, Any], n: int, rng: random.Random) -> list[Case]
         if pair is None:
             continue
         yes, no = pair
-        fires.remove(no.example)
+        fires = [e for e in fires if e is not no.example]
         cases += [Case(yes, 1, "right"), Case(no, 0, "wrong")]
     return cases if len(cases) >= 2 * _LEAST else []
 

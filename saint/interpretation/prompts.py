@@ -179,8 +179,7 @@ def request_params(task: str, prompt: Prompt, *, model: str, form: RequestForm) 
     output: dict[str, Any] = {"effort": form.effort} if form.effort else {}
     if form.schema:
         n = len(prompt.key["truth"]) if "truth" in prompt.key else None
-        schema = _schema(task, n if task != "explain" else prompt.key.get("n_firing"))
-        output["format"] = {"type": "json_schema", "schema": schema}
+        output["format"] = {"type": "json_schema", "schema": _schema(task, n)}
     if output:
         params["output_config"] = output
     return params

@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from saint.evidence.labels import Label, load_labels
 from saint.interpretation.batches import (
     BatchLimits,
     create_batches,
@@ -29,17 +30,48 @@ from saint.interpretation.prices import (
 )
 from saint.interpretation.prompts import (
     EXPECTED_OUTPUT_TOKENS,
+    LABELLED_TASKS,
     PromptOptions,
+    prompt_facts,
     readable,
     request_params,
 )
-from saint.interpretation.questions import Question, Source, sample_of_task
+from saint.interpretation.questions import Question, Source, open_source, sample_of_task
 from saint.interpretation.responses import CUT_OFF
 from saint.stage.errors import UserError, log
 from saint.stage.files import atomic_path
 from saint.stage.yaml_files import load_yaml
 
 _N_SHOWN = 3
+
+
+def open_evidence_and_labels(args: argparse.Namespace) -> tuple[Source, dict[int, Label]]:
+    """Open what the command line names; raises UserError where something is missing."""
+    if args.top_sentences_dict_filepath is None:
+        raise UserError("--top_sentences_dict_filepath is needed")
+    if args.task in LABELLED_TASKS and args.labels_path is None:
+        raise UserError(
+            f"--task {args.task} tests labels: give --labels_path parsed_responses.yaml"
+        )
+    labels = load_labels(args.labels_path) if args.task in LABELLED_TASKS else {}
+    source = open_source(
+        args.top_sentences_dict_filepath,
+        args.evidence_path,
+        args.dataset_dir,
+        text_column=args.text_column,
+    )
+    if source.kind != "evidence" and args.task != "explain":
+        raise UserError(f"--task {args.task} needs the evidence file, which is not there")
+    return source, labels
+
+
+def config_of(args: argparse.Namespace, source: Source, options: PromptOptions) -> dict[str, Any]:
+    """What decides a task's answers, as the ledger keeps it."""
+    facts = prompt_facts(args.task, options, model=args.model)
+    if args.task == "effect":
+        facts |= {"steer_strength": args.steer_strength, "sae": str(args.sae_model_path or "")}
+    ranking = source.ranking if args.task == "explain" else None
+    return {**facts, "made_from": source.kind, "ranking": ranking, "source": source.fingerprint}
 
 
 def form_of(
