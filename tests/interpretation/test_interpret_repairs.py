@@ -345,3 +345,30 @@ def test_live_requests_cost_twice_and_go_on_where_they_stopped(work: Workplace):
 def test_forms_are_kept_as_the_ledger_has_them():
     form = RequestForm(thinking=None, effort="low", thinking_tokens=2000)
     assert RequestForm(**form.as_config()) == form
+
+
+# --- effects ---------------------------------------------------------------------------------
+
+
+def test_what_a_latent_does_stands_beside_what_it_fires_on(work: Workplace):
+    def answer(params: dict[str, Any]) -> str:
+        if "turned up" in params["system"]:
+            text = params["messages"][0]["content"]
+            assert "Tokens whose probability the latent raises: topic" in text
+            return json.dumps({"common_semantic": "more of the topic", "certainty": 0.5})
+        return explain_answer(params)
+
+    work.api.answer = answer
+    work.everything("--no_smoke_test")
+    done = work.send("--task", "effect", "--latents", "1,2")
+    assert done.returncode == 0 and "only the tokens are shown" in done.stderr
+    work.retrieve()
+    assert work.parse().returncode == 0
+    labels = load_labels(work.labels)
+    assert [labels[i].effect for i in range(4)] == [
+        "",
+        "more of the topic",
+        "more of the topic",
+        "",
+    ]
+    assert all(label.text.startswith("concept") for label in labels.values())

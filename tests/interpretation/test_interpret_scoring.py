@@ -15,8 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saint.evidence.labels import load_labels
+from saint.interpretation.held_out import detect_cases, fuzz_cases
 from saint.interpretation.held_out import test_prompts as make_tests
-from saint.interpretation.prompts import Prompt, PromptOptions, explain_prompt, render
+from saint.interpretation.prompts import (
+    Prompt,
+    PromptOptions,
+    effect_prompt,
+    explain_prompt,
+    render,
+)
 from saint.interpretation.prompts import (
     test_sentences as held_out_sentences,
 )
@@ -467,3 +474,28 @@ def test_intervals_cover_the_truth():
         covered += found["ci_low"] <= 0.8 <= found["ci_high"]
     assert 0.90 <= covered / 200 <= 0.99
     assert pooled("detect", everything)["ci_low"] <= 0.8 <= pooled("detect", everything)["ci_high"]
+
+
+def test_an_effects_question_shows_the_texts_and_both_kinds_of_tokens():
+    latent = row(3) | {"suppressed": [{"token": " less", "value": -1.0}]}
+    prompt = effect_prompt(latent, [("Once", " upon a time", " topic3 topic3")], PromptOptions())
+    assert prompt is not None
+    for words in ("raises: topic3, more", "lowers: less", "Beginning: Once", "turned up:  topic3"):
+        assert words in prompt.text
+    assert effect_prompt(latent | {"promoted": [], "suppressed": []}, [], PromptOptions()) is None
+
+
+def test_a_test_s_wrong_excerpts_have_the_shape_of_right_ones():
+    """As many tokens before and after the centre, marks at the same distances, pair by pair."""
+    for make in (fuzz_cases, detect_cases):
+        cases = make(row(3), 20, random.Random(0))
+        assert len(cases) >= 8
+        for yes, no in zip(cases[::2], cases[1::2], strict=True):
+            shapes = [
+                (e.centre - e.low, e.high - e.centre, [i - e.centre for i in e.marks])
+                for e in (yes.excerpt, no.excerpt)
+            ]
+            assert (yes.truth, no.truth) == (1, 0) and shapes[0][:2] == shapes[1][:2]
+            if make is fuzz_cases:
+                assert shapes[0] == shapes[1]
+                assert all(no.excerpt.example["activations"][i] == 0 for i in no.excerpt.marks)
