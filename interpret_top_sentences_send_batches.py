@@ -55,7 +55,7 @@ from saint.interpretation.questions import (
 )
 from saint.stage.errors import UserError, log
 from saint.stage.files import atomic_path
-from saint.stage.flags import add_overwrite_flag, positive_int
+from saint.stage.flags import add_overwrite_flag, non_negative_float, positive_int, whole_number
 from saint.stage.manifests import Output
 from saint.stage.program import log_arguments, run_stage
 
@@ -116,7 +116,7 @@ def _add_choice_flags(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument(
         "--n_controls",
-        type=int,
+        type=whole_number,
         default=50,
         help="latents also tested with another latent's label, which should score 0.5 (intruder: "
         "with excerpts of other latents: 0.2 if marks or style alone give nothing away) [50]",
@@ -135,9 +135,15 @@ def _add_money_flags(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="write the requests to <response ids>.dry_run.jsonl, show three, quote the cost, stop",
     )
-    money.add_argument("--max_cost_usd", type=float, help="send nothing beyond this quote, in $")
     money.add_argument(
-        "--batch_price", type=float, nargs=2, metavar=("IN", "OUT"), help="$ per million tokens"
+        "--max_cost_usd", type=non_negative_float, help="send nothing beyond this quote, in $"
+    )
+    money.add_argument(
+        "--batch_price",
+        type=non_negative_float,
+        nargs=2,
+        metavar=("IN", "OUT"),
+        help="$ per million tokens",
     )
     money.add_argument(
         "--no_smoke_test", action="store_true", help="do not send one request live first"
@@ -149,7 +155,7 @@ def _add_money_flags(parser: argparse.ArgumentParser) -> None:
     )
     money.add_argument(
         "--settle_s",
-        type=float,
+        type=non_negative_float,
         default=120,
         help="seconds after which a batch that is not listed was never made [120]",
     )
@@ -320,6 +326,7 @@ def _finish(
         STAGE,
         {"task": args.task, **config},
         {"source": source.fingerprint},
+        single_file=True,
     )
     counts = {"batches": len(ids), "requests": len(state.status)}
     output.finish(facts={}, counts=counts, files=[args.response_ids_filepath.name])

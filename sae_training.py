@@ -273,6 +273,8 @@ def plan_output(
         stage=STAGE,
         arguments=recipe.arguments(),
         sources=sources,
+        single_file=True,
+        own_names=files.names(),
         own_patterns=files.patterns(),
         settings={
             "device": str(workers.device),

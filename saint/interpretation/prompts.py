@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from saint.evidence.labels import SET_SIZE
+from saint.stage.flags import whole_number
 
 PROMPT_VERSION = 1
 TASKS = ("explain", "detect", "fuzz", "intruder")
@@ -122,7 +123,7 @@ def add_evidence_flags(parser: argparse.ArgumentParser) -> None:
     for option in fields(PromptOptions):
         text = f"{OPTION_HELP[option.name]} [{option.default}]"
         group.add_argument(
-            f"--{option.name}", type=int, default=option.default, metavar="N", help=text
+            f"--{option.name}", type=whole_number, default=option.default, metavar="N", help=text
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -43,15 +44,18 @@ class RunFiles:
         """A page of curves, renewed while the run goes on."""
         return self.model.with_name(f"{self.model.stem}.training.html")
 
+    def names(self) -> tuple[str, ...]:
+        """Return what a run writes beside its checkpoints, relative to the SAE's directory."""
+        best = f"{self.checkpoint_dir.name}/{self.best.name}"
+        return (self.model.name, self.metrics.name, self.page.name, best)
+
     def patterns(self) -> tuple[str, ...]:
-        """Return glob patterns of everything that a run writes, relative to the SAE's directory."""
-        checkpoints = f"{self.checkpoint_dir.name}/{self.model.stem}"
-        names = (self.model.name, self.metrics.name, self.page.name)
-        return (*names, f"{checkpoints}.step_*.pt", f"{checkpoints}.best.pt")
+        """Return the glob pattern of its checkpoints, relative to the SAE's directory."""
+        return (f"{self.checkpoint_dir.name}/{glob.escape(self.model.stem)}.step_*.pt",)
 
     def checkpoints(self) -> list[Path]:
         """Return the checkpoints, oldest first."""
-        return sorted(self.checkpoint_dir.glob(f"{self.model.stem}.step_*.pt"))
+        return sorted(self.model.parent.glob(*self.patterns()))
 
     def save(self, state: Mapping[str, Any], step: int) -> None:
         """Write a checkpoint, and only then remove the older ones beyond keep_last_n."""

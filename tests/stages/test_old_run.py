@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tarfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,7 @@ def train(run: Path, save: str) -> Finished:
     return call_with("sae_training", flags)
 
 
-def call_with(stage: str, flags: dict[str, object]) -> Finished:
+def call_with(stage: str, flags: Mapping[str, object]) -> Finished:
     finished = call(
         stage, *(part for name, value in flags.items() for part in (f"--{name}", value))
     )
