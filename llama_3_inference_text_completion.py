@@ -23,10 +23,10 @@ from saint.stage.errors import UserError, log
 from saint.stage.files import atomic_path, write_json, write_text
 from saint.stage.flags import (
     add_model_parallel_flag,
+    fraction,
     non_negative_float,
     positive_int,
     seed_number,
-    share,
 )
 from saint.stage.program import log_arguments, progress, run_stage
 from saint.stage.workers import Workers, start_workers
@@ -85,7 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--temperature", type=non_negative_float, default=0.0, help="0 takes the likeliest [0]"
     )
-    what.add_argument("--top_p", type=share, default=1.0, help="share of probability kept [1]")
+    what.add_argument("--top_p", type=fraction, default=1.0, help="share of probability kept [1]")
     what.add_argument("--seed", type=seed_number, default=0, help="of the random numbers [0]")
     what.add_argument("--chat", action="store_true", help="prompts are messages to a chat model")
     what.add_argument(
@@ -102,7 +102,10 @@ def build_parser() -> argparse.ArgumentParser:
     make.add_argument("--against", default="", metavar="TEXT", help="the text it is to differ from")
     make.add_argument("--concept_name", default="", help="name to save it under [the query]")
     make.add_argument(
-        "--concept_latents", type=int, default=N_LATENTS, help="latents it is made of [%(default)s]"
+        "--concept_latents",
+        type=positive_int,
+        default=N_LATENTS,
+        help="latents it is made of [%(default)s]",
     )
     make.add_argument(
         "--concept_use",

@@ -31,7 +31,7 @@ from saint.stage.flags import (
     add_overwrite_flag,
     positive_float,
     positive_int,
-    proper_share,
+    proper_fraction,
     seed_number,
 )
 from saint.stage.manifests import (
@@ -75,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     shuffle.add_argument(
         "--held_out_fraction",
-        type=proper_share,
+        type=proper_fraction,
         default=HELD_OUT_FRACTION,
         help="share of sentences kept for validation [%(default)s]",
     )

@@ -1,6 +1,6 @@
 """Kill send and retrieve a few hundred times against a faulty local server; count double payments.
 
-    python benchmarks/ledger_faults.py --kills 200
+    python -m benchmarks.ledger_faults --kills 200
 
 The server answers with 429, 500, 529, drops connections before and after it accepted a batch, or
 says nothing until the client's time-out, cuts, breaks and doubles result lines, and lets requests
@@ -19,10 +19,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(REPO), str(REPO / "tests")]
-
-from tests.support.fault_campaign import campaign  # noqa: E402  # pyright: ignore[reportMissingImports]
+from tests.support.fault_campaign import campaign
 
 
 def main() -> None:

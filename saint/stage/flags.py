@@ -70,12 +70,12 @@ def non_negative_float(text: str) -> float:
     return _number(text, lambda value: 0 <= value < math.inf, "a finite number of at least 0")
 
 
-def share(text: str) -> float:
+def fraction(text: str) -> float:
     """Argparse type: a number from 0 to 1, both included."""
     return _number(text, lambda value: 0 <= value <= 1, "a share between 0 and 1")
 
 
-def proper_share(text: str) -> float:
+def proper_fraction(text: str) -> float:
     """Argparse type: a number between 0 and 1, both left out."""
     return _number(text, lambda value: 0 < value < 1, "a share above 0 and below 1")
 

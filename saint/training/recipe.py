@@ -10,11 +10,11 @@ from typing import Any
 
 from saint.stage.errors import UserError
 from saint.stage.flags import (
+    fraction,
     non_negative_float,
     positive_float,
     positive_int,
     seed_number,
-    share,
     whole_number,
 )
 from saint.stage.workers import Workers
@@ -86,11 +86,11 @@ class Recipe:
         shown=f"{LEARNING_RATE_CONSTANT} / √n_latents",
         automatic=lambda given: LEARNING_RATE_CONSTANT / math.sqrt(given.flags.n_latents),
     )
-    warmup_fraction: float = _field("share of steps over which the rate rises", share, 0.02)
+    warmup_fraction: float = _field("share of steps over which the rate rises", fraction, 0.02)
     decay_fraction: float = _field(
-        "share of steps over which the rate falls to lr_floor", share, 0.5
+        "share of steps over which the rate falls to lr_floor", fraction, 0.5
     )
-    lr_floor: float = _field("last rate as a share of the peak", share, 0.0)
+    lr_floor: float = _field("last rate as a share of the peak", fraction, 0.0)
     k_anneal_steps: int = _field(
         "steps over which k_start falls to k, linearly; 0 keeps k",
         whole_number,
