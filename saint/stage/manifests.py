@@ -102,10 +102,11 @@ def read_manifest(output: Path, stage: str) -> Manifest:
     if not path.exists():
         state = "is incomplete" if output.exists() else "does not exist"
         raise UserError(f"{output} {state} (no {path.name}): run {stage}.py first, to its end")
-    return _load(path)
+    return load_manifest(path)
 
 
-def _load(path: Path) -> Manifest:
+def load_manifest(path: Path) -> Manifest:
+    """Read a manifest file. Raises UserError when it is damaged or of another version."""
     raw = read_record(path)
     if raw.get("format") != FORMAT or raw.get("version") != VERSION:
         raise UserError(
