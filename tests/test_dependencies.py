@@ -58,4 +58,5 @@ def test_constraints_are_exact_and_hold_every_dependency():
     pins = dict(line.split("==") for line in lines if line)
     assert all(re.fullmatch(r"[\w.+!-]+", version) for version in pins.values())
     wanted = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]]
-    assert {normal(name) for name in wanted} <= {normal(name) for name in pins}
+    # Which triton there is depends on the build of torch, which pins its own.
+    assert {normal(name) for name in wanted} - {"triton"} <= {normal(name) for name in pins}

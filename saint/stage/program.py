@@ -80,7 +80,7 @@ def say_once(text: str, rank: int) -> None:
     if file:
         if rank:
             time.sleep(1.0)  # rank 0 first
-        said = Path(file).parent.parent / f"said-{xxhash.xxh3_64_hexdigest(text)}"
+        said = Path(file).parent.parent / f"said-{xxhash.xxh3_64_hexdigest(text.encode())}"
         try:
             said.touch(exist_ok=False)
         except FileExistsError:
