@@ -37,6 +37,7 @@ from saint.stage.flags import (
     add_model_parallel_flag,
     add_overwrite_flag,
     positive_int,
+    seed_number,
 )
 from saint.stage.manifests import Output, State, read_manifest
 from saint.stage.program import log_arguments, progress, run_stage
@@ -69,7 +70,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     files.add_argument("--text_column", default="text", help="column of sentences [%(default)s]")
     what = parser.add_argument_group("what to capture")
-    what.add_argument("--num_samples", type=int, default=50_000, help="sentences [%(default)s]")
+    what.add_argument(
+        "--num_samples", type=positive_int, default=50_000, help="sentences [%(default)s]"
+    )
     what.add_argument(
         "--layers", default="22", help="0-based layers, like 22 or 8,16,22 [%(default)s]"
     )
@@ -83,7 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="longer sentences are cut to this many tokens, BOS not counted [%(default)s]",
     )
     what.add_argument(
-        "--shuffle_seed", type=int, default=42, help="seed of the sample [%(default)s]"
+        "--shuffle_seed", type=seed_number, default=42, help="seed of the sample [%(default)s]"
     )
     what.add_argument(
         "--no_bos", action="store_true", help="no BOS token before a sentence (the older behaviour)"
@@ -133,8 +136,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     model_args.shard(args.model_parallel_size)  # raises if it does not split
     workers = start_workers(args.device, model_parallel_size=args.model_parallel_size)
     log_arguments(args, build_parser())
-    if args.num_samples < 1:
-        raise UserError(f"--num_samples {args.num_samples}: at least one sentence is needed")
     hooks = parse_hooks(args.layers, args.hook_points, model_args.n_layers)
     dataset = open_dataset(args.dataset_dir, text_column=args.text_column)
     if dataset.n_rows == 0:

@@ -39,6 +39,8 @@ from saint.stage.flags import (
     bare_sae_flags,
     positive_int,
     said_of_dtype,
+    seed_number,
+    whole_number,
 )
 from saint.stage.manifests import Output, State, file_checksum, model_fingerprint, read_manifest
 from saint.stage.program import log_arguments, progress, run_stage
@@ -122,8 +124,10 @@ def _add_sizes(parser: argparse.ArgumentParser) -> None:
         default=8192,
         help="sample that negatives and co-activation are taken from, sentences [%(default)s]",
     )
-    what.add_argument("--seed", type=int, default=0, help="seed of all samples [%(default)s]")
-    what.add_argument("--layer", type=int, help="0-based layer of the store [the SAE's]")
+    what.add_argument(
+        "--seed", type=seed_number, default=0, help="seed of all samples [%(default)s]"
+    )
+    what.add_argument("--layer", type=whole_number, help="0-based layer of the store [the SAE's]")
 
 
 def write_outputs(
@@ -196,7 +200,8 @@ def plan_output(args: argparse.Namespace, sae_config: SAEConfig, store: Activati
         | said_of_dtype(args)
         | {"model_dir": None if args.model_dir is None else "given"},
         sources={"sae": file_checksum(args.model_path)["xxh3"], "store": store.fingerprint},
-        own_patterns=(
+        single_file=False,
+        own_names=(
             *(f"top_sentences_{name}.yaml" for name in RANKINGS),
             EVIDENCE,
             TOKEN_INDEX,

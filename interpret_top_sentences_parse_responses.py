@@ -172,7 +172,9 @@ def _write(
     sources = {"responses": fingerprint(sorted(r.custom_id for r in answers.kept.values()))}
     if evidence is not None:
         sources["evidence"] = evidence
-    output = Output(path, STAGE, {"from_top_tokens": args.from_top_tokens}, sources)
+    output = Output(
+        path, STAGE, {"from_top_tokens": args.from_top_tokens}, sources, single_file=True
+    )
     counts = {"labels": _n_named(labels), **count(answers.kinds)}
     facts = {"controls": measured.pools()}
     output.finish(facts=facts, counts=counts, files=[path.name, *names])

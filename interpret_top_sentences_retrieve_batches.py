@@ -42,6 +42,7 @@ from saint.interpretation.responses import (
     read_records,
 )
 from saint.stage.errors import UserError, log
+from saint.stage.flags import positive_float
 from saint.stage.manifests import Output, fingerprint
 from saint.stage.program import log_arguments, progress, run_stage
 
@@ -63,11 +64,14 @@ def build_parser() -> argparse.ArgumentParser:
     wait = parser.add_argument_group("waiting")
     wait.add_argument("--wait", action="store_true", help="poll until every batch has ended")
     wait.add_argument(
-        "--poll_interval_s", type=float, default=10, help="first pause between polls, s [10]"
+        "--poll_interval_s",
+        type=positive_float,
+        default=10,
+        help="first pause between polls, s [10]",
     )
     wait.add_argument(
         "--max_poll_interval_s",
-        type=float,
+        type=positive_float,
         default=300,
         help="longest pause between polls, s [300]",
     )
@@ -279,7 +283,9 @@ def _finish(args: argparse.Namespace, ledger: Ledger, seen: _Round) -> None:
         )
         return
     args.response_output_dir.mkdir(parents=True, exist_ok=True)
-    output = Output(args.response_output_dir, STAGE, {}, {"batches": fingerprint(ids)})
+    output = Output(
+        args.response_output_dir, STAGE, {}, {"batches": fingerprint(ids)}, single_file=False
+    )
     output.finish(facts={}, counts={"batches": len(ids)}, files=names)
     place = args.response_output_dir
     script = "interpret_top_sentences_parse_responses.py"

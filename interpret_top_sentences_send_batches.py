@@ -43,7 +43,7 @@ from saint.interpretation.questions import (
 )
 from saint.interpretation.sending import Job, config_of, form_of, open_evidence_and_labels
 from saint.stage.errors import UserError, log
-from saint.stage.flags import add_overwrite_flag, positive_int
+from saint.stage.flags import add_overwrite_flag, non_negative_float, positive_int, whole_number
 from saint.stage.manifests import Output
 from saint.stage.program import log_arguments, run_stage
 
@@ -82,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     effect.add_argument("--sae_model_path", type=Path, help="the SAE whose latents are turned up")
     effect.add_argument(
         "--steer_strength",
-        type=float,
+        type=non_negative_float,
         default=2.0,
         help="how far, in units of a latent's largest seen activation [2]",
     )
@@ -116,7 +116,7 @@ def _add_choice_flags(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument(
         "--n_controls",
-        type=int,
+        type=whole_number,
         default=50,
         help="latents also tested with another latent's label (intruder: other latents' excerpts), "
         "which tells what chance is [50]",
@@ -136,9 +136,15 @@ def _add_money_flags(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="write the requests to <response ids>.dry_run.jsonl, show three, quote the cost, stop",
     )
-    money.add_argument("--max_cost_usd", type=float, help="send nothing beyond this quote, in $")
     money.add_argument(
-        "--batch_price", type=float, nargs=2, metavar=("IN", "OUT"), help="$ per million tokens"
+        "--max_cost_usd", type=non_negative_float, help="send nothing beyond this quote, in $"
+    )
+    money.add_argument(
+        "--batch_price",
+        type=non_negative_float,
+        nargs=2,
+        metavar=("IN", "OUT"),
+        help="$ per million tokens",
     )
     money.add_argument(
         "--live",
@@ -276,6 +282,7 @@ def _finish(
         STAGE,
         {"task": args.task, **config},
         {"source": source.fingerprint},
+        single_file=True,
     )
     counts = {"batches": len(ids), "requests": len(state.status)}
     output.finish(facts={}, counts=counts, files=[args.response_ids_filepath.name])

@@ -29,7 +29,14 @@ from saint.evidence.labels import Label, load_labels
 from saint.stage.devices import pick_device, pick_dtype
 from saint.stage.errors import UserError, log
 from saint.stage.files import write_text
-from saint.stage.flags import add_bare_sae_flags, add_device_flags, bare_sae_flags, positive_int
+from saint.stage.flags import (
+    add_bare_sae_flags,
+    add_device_flags,
+    bare_sae_flags,
+    positive_float,
+    positive_int,
+    whole_number,
+)
 from saint.stage.html import inline, render
 from saint.stage.program import log_arguments, run_stage
 
@@ -61,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     page.add_argument(
         "--decile_windows",
-        type=int,
+        type=whole_number,
         default=2,
         help="sentences per activation decile [%(default)s]",
     )
@@ -72,7 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     page.add_argument(
         "--max_megabytes",
-        type=float,
+        type=positive_float,
         default=60,
         help="size limit in MB; sentences per decile are left out to keep it [%(default)s]",
     )

@@ -28,8 +28,10 @@ from saint.stage.flags import (
     add_device_flags,
     add_overwrite_flag,
     bare_sae_flags,
+    positive_float,
     positive_int,
     said_of_dtype,
+    seed_number,
 )
 from saint.stage.manifests import Output, State, file_checksum, model_fingerprint
 from saint.stage.program import log_arguments, progress, run_stage
@@ -68,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     what = parser.add_argument_group("what is measured")
     what.add_argument(
         "--dose",
-        type=float,
+        type=positive_float,
         default=8.0,
         help="of the causal score, standard deviations of the residual stream [%(default)s]",
     )
@@ -84,7 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=64,
         help="best-scoring latents for which texts are written [%(default)s]",
     )
-    what.add_argument("--seed", type=int, default=0, help="of the texts [%(default)s]")
+    what.add_argument("--seed", type=seed_number, default=0, help="of the texts [%(default)s]")
     add_bare_sae_flags(parser)
     speed = parser.add_argument_group("speed")
     speed.add_argument(

@@ -21,7 +21,13 @@ from llama_3 import CheckpointError, load_args
 from saint.page.fragments import dose_html, latent_name, report_page
 from saint.stage.errors import UserError, log
 from saint.stage.files import atomic_path, write_json, write_text
-from saint.stage.flags import add_model_parallel_flag
+from saint.stage.flags import (
+    add_model_parallel_flag,
+    fraction,
+    non_negative_float,
+    positive_int,
+    seed_number,
+)
 from saint.stage.program import log_arguments, progress, run_stage
 from saint.stage.workers import Workers, start_workers
 from saint.steering.attribution import ablate_top, attribute
@@ -73,10 +79,14 @@ def build_parser() -> argparse.ArgumentParser:
         "SAE's",
     )
     what.add_argument("--where", choices=WHERE, default="both", help="tokens to edit [both]")
-    what.add_argument("--max_new_tokens", type=int, default=40, help="tokens to write [40]")
-    what.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest [0]")
-    what.add_argument("--top_p", type=float, default=1.0, help="share of probability kept [1]")
-    what.add_argument("--seed", type=int, default=0, help="of the random numbers [0]")
+    what.add_argument(
+        "--max_new_tokens", type=positive_int, default=40, help="tokens to write [40]"
+    )
+    what.add_argument(
+        "--temperature", type=non_negative_float, default=0.0, help="0 takes the likeliest [0]"
+    )
+    what.add_argument("--top_p", type=fraction, default=1.0, help="share of probability kept [1]")
+    what.add_argument("--seed", type=seed_number, default=0, help="of the random numbers [0]")
     what.add_argument("--chat", action="store_true", help="prompts are messages to a chat model")
     what.add_argument(
         "--request", type=Path, help="JSON settings copied from the page, instead of these flags"
@@ -92,7 +102,10 @@ def build_parser() -> argparse.ArgumentParser:
     make.add_argument("--against", default="", metavar="TEXT", help="the text it is to differ from")
     make.add_argument("--concept_name", default="", help="name to save it under [the query]")
     make.add_argument(
-        "--concept_latents", type=int, default=N_LATENTS, help="latents it is made of [%(default)s]"
+        "--concept_latents",
+        type=positive_int,
+        default=N_LATENTS,
+        help="latents it is made of [%(default)s]",
     )
     make.add_argument(
         "--concept_use",

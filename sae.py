@@ -394,7 +394,7 @@ def _tensors(sae: TopKSparseAutoencoder) -> dict[str, Tensor]:
 
 
 def load_sae(
-    path: Path,
+    path: Path | str,
     *,
     device: torch.device | str,
     k: int | None = None,
@@ -410,6 +410,7 @@ def load_sae(
     file is missing, damaged, of an unknown version or another tool's, when a tensor disagrees with
     the config, or when a flag contradicts it.
     """
+    path = Path(path)
     config, state = read_sae(path)
     if config is None:
         config = _bare_config(path, state, k, layer, hook_point, no_bos)
@@ -436,6 +437,8 @@ def read_sae(path: Path) -> tuple[SAEConfig | None, dict[str, Tensor]]:
             f"{path}: format {record.get('format')} version {record.get('version')} "
             "is not known here"
         )
+    if not (isinstance(record.get("config"), dict) and isinstance(record["state_dict"], dict)):
+        raise UserError(f"{path} is not an SAE checkpoint: its config or state_dict is damaged")
     said, state = dict(record["config"]), dict(record["state_dict"])
     maximum = said.pop("max_activations", None)
     if maximum is not None:
@@ -443,11 +446,38 @@ def read_sae(path: Path) -> tuple[SAEConfig | None, dict[str, Tensor]]:
     unknown = said.keys() - {known.name for known in fields(SAEConfig)}
     if unknown:
         raise UserError(f"{path} says {', '.join(sorted(unknown))}, which is not known here")
-    config = SAEConfig(**said)
+    config = _checked(path, said, state)
     for name, known in (("activation", ACTIVATIONS), ("normalisation", NORMALISATIONS)):
         if getattr(config, name) not in known:
             raise UserError(f"{path} has the {name} {getattr(config, name)}, not known here")
     return config, state
+
+
+def _checked(path: Path, said: dict[str, Any], state: dict[str, Any]) -> SAEConfig:
+    """Return the config that a file states, once its values and its tensors are what they say.
+
+    Nothing is allocated by these numbers before they agree with the tensors.
+    """
+    kinds = {"int": int, "str": str, "bool": bool, "float": int | float}
+    for known in fields(SAEConfig):
+        kind, value = str(known.type), said.get(known.name, known.default)
+        fits = isinstance(value, kinds[kind.split(" ")[0]]) and (type(value) is bool) == (
+            kind == "bool"
+        )
+        if not fits and not (value is None and "None" in kind):
+            raise UserError(f"{path} is damaged: its config says {known.name} {str(value)[:40]}")
+    config = SAEConfig(**said)
+    shapes = {
+        "encoder.weight": (config.n_latents, config.d_model),
+        "max_activations": (config.n_latents,),
+    }
+    for name, tensor in state.items():
+        shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+        if not isinstance(tensor, Tensor) or shape != shapes.get(name, shape):
+            raise UserError(f"{path}: {name} has shape {shape}, expected {shapes.get(name, 'any')}")
+    if "encoder.weight" not in state:
+        raise UserError(f"{path} has no tensor encoder.weight")
+    return config
 
 
 def _read_checkpoint(path: Path) -> dict[str, Any]:

@@ -38,6 +38,7 @@ from saint.stage.flags import (
     bare_sae_flags,
     positive_int,
     said_of_dtype,
+    seed_number,
 )
 from saint.stage.manifests import Output, State, file_checksum, model_fingerprint
 from saint.stage.program import log_arguments, run_stage
@@ -64,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--num_samples", type=positive_int, default=500, help="held-out sentences [%(default)s]"
     )
-    what.add_argument("--shuffle_seed", type=int, default=42, help="seed [%(default)s]")
+    what.add_argument("--shuffle_seed", type=seed_number, default=42, help="seed [%(default)s]")
     what.add_argument(
         "--batch_tokens", type=positive_int, default=2048, help="of one pass [%(default)s]"
     )
@@ -118,7 +119,8 @@ def plan_output(
             "model": model_fingerprint(args.model_dir),
             "dataset": dataset.fingerprint,
         },
-        own_patterns=(path.name, path.with_suffix(".html").name),
+        single_file=True,
+        own_names=(path.name, path.with_suffix(".html").name),
         settings={"device": str(sae.b_pre.device), "batch_tokens": args.batch_tokens},
     )
 

@@ -27,14 +27,20 @@ from saint.shuffle.statistics import (
 )
 from saint.stage.errors import UserError, log
 from saint.stage.files import naming_full_disk, require_space, save_torch
-from saint.stage.flags import add_overwrite_flag, positive_int
+from saint.stage.flags import (
+    add_overwrite_flag,
+    positive_float,
+    positive_int,
+    proper_fraction,
+    seed_number,
+)
 from saint.stage.manifests import (
     Output,
     State,
     file_checksum,
     manifest_path,
     read_manifest,
-    recorded_arguments,
+    recorded_numbers,
 )
 from saint.stage.program import log_arguments, run_stage
 from saint.store.activation_store import ActivationStore, add_layer_flags, open_stores
@@ -63,13 +69,13 @@ def build_parser() -> argparse.ArgumentParser:
         default=8192,
         help="training's default batch size in tokens; recorded, not baked in [%(default)s]",
     )
-    shuffle.add_argument("--shuffle_seed", type=int, default=0, help="seed [%(default)s]")
+    shuffle.add_argument("--shuffle_seed", type=seed_number, default=0, help="seed [%(default)s]")
     shuffle.add_argument(
         "--rows_per_file", type=positive_int, help="rows of an output file [about 500 MB]"
     )
     shuffle.add_argument(
         "--held_out_fraction",
-        type=float,
+        type=proper_fraction,
         default=HELD_OUT_FRACTION,
         help="share of sentences kept for validation [%(default)s]",
     )
@@ -81,7 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     shuffle.add_argument(
         "--memory_gb",
-        type=float,
+        type=positive_float,
         default=4.0,
         help="memory for rows, GB beside the program's own 0.3; where all rows fit, nothing goes "
         "to disk in between [%(default)s]",
@@ -236,7 +242,7 @@ def outputs_of(
         mean = mean.with_name(f"{mean.stem}.{store.layer_dir}{mean.suffix}")
     earlier = {}
     if not args.overwrite:
-        earlier = recorded_arguments(manifest_path(base, STAGE, single_file=False))
+        earlier = recorded_numbers(manifest_path(base, STAGE, single_file=False))
     file_bytes = min(_FILE_BYTES, int(args.memory_gb * 1e9 / 4))
     stored = row_bytes(store.facts["d_model"], store.facts.get("store_dtype", "bfloat16"))
     automatic = earlier.get("rows_per_file") or max(1, file_bytes // stored)
@@ -251,18 +257,15 @@ def outputs_of(
     settings = {"num_processes": args.num_processes, "input_dir": str(args.input_dir)}
     patterns = tuple(f"{name}_*.safetensors" for name in ("train", "val", "positions"))
     patterns += (".*.rows.tmp", ".*.stats.npz")
-    rows = Output(base, STAGE, arguments, sources, patterns, settings=settings, single_file=False)
-    return rows, Output(mean, STAGE, arguments, sources, settings=settings, single_file=True)
+    record = {"stage": STAGE, "arguments": arguments, "sources": sources, "settings": settings}
+    rows = Output(base, single_file=False, own_patterns=patterns, **record)
+    return rows, Output(mean, single_file=True, **record)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Preprocess every captured layer directory that the command line chooses."""
     args = build_parser().parse_args(argv)
     log_arguments(args, build_parser())
-    if not 0 < args.held_out_fraction < 1:
-        raise UserError(f"--held_out_fraction {args.held_out_fraction}: expected between 0 and 1")
-    if args.memory_gb <= 0:
-        raise UserError(f"--memory_gb {args.memory_gb}: expected a positive number")
     everything = open_stores(args.input_dir, half_moved=True)
     chosen = open_stores(
         args.input_dir, layer=args.layer, hook_point=args.hook_point, half_moved=True

@@ -26,8 +26,14 @@ import torch.distributed as dist
 
 from sae import save_sae
 from saint.stage.errors import UserError, log
-from saint.stage.files import naming_full_disk
-from saint.stage.flags import add_device_flags, add_overwrite_flag, positive_int
+from saint.stage.files import naming_full_disk, try_directory
+from saint.stage.flags import (
+    add_device_flags,
+    add_overwrite_flag,
+    non_negative_float,
+    positive_int,
+    whole_number,
+)
 from saint.stage.manifests import Output, State, file_checksum
 from saint.stage.program import log_arguments, progress, run_stage
 from saint.stage.workers import Workers, start_workers
@@ -67,11 +73,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="each on that share of the held-out rows, the end's on all [%(default)s]",
     )
     logs.add_argument(
-        "--checkpoint_minutes", type=float, default=10.0, help="between checkpoints [%(default)s]"
+        "--checkpoint_minutes",
+        type=non_negative_float,
+        default=10.0,
+        help="between checkpoints [%(default)s]",
     )
     logs.add_argument(
         "--keep_last_n",
-        type=int,
+        type=whole_number,
         default=1,
         help="checkpoints kept; 0: none, nor the best SAE [%(default)s]",
     )
@@ -156,9 +165,8 @@ class Run:
         paths = (self.args.b_pre_path, self.args.model_load_path)
         sae = first_sae(self.recipe, self.rows, *paths, self.workers)
         trainer = Trainer(sae, self.recipe, self.plan.n_steps, self.workers, self.args.kernels)
-        checkpoints = self.files.checkpoints()
-        if checkpoints:
-            trainer.restore(checkpoints[-1])
+        self.files.restore_newest(trainer)
+        if trainer.step:
             log.info("continuing at step %d of %d", trainer.step, self.plan.n_steps)
         if self.workers.is_main:
             self.files.truncate_metrics(trainer.step)
@@ -183,7 +191,7 @@ def train(run: Run, trainer: Trainer) -> int | None:
     where a signal asked for that.
     """
     plan, workers = run.plan, run.workers
-    meter, last_saved = LossMeter(workers.device), time.monotonic()
+    meter, last_saved = LossMeter(trainer.since_logged), time.monotonic()
     batches = run.rows.batches(
         "train",
         batch_size=run.recipe.batch_size,
@@ -205,11 +213,13 @@ def train(run: Run, trainer: Trainer) -> int | None:
             minutes = (time.monotonic() - last_saved) / 60
             due, stopping = run.agree(minutes > run.args.checkpoint_minutes)
             saving, validating = ended or stopping or due, plan.validates_at(trainer.step)
-            if not (saving or validating or trainer.step % plan.log_interval == 0):
+            # Lines depend on steps alone; what they do not hold yet goes into the checkpoint.
+            logging = validating or trainer.step % plan.log_interval == 0
+            if not (saving or logging):
                 continue
             if int(meter.first_bad_step) >= 0:
                 return int(meter.first_bad_step)
-            if workers.is_main:
+            if logging and workers.is_main:
                 measured = measure(run, trainer) if validating else None
                 run.report.write(trainer, meter, measured, bar)
             if saving and workers.is_main:
@@ -273,6 +283,8 @@ def plan_output(
         stage=STAGE,
         arguments=recipe.arguments(),
         sources=sources,
+        single_file=True,
+        own_names=files.names(),
         own_patterns=files.patterns(),
         settings={
             "device": str(workers.device),
@@ -297,6 +309,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if workers.on_main(lambda: output.begin(overwrite=args.overwrite)) is State.DONE:
         log.info("done already: %s; look at %s", output.path, files.page)
         return
+    workers.on_main(lambda: try_directory(files.checkpoint_dir))
     workers.on_main(rows.verify)
     report, stop = Report(files, recipe, rows), Stop()
     if args.wandb_project:

@@ -30,6 +30,7 @@ from saint.exchange.imports import Overrides, read_foreign
 from saint.exchange.labels_table import label_rows, write_labels
 from saint.stage.errors import UserError, log
 from saint.stage.files import naming_full_disk
+from saint.stage.flags import positive_float, positive_int, whole_number
 from saint.stage.program import run_stage
 
 FORMATS = (*WRITERS, "neuronpedia")
@@ -69,13 +70,17 @@ def add_import(parser: argparse.ArgumentParser) -> None:
         "--output_path", type=Path, required=True, help="sae.safetensors (or .pt) to write"
     )
     said = parser.add_argument_group("what the file does not say, or says wrongly")
-    said.add_argument("--layer", type=int, help="0-based layer that it reads")
+    said.add_argument("--layer", type=whole_number, help="0-based layer that it reads")
     said.add_argument("--hook_point", help="where in that layer, e.g. resid_pre")
     said.add_argument("--no_bos", action="store_true", help="it was trained without BOS tokens")
-    said.add_argument("--max_token_length", type=int, help="tokens of a sentence, BOS not counted")
+    said.add_argument(
+        "--max_token_length", type=positive_int, help="tokens of a sentence, BOS not counted"
+    )
     said.add_argument("--model_name", help="the language model's name")
     said.add_argument(
-        "--norm_factor", type=float, help="SAELens's expected_average_only_in: activation × this"
+        "--norm_factor",
+        type=positive_float,
+        help="SAELens's expected_average_only_in: activation × this",
     )
 
 

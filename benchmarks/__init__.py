@@ -1,1 +1,1 @@
-"""Benchmarks: run from the repository as `python -m benchmarks.NAME`."""
+"""What is measured, each by `python -m benchmarks.<name>` from the repository's root."""

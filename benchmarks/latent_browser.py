@@ -1,6 +1,6 @@
 """The latents' page at full size: size, first paint, search and opening a latent in Chromium.
 
-    python benchmarks/latent_browser.py [--n_latents 65536] [--chromium /usr/bin/chromium]
+    python -m benchmarks.latent_browser [--n_latents 65536] [--chromium /usr/bin/chromium]
 
 The evidence is made up: sentences of Zipf-distributed words (less compressible than real text),
 windows around random places in them, random labels. Times are what the page itself measures, the
@@ -24,12 +24,10 @@ import numpy as np
 import torch
 import yaml
 
-REPO = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPO))
-
-from sae import SAEConfig, TopKSparseAutoencoder, save_sae  # noqa: E402
-from saint.evidence.file import KINDS, N_BINS, ROWS_PER_GROUP, EvidenceWriter, Examples, LatentBlock  # noqa: E402
-from saint.stage.program import run_stage  # noqa: E402
+from benchmarks.common import REPO
+from sae import SAEConfig, TopKSparseAutoencoder, save_sae
+from saint.evidence.file import KINDS, N_BINS, ROWS_PER_GROUP, EvidenceWriter, Examples, LatentBlock
+from saint.stage.program import run_stage
 
 STAGE = REPO / "latent_browser.py"
 N_WORDS = 40_000

@@ -14,9 +14,7 @@ The last line is JSON: `vs_transformers` and `vs_first_version` are ratios, abov
 
 import argparse
 import json
-import random
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,19 +23,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaModel
 
-from llama_3 import HookPoint, Llama, LlamaArgs, load_args, load_llama
+from benchmarks.common import SHAPES, draw_sentences, seconds
+from llama_3 import HookPoint, Llama, load_args, load_llama
 
-SMOLLM2_135M = LlamaArgs(
-    dim=576,
-    n_layers=30,
-    n_heads=9,
-    n_kv_heads=3,
-    head_dim=64,
-    ffn_dim=1536,
-    vocab_size=49152,
-    rope_theta=100000.0,
-    tied=True,
-)
+SMOLLM2_135M = SHAPES["embedded"]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -80,13 +69,6 @@ def load(args: argparse.Namespace) -> tuple[Llama, LlamaModel]:
     return ours, theirs.to(args.device, dtype).eval()
 
 
-def draw_sentences(n_sentences: int, n_vocab: int) -> list[Tensor]:
-    """Random ids, as long as sentences of news are (mean 28, 95th percentile 58, cut at 192)."""
-    rng = random.Random(0)
-    lengths = [min(192, max(4, round(rng.lognormvariate(3.2, 0.5)))) for _ in range(n_sentences)]
-    return [torch.tensor([rng.randrange(n_vocab) for _ in range(n)]) for n in lengths]
-
-
 def spread(batches: list, n: int) -> list:
     """Take n batches from evenly spaced places, so that sorted ones show every length."""
     return [batches[(2 * i + 1) * len(batches) // (2 * n)] for i in range(min(n, len(batches)))]
@@ -102,18 +84,11 @@ def packs(sentences: list[Tensor], n_tokens: int) -> list[list[Tensor]]:
     return result
 
 
-def seconds(work: Callable[[], object], device: torch.device) -> float:
-    start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
-
-
 def ways(args: argparse.Namespace) -> dict[str, tuple[Callable[[], object], int]]:
     """For each way, its work and the tokens that count."""
     ours, theirs = load(args)
-    sentences = draw_sentences(args.n_sentences, ours.args.vocab_size)
+    drawn = draw_sentences(args.n_sentences, ours.args.vocab_size)
+    sentences = [torch.tensor(tokens) for tokens in drawn]
     ordered = sorted(sentences, key=len)
     hook = HookPoint(args.layer, "resid_pre")
     all_packs = packs(ordered, args.pack_tokens)

@@ -1,7 +1,7 @@
 """Peak memory at Llama 3.2-3B's widths and 65,536 latents: capture, one training step, the demo.
 
-    python benchmarks/memory.py --layers 2           # a CPU with little memory
-    python benchmarks/memory.py --layers 28 --device cuda
+    python -m benchmarks.memory --layers 2           # a CPU with little memory
+    python -m benchmarks.memory --layers 28 --device cuda
 
 Random weights, written in the formats that the stages read; every part runs in a process of its
 own. On a GPU a part's peak is `torch.cuda.max_memory_allocated`, and its host memory beside it; on
@@ -20,7 +20,6 @@ import base64
 import itertools
 import json
 import multiprocessing
-import sys
 import tempfile
 import threading
 import time
@@ -32,8 +31,6 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import capture_activations
 import llama_3_inference_text_completion as terminal

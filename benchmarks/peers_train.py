@@ -1,6 +1,6 @@
 """Train an SAE with SAELens's own trainer on a store's shuffled rows, saved as SAELens saves it.
 
-    .venv-bench/bin/python benchmarks/peers_train.py --data_dir activation_outputs_batched \
+    .venv-bench/bin/python -m benchmarks.peers_train --data_dir activation_outputs_batched \
         --rule topk --output_dir runs/lens_topk
 
 `run_tests.sh --peers` makes .venv-bench. TopK standardises tokens (SAELens's layer_norm); JumpReLU
@@ -11,17 +11,14 @@ Then `saint_exchange.py import` takes it through the stages.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from saint.exchange.hooks import lens_name  # noqa: E402
-from saint.store.shuffled_rows import open_batched_rows  # noqa: E402
+from saint.exchange.hooks import lens_name
+from saint.store.shuffled_rows import open_batched_rows
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,6 +1,6 @@
 """Quality at equal tokens: SAINT's recipe, its first version's, `sae-lens` TopK and `eai-sparsify`.
 
-    .venv-bench/bin/python benchmarks/sae_quality.py --run_dir runs/quickstart
+    .venv-bench/bin/python -m benchmarks.sae_quality --run_dir runs/quickstart
 
 The peers are a `bench` extra in an environment of their own, since their pins clash with ours:
 `python3 -m venv .venv-bench && .venv-bench/bin/pip install -e '.[bench]'`. Every method gets the
@@ -26,15 +26,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from sae import SAEConfig, TopKSparseAutoencoder, standardise  # noqa: E402
-from sae_training import build_parser as build_parser_of_training  # noqa: E402
-from saint.stage.devices import pick_device  # noqa: E402
-from saint.stage.workers import Workers  # noqa: E402
-from saint.store.shuffled_rows import BatchedRows, Split, open_batched_rows  # noqa: E402
-from saint.training.recipe import resolve_recipe  # noqa: E402
-from saint.training.trainer import Trainer  # noqa: E402
+from sae import SAEConfig, TopKSparseAutoencoder, standardise
+from sae_training import build_parser as build_parser_of_training
+from saint.stage.devices import pick_device
+from saint.stage.workers import Workers
+from saint.store.shuffled_rows import BatchedRows, Split, open_batched_rows
+from saint.training.recipe import resolve_recipe
+from saint.training.trainer import Trainer
 
 # x (n, d_model) standardised → its reconstruction and (n, n_latents) which latents are active.
 Model = Callable[[Tensor], tuple[Tensor, Tensor]]

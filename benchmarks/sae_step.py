@@ -1,13 +1,13 @@
 """Time one training step: the first version's dense formulation against SAINT's.
 
-    python benchmarks/sae_step.py --d_model 3072 --n_latents 65536 --k 64 --batch_size 1024
+    python -m benchmarks.sae_step --d_model 3072 --n_latents 65536 --k 64 --batch_size 1024
 
 Both take the same rows, threads and precision (float32 weights), one after the other in turns. Each
 repeat is one whole step: losses, gradients, optimiser, unit norms. `--compare peers` adds the
 packages `sae-lens` and `eai-sparsify` where they are installed (`pip install -e .[bench]`).
 The last line is one JSON object.
 
-    python benchmarks/sae_step.py --device cuda --batch_size 8192 --repeats 20
+    python -m benchmarks.sae_step --device cuda --batch_size 8192 --repeats 20
 
 On a GPU SAINT's kernels are the Triton ones unless `--kernels` says otherwise; its peak memory is
 taken before any other step is made. The encoder's product alone, in bfloat16, is set against the
@@ -19,23 +19,19 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from sae import SAEConfig, TopKSparseAutoencoder  # noqa: E402
-from saint.stage.devices import pick_device  # noqa: E402
-from saint.stage.workers import Workers  # noqa: E402
-from saint.training.losses import AuxK  # noqa: E402
-from saint.training.moments import Moments  # noqa: E402
-from saint.training.steps import KERNELS, make_step  # noqa: E402
-from saint.training.trainer import aux_every  # noqa: E402
+from sae import SAEConfig, TopKSparseAutoencoder
+from saint.stage.devices import pick_device
+from saint.stage.workers import Workers
+from saint.training.losses import AuxK
+from saint.training.moments import Moments
+from saint.training.steps import KERNELS, make_step
+from saint.training.trainer import aux_every
 
 
 def rows_like_activations(n: int, d_model: int, device: torch.device) -> Tensor:

@@ -1,6 +1,6 @@
 """What a smaller number format on disk costs: SAEs trained on bfloat16, float16 and int8 stores.
 
-    PYTHONPATH=. python benchmarks/store_dtype.py --data_dir runs/quickstart/activation_outputs
+    python -m benchmarks.store_dtype --data_dir runs/quickstart/activation_outputs
 
 The captured bfloat16 store is rewritten in each format (as capture would have written the bfloat16
 values), preprocessed and trained with the same seed. All SAEs are judged on the same held-out
@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.common import REPO
 from sae import load_sae
 from saint.stage.manifests import Output
 from saint.store.activation_store import (
@@ -34,7 +35,6 @@ from saint.store.row_format import STORE_DTYPES, decode_rows, encode_rows, row_b
 from saint.store.shuffled_rows import open_batched_rows
 from saint.training.metrics import validate
 
-REPO = Path(__file__).resolve().parent.parent
 _ROWS = 8192
 
 

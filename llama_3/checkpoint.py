@@ -3,6 +3,7 @@
 import ctypes
 import json
 import mmap
+import pickle
 from dataclasses import replace
 from pathlib import Path
 from zipfile import is_zipfile
@@ -87,7 +88,10 @@ def _map_file(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".pth":
         if path.exists() and not is_zipfile(path):
             raise ValueError("damaged or cut short: not a whole file of torch.save's")
-        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        try:
+            state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except pickle.UnpicklingError:  # its words advise to load the file unsafely
+            raise ValueError("damaged, or holds more than tensors: it is not loaded") from None
         if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
             raise ValueError("expected a dict of tensors")
         return state

@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "saint.evaluation": "saint.stage saint.store saint.capture saint.kernels sae llama_3",
     "saint.evidence": "saint.stage saint.store sae saint.kernels llama_3",
     "saint.interpretation": "saint.stage saint.store saint.evidence",
+    "saint.doctor": "saint.stage saint.store sae saint.evidence saint.interpretation",
     "saint.steering": "saint.stage sae saint.evidence llama_3",
     "saint.page": "saint.stage saint.steering",
     "saint.report": "saint.stage saint.training saint.evaluation saint.evidence",

@@ -24,7 +24,7 @@ from saint.stage.manifests import (
     manifest_path,
     model_fingerprint,
     read_manifest,
-    recorded_arguments,
+    recorded_numbers,
 )
 from saint.store.activation_store import SENTENCES, STAGE, VOCABULARY, layer_dir_name, part_name
 from saint.store.dataset import Sampler, SentenceDataset
@@ -57,9 +57,9 @@ def plan_output(
 
     Raises UserError when the store cannot be extended any more.
     """
-    earlier: dict[str, Any] = {}
+    earlier: dict[str, int] = {}
     if not args.overwrite:
-        earlier = recorded_arguments(manifest_path(args.output_dir, STAGE, single_file=False))
+        earlier = recorded_numbers(manifest_path(args.output_dir, STAGE, single_file=False))
     weights = [p for p in args.model_dir.glob("*") if p.suffix in (".pth", ".safetensors")]
     automatic = {
         "batch_tokens": lambda: automatic_batch_tokens(
@@ -89,7 +89,8 @@ def plan_output(
         },
         sources={"model": model_fingerprint(args.model_dir), "dataset": dataset.fingerprint},
         single_file=False,
-        own_patterns=("layer_*", SENTENCES, VOCABULARY),
+        own_names=(SENTENCES, VOCABULARY),
+        own_patterns=("layer_*",),
         extendable=("num_samples",),
         settings={
             "model_dir": str(args.model_dir),

@@ -31,7 +31,7 @@ from saint.interpretation.client import (
 from saint.interpretation.ledger import Intent, Ledger, new_intent_id, parse_custom_id
 from saint.interpretation.prices import RequestTally
 from saint.stage.errors import UserError, log
-from saint.stage.flags import positive_float, positive_int
+from saint.stage.flags import non_negative_float, positive_float, positive_int
 
 # Answers after which the API certainly made no batch. Others (5xx, time-outs) leave it open.
 _REFUSALS = frozenset({400, 401, 402, 403, 404, 405, 413, 415, 422, 429})
@@ -68,7 +68,10 @@ def add_batch_flags(parser: argparse.ArgumentParser) -> None:
         help="requests in one batch, API limit 100,000 [10000]",
     )
     group.add_argument(
-        "--max_batch_mb", type=float, default=200, help="size of one batch, API limit 256 MB [200]"
+        "--max_batch_mb",
+        type=positive_float,
+        default=200,
+        help="size of one batch, API limit 256 MB [200]",
     )
     group.add_argument(
         "--max_attempts",
@@ -78,7 +81,7 @@ def add_batch_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--settle_s",
-        type=float,
+        type=non_negative_float,
         default=120,
         help="seconds after an unclear creation in which a batch may still turn up [120]",
     )

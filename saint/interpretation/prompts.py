@@ -19,6 +19,7 @@ import yaml
 from saint.evidence.labels import SET_SIZE
 from saint.interpretation.client import RequestForm
 from saint.interpretation.responses import LETTERS
+from saint.stage.flags import whole_number
 
 PROMPT_VERSION = 2
 TASKS = ("explain", "detect", "fuzz", "intruder", "effect")
@@ -152,7 +153,7 @@ def add_evidence_flags(parser: argparse.ArgumentParser) -> None:
     for option in fields(PromptOptions):
         text = f"{OPTION_HELP[option.name]} [{option.default}]"
         group.add_argument(
-            f"--{option.name}", type=int, default=option.default, metavar="N", help=text
+            f"--{option.name}", type=whole_number, default=option.default, metavar="N", help=text
         )
 
 

@@ -42,6 +42,16 @@ def require_space(directory: Path, n_bytes: int, remedy: str) -> None:
         )
 
 
+def try_directory(directory: Path) -> None:
+    """Make a directory and a file in it, removed again. Raises OSError where that cannot be."""
+    directory.mkdir(parents=True, exist_ok=True)
+    trial = directory / f".trial.{os.getpid()}.tmp"
+    try:
+        trial.touch()
+    finally:
+        trial.unlink(missing_ok=True)
+
+
 @contextmanager
 def naming_full_disk(directory: Path) -> Iterator[None]:
     """Turn the errors of a full disk, quota or file size limit into one UserError that says so."""

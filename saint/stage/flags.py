@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Callable
 from typing import Any
 
 
@@ -45,18 +46,57 @@ def add_overwrite_flag(parser: argparse.ArgumentParser) -> None:
 
 
 def positive_int(text: str) -> int:
-    """Argparse type: an integer of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
-    return value
+    """Argparse type: a whole number of at least 1."""
+    return _whole(text, least=1)
+
+
+def whole_number(text: str) -> int:
+    """Argparse type: a whole number of at least 0 (of things, or of one of them)."""
+    return _whole(text, least=0)
+
+
+def seed_number(text: str) -> int:
+    """Argparse type: a seed that both torch and numpy take, 0 to 2^63 - 1."""
+    return _whole(text, least=0)
 
 
 def positive_float(text: str) -> float:
     """Argparse type: a finite number above 0."""
-    value = float(text)
-    if not (0 < value < math.inf):
-        raise argparse.ArgumentTypeError(f"{value} is not a finite number above 0")
+    return _number(text, lambda value: 0 < value < math.inf, "a finite number above 0")
+
+
+def non_negative_float(text: str) -> float:
+    """Argparse type: a finite number of at least 0."""
+    return _number(text, lambda value: 0 <= value < math.inf, "a finite number of at least 0")
+
+
+def fraction(text: str) -> float:
+    """Argparse type: a number from 0 to 1, both included."""
+    return _number(text, lambda value: 0 <= value <= 1, "a share between 0 and 1")
+
+
+def proper_fraction(text: str) -> float:
+    """Argparse type: a number between 0 and 1, both left out."""
+    return _number(text, lambda value: 0 < value < 1, "a share above 0 and below 1")
+
+
+def _whole(text: str, least: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number") from None
+    if not least <= value < 1 << 63:
+        raise argparse.ArgumentTypeError(f"{text[:40]} is not a whole number from {least} to 2^63")
+    return value
+
+
+def _number(text: str, fits: Callable[[float], bool], what: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a number") from None
+    if not fits(value):
+        raise argparse.ArgumentTypeError(f"{text[:40]} is not {what}")
     return value
 
 
@@ -66,8 +106,8 @@ def add_bare_sae_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "what an older SAE file (a bare state dict) does not say; others know it themselves"
     )
-    group.add_argument("--k", type=int, help="active latents per token")
-    group.add_argument("--sae_layer_idx", type=int, help="0-based layer it reads")
+    group.add_argument("--k", type=positive_int, help="active latents per token")
+    group.add_argument("--sae_layer_idx", type=whole_number, help="0-based layer it reads")
     group.add_argument("--hook_point", help="attn_norm for the first version's SAEs")
     group.add_argument("--no_bos", action="store_true", help="it was trained without BOS tokens")
 

@@ -7,7 +7,9 @@ A stage's output is complete when its manifest is there, and only then. While a 
 from __future__ import annotations
 
 import enum
+import glob
 import json
+import os
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -19,6 +21,8 @@ import xxhash
 
 from saint.stage.errors import UserError, log
 from saint.stage.files import write_json
+from saint.stage.locks import RunLock, hold
+from saint.stage.record_schema import check_manifest, read_record
 
 FORMAT = "saint.manifest"
 VERSION = 1
@@ -98,59 +102,60 @@ def read_manifest(output: Path, stage: str) -> Manifest:
     if not path.exists():
         state = "is incomplete" if output.exists() else "does not exist"
         raise UserError(f"{output} {state} (no {path.name}): run {stage}.py first, to its end")
-    return _load(path)
+    return load_manifest(path)
 
 
-def _load(path: Path) -> Manifest:
-    raw = _read_record(path)
+def load_manifest(path: Path) -> Manifest:
+    """Read a manifest file. Raises UserError when it is damaged or of another version."""
+    raw = read_record(path)
     if raw.get("format") != FORMAT or raw.get("version") != VERSION:
         raise UserError(
             f"{path}: format {raw.get('format')} {raw.get('version')} is not known here"
         )
+    check_manifest(raw, path)
     names = Manifest.__dataclass_fields__
     return Manifest(**{name: raw[name] for name in names})
-
-
-def _read_record(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise UserError(f"{path} is not readable JSON: the file is damaged") from None
 
 
 def manifest_path(output: Path, stage: str, *, single_file: bool | None = None) -> Path:
     """Return where a manifest lies: in the directory, or beside a single file.
 
-    single_file: which of the two; None asks the disk, and the name where nothing is there yet.
+    single_file: which of the two; None, for readers, asks the disk.
     """
-    if single_file is None:
-        single_file = output.is_file() or (bool(output.suffix) and not output.is_dir())
-    if single_file:
+    if output.is_file() if single_file is None else single_file:
         return output.with_name(output.name + ".manifest.json")
     return output / f"{stage}.manifest.json"
 
 
-def recorded_arguments(path: Path) -> dict[str, Any]:
-    """Return the arguments in the record of a finished or interrupted run at `manifest_path`.
+def recorded_numbers(path: Path) -> dict[str, int]:
+    """Return the whole numbers above 0 among the arguments that a run at `manifest_path` recorded.
 
     An automatic value that was resolved then holds for a later run too. {} where there is none.
     """
     for candidate in (path, _partial_path(path)):
         if candidate.exists():
-            return _read_record(candidate)["arguments"]
+            arguments = read_record(candidate)["arguments"]
+            return {n: v for n, v in arguments.items() if type(v) is int and v > 0}
     return {}
 
 
+def lock_path(manifest: Path) -> Path:
+    """Return the file that is locked while a run writes what will have this manifest."""
+    return manifest.with_name("." + manifest.name.removesuffix(".manifest.json") + ".lock")
+
+
 def _partial_path(path: Path) -> Path:
-    return path.with_name(path.name.replace(".manifest.json", ".partial.json"))
+    return path.with_name(path.name.removesuffix(".manifest.json") + ".partial.json")
 
 
 @dataclass
 class Output:
     """What one stage run makes: a directory or a single file.
 
-    single_file: which of the two; by default a name with a suffix is a file's.
-    own_patterns: glob patterns of the files that belong to this stage; only those are ever removed.
+    single_file: which of the two; the stage says it.
+    own_names, own_patterns: the files that belong to this stage; only those are ever removed. Names
+    are taken as they stand; patterns are globs, into which nothing that a person chose may go
+    unless through `glob.escape`. By default a single file's own name.
     extendable: arguments that a later run may raise, keeping what is there.
     """
 
@@ -158,10 +163,12 @@ class Output:
     stage: str
     arguments: dict[str, Any]
     sources: dict[str, str]
+    single_file: bool
+    own_names: tuple[str, ...] = ()
     own_patterns: tuple[str, ...] = ()
     extendable: tuple[str, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
-    single_file: bool | None = None
+    _lock: RunLock | None = field(default=None, init=False, repr=False)
 
     @property
     def manifest_path(self) -> Path:
@@ -181,9 +188,22 @@ class Output:
     def begin(self, *, overwrite: bool) -> State:
         """Compare with what is on disk, and record that a run has begun.
 
-        Raises UserError when an earlier run had other arguments or inputs, naming the difference,
-        or when files of these names are there that no run of this stage recorded.
+        From here to `finish` no other process can begin a run on this output. Raises UserError
+        when one has, when an earlier run had other arguments or inputs, naming the difference,
+        when files of these names are there that no run of this stage recorded, or where a
+        directory is in a file's place or the reverse.
         """
+        if self.single_file and self.path.is_dir():
+            raise UserError(f"{self.path} is a directory: name the file that is to be written")
+        if not self.single_file and self.path.exists() and not self.path.is_dir():
+            raise UserError(f"{self.path} is a file: name the directory that is to be written")
+        self._lock = hold(lock_path(self.manifest_path))
+        state = self._begin(overwrite)
+        if state is State.DONE:
+            self._unlock()
+        return state
+
+    def _begin(self, overwrite: bool) -> State:
         if overwrite:
             self.discard()
         for path in (self.manifest_path, self.partial_path):
@@ -199,7 +219,9 @@ class Output:
         return State.NEW
 
     def _continue(self, path: Path) -> State:
-        earlier = _read_record(path)
+        earlier = read_record(path)
+        if path == self.manifest_path:
+            check_manifest(earlier, path)
         extended = self._compare(earlier)
         if path == self.manifest_path and not extended:
             missing = [n for n in earlier["files"] if not (self._base / n).exists()]
@@ -220,7 +242,7 @@ class Output:
                 old, new = theirs.get(name), json.loads(json.dumps(mine.get(name), default=str))
                 if old == new:
                     continue
-                if name in self.extendable and old is not None and new > old:
+                if name in self.extendable and isinstance(old, int) and new > old:
                     extended = True
                     continue
                 what = f"--{name}" if kind == "arguments" else f"the {name}"
@@ -237,17 +259,24 @@ class Output:
 
     def _remove_torn_files(self) -> None:
         """Remove what a killed run was writing: `atomic_path`'s temporary files."""
-        for own in (*self._patterns, self.manifest_path.name, self.partial_path.name):
-            directory, name = Path(own).parent, Path(own).name
-            for torn in self._base.glob(str(directory / f".{name}.*.tmp")):
+        for own in (*self._patterns, *map(glob.escape, self._records)):
+            directory, name = os.path.split(own)
+            for torn in self._base.glob(os.path.join(directory, f".{name}.*.tmp")):
                 torn.unlink()
         for path in self._own_files():
             for torn in path.glob(".*.tmp") if path.is_dir() else ():
                 torn.unlink()
 
     @property
+    def _records(self) -> tuple[str, str]:
+        return self.manifest_path.name, self.partial_path.name
+
+    @property
     def _patterns(self) -> tuple[str, ...]:
-        return self.own_patterns or (self.path.name,)
+        names = self.own_names
+        if self.single_file and not (names or self.own_patterns):
+            names = (self.path.name,)
+        return (*map(glob.escape, names), *self.own_patterns)
 
     @property
     def _base(self) -> Path:
@@ -256,9 +285,14 @@ class Output:
     def _own_files(self) -> list[Path]:
         return sorted(path for own in self._patterns for path in self._base.glob(own))
 
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+
     def take_back(self) -> None:
         """Remove the record of a run that stopped before it had made anything."""
         self.partial_path.unlink(missing_ok=True)
+        self._unlock()
         if self._base == self.path and not any(self.path.iterdir()):
             self.path.rmdir()
 
@@ -297,6 +331,7 @@ class Output:
         record |= {"finished": datetime.now(UTC).isoformat(timespec="seconds")}
         write_json(self.manifest_path, record)
         self.partial_path.unlink(missing_ok=True)
+        self._unlock()
         return manifest
 
 

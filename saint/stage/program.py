@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import logging
 import os
 import signal
@@ -11,9 +12,11 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+import xxhash
 from tqdm import tqdm
 
 from saint.stage.errors import UserError, first_line, is_gpu_full, is_out_of_memory, log
@@ -50,22 +53,45 @@ def run_stage(
         main()
         _leave_process_group()
     except (UserError, OSError, *expected) as error:
-        prefix = f"error (rank {rank}): " if rank else "error: "
-        print(prefix + " ".join(str(error).split()), file=sys.stderr)
+        say_once(" ".join(str(error).split()), rank)
         sys.exit(1)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         whose = "GPU" if is_gpu_full(error) else "computer"
         remedy = when_full + when_gpu_full * is_gpu_full(error)
-        print(
-            f"error: the {whose}'s memory is full: {remedy}: {first_line(error)}", file=sys.stderr
-        )
+        say_once(f"the {whose}'s memory is full: {remedy}: {first_line(error)}", rank)
         sys.exit(1)
     except KeyboardInterrupt:
         print(f"interrupted: {after_interrupt}", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
+
+
+def say_once(text: str, rank: int) -> None:
+    """Print an error; under torchrun once per machine, however many ranks have it.
+
+    It goes into torchrun's error file too, which torchrun shows as the failure's reason. A rank
+    whose error another one has said waits for torchrun to end it, and so is no failure of its own.
+    """
+    line, file = "error: " + text, os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if rank:
+        line = f"error (rank {rank}): {text}"
+    if file:
+        if rank:
+            time.sleep(1.0)  # rank 0 first
+        said = Path(file).parent.parent / f"said-{xxhash.xxh3_64_hexdigest(text.encode())}"
+        try:
+            said.touch(exist_ok=False)
+        except FileExistsError:
+            time.sleep(30.0)
+            return
+        except OSError:
+            pass
+        about = {"timestamp": str(int(time.time())), "py_callstack": line}
+        with suppress(OSError):
+            Path(file).write_text(json.dumps({"message": {"message": line, "extraInfo": about}}))
+    print(line, file=sys.stderr, flush=True)
 
 
 def _leave_process_group() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import IO, Any
 
@@ -10,6 +11,8 @@ import yaml
 from saint.stage.errors import UserError
 from saint.stage.files import atomic_path
 
+# A file of a few hundred bytes can stand for more values than memory holds, by aliases of aliases.
+_MOST_NODES = 100_000_000
 # libyaml's loader and dumper are some ten times faster; they are missing from a few builds.
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -36,14 +39,32 @@ def write_yaml(path: Path, value: Any) -> None:
         dump_yaml(value, file)
 
 
+def _size(value: Any, known: dict[int, float]) -> float:
+    """Return how many values there are once aliases are written out; a value in itself is endless.
+
+    known: sizes by `id`; a value that is being counted is infinitely large.
+    """
+    if not isinstance(value, dict | list) or id(value) in known:
+        return known.get(id(value), 1)
+    known[id(value)] = math.inf
+    parts = [*value.keys(), *value.values()] if isinstance(value, dict) else value
+    known[id(value)] = 1 + sum(_size(part, known) for part in parts)
+    return known[id(value)]
+
+
 def load_yaml(path: Path) -> Any:
     """Read YAML safely; raises UserError when the file is missing or damaged."""
     if not path.exists():
         raise UserError(f"{path} does not exist")
     try:
-        with path.open(encoding="utf-8") as file:
-            return yaml.load(file, Loader=LOADER)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        text = path.read_text(encoding="utf-8")
+        value = yaml.load(text, Loader=LOADER)
+        if "&" in text and "*" in text and _size(value, {}) > _MOST_NODES:
+            raise UserError(f"{path} is not read: its aliases make it {_MOST_NODES:,} values large")
+        return value
+    except UserError:
+        raise
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         where = getattr(error, "problem_mark", None)
         line = f" (line {where.line + 1})" if where else ""
         raise UserError(f"{path} is not readable YAML{line}") from None

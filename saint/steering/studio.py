@@ -18,7 +18,13 @@ from saint.evidence.file import open_evidence
 from saint.evidence.labels import load_labels
 from saint.stage.devices import pick_device, pick_dtype
 from saint.stage.errors import UserError, log
-from saint.stage.flags import add_device_flags, add_sae_dtype_flag, positive_int, sae_dtype
+from saint.stage.flags import (
+    add_device_flags,
+    add_sae_dtype_flag,
+    positive_int,
+    sae_dtype,
+    whole_number,
+)
 from saint.stage.workers import Workers
 from saint.steering.guide import Guide, make_guide
 from saint.steering.settings import (
@@ -264,7 +270,7 @@ def add_studio_flags(parser: argparse.ArgumentParser) -> None:
     add_sae_dtype_flag(parser)
     group.add_argument(
         "--sae_layer_idx",
-        type=int,
+        type=whole_number,
         nargs="+",
         help="0-based layer of each SAE, for older checkpoints that do not know it",
     )

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from saint.stage.errors import UserError
+from saint.stage.flags import whole_number
 from saint.stage.manifests import read_manifest, verify_file
 from saint.stage.program import run_stage
 from saint.store.activation_store import (
@@ -88,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Describe and verify a store; exit with 1 when something is wrong with a file."""
     parser = argparse.ArgumentParser(description="Describe and verify an activation store.")
     parser.add_argument("data_dir", type=Path, help="the directory that capture wrote")
-    parser.add_argument("--n_sentences", type=int, default=3, help="sentences to show [3]")
+    parser.add_argument("--n_sentences", type=whole_number, default=3, help="sentences to show [3]")
     args = parser.parse_args(argv)
     print("\n".join(describe(args.data_dir)))
     problems = find_problems(args.data_dir)

@@ -9,7 +9,6 @@ prints what is there and verifies it.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,13 +17,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from saint.stage.errors import UserError
+from saint.stage.errors import UserError, first_line
 from saint.stage.files import write_json
+from saint.stage.flags import whole_number
 from saint.stage.manifests import Manifest, manifest_path, read_manifest, verify_file
+from saint.stage.record_schema import read_record
 from saint.store.row_format import (
     Stored,
     TensorFile,
@@ -251,7 +253,7 @@ class ActivationStore:
         files: checksums of the replaced shards, once all have been replaced; None before.
         """
         path = manifest_path(self.root, STAGE)
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_record(path)
         record["facts"].setdefault("captured_as", self.manifest.fingerprint)
         moved = {"rows": os.path.relpath(rows_dir, self.root), "done": files is not None}
         record["facts"].setdefault("in_place", {})[self.layer_dir] = moved
@@ -261,7 +263,11 @@ class ActivationStore:
 
     def token_texts(self) -> list[str]:
         """Display text of every token id."""
-        return pq.read_table(self.root / VOCABULARY, columns=["text"]).column(0).to_pylist()
+        path = self.root / VOCABULARY
+        try:
+            return list(map(str, pq.read_table(path, columns=["text"]).column(0).to_pylist()))
+        except (OSError, pa.ArrowException, UnicodeDecodeError, IndexError) as error:
+            raise UserError(f"{path} is not readable: {first_line(error)}") from None
 
 
 def open_stores(
@@ -321,5 +327,7 @@ def open_store(
 def add_layer_flags(parser: argparse.ArgumentParser) -> None:
     """Add `--layer` and `--hook_point`, needed only where a store holds several."""
     group = parser.add_argument_group("which activations (needed only where several were captured)")
-    group.add_argument("--layer", type=int, help="0-based layer [the one that was captured]")
+    group.add_argument(
+        "--layer", type=whole_number, help="0-based layer [the one that was captured]"
+    )
     group.add_argument("--hook_point", help="hook point [the one that was captured]")

@@ -47,13 +47,27 @@ class SentenceDataset:
         return sum(group.n_rows for group in self.row_groups)
 
     def read(self, group: RowGroup) -> list[Any]:
-        """Return one row group's text column as Python values (None where null).
+        """Return one row group's text column as Python values: None where null, bytes where the
+        text is no valid UTF-8.
 
         Raises UserError when it is damaged, or its file system fails.
         """
         with _naming(self.location), self.filesystem.open_input_file(group.file) as source:
             table = pq.ParquetFile(source).read_row_group(group.index, columns=[self.text_column])
-        return table.column(0).to_pylist()
+        column = table.column(0)
+        try:
+            return column.to_pylist()
+        except UnicodeDecodeError:  # a writer that did not check: those rows stay bytes, no text
+            is_large = pa.types.is_large_string(column.type)
+            raw = column.cast(pa.large_binary() if is_large else pa.binary()).to_pylist()
+            return [_decoded(value) for value in raw]
+
+
+def _decoded(value: bytes | None) -> str | bytes | None:
+    try:
+        return None if value is None else value.decode()
+    except UnicodeDecodeError:
+        return value
 
 
 @dataclass

@@ -98,10 +98,11 @@ def maxima_over_rows(trainer: Trainer, rows: BatchedRows) -> Tensor:
 class LossMeter:
     """Sums losses on the device between two logs, and remembers the first step that blew up."""
 
-    def __init__(self, device: torch.device):
-        self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=device)
-        self._sums = torch.zeros(5, dtype=torch.float64, device=device)
-        self._n, self._since = 0, time.monotonic()
+    def __init__(self, sums: Tensor):
+        """sums: (6,) float64, the trainer's `since_logged`: five figures and the steps."""
+        self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=sums.device)
+        self._sums, self._one = sums, torch.ones(1, dtype=torch.float64, device=sums.device)
+        self._n_timed, self._since = 0, time.monotonic()
         self._means, self._seconds = [math.nan] * 5, math.nan
 
     def add(self, losses: Losses, norm: Tensor, step: int) -> None:
@@ -110,8 +111,8 @@ class LossMeter:
         scalars = torch.stack([scalar.double() for scalar in scalars])
         bad = ~torch.isfinite(scalars).all() & (self.first_bad_step < 0)
         self.first_bad_step.masked_fill_(bad, step)
-        self._sums += scalars
-        self._n += 1
+        self._sums += torch.cat([scalars, self._one])
+        self._n_timed += 1
 
     def read(self) -> tuple[list[float], float]:
         """Return means since the last read, and seconds per step.
@@ -119,17 +120,18 @@ class LossMeter:
         The means are of loss, aux_loss, l0, the gradient's norm and a batch's squared error: those
         of the last read where no step was taken since, NaN where there is none.
         """
-        if self._n:
-            self._means = (self._sums / self._n).tolist()
-            self._seconds = (time.monotonic() - self._since) / self._n
+        if self._sums[5] > 0:
+            self._means = (self._sums[:5] / self._sums[5]).tolist()
             self._sums.zero_()
-            self._n = 0
+        if self._n_timed:
+            self._seconds = (time.monotonic() - self._since) / self._n_timed
+            self._n_timed = 0
         self.restart_clock()
         return self._means, self._seconds
 
     def restart_clock(self) -> None:
-        """Leave out of the next seconds per step what was done since the last read."""
-        self._since = time.monotonic()
+        """Leave out of the next seconds per step what was done up to now."""
+        self._since, self._n_timed = time.monotonic(), 0
 
 
 def describe_step(trainer: Trainer, meter: LossMeter, variance: float) -> dict[str, Any]:

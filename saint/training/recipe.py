@@ -10,7 +10,14 @@ from typing import Any
 
 from sae import NORMALISATIONS
 from saint.stage.errors import UserError
-from saint.stage.flags import positive_int
+from saint.stage.flags import (
+    fraction,
+    non_negative_float,
+    positive_float,
+    positive_int,
+    seed_number,
+    whole_number,
+)
 from saint.stage.workers import Workers
 from saint.store.shuffled_rows import BatchedRows
 from saint.training.moments import MOMENT_KINDS
@@ -54,10 +61,6 @@ def _field(text: str, kind: Callable[[str], Any], default: Any = MISSING, **how:
     return field(default=default, metadata={"flag": Flag(text, kind, **how)})
 
 
-def _share(value: float) -> str:
-    return "" if 0 <= value <= 1 else "is not a share between 0 and 1"
-
-
 def _k_start(given: _Given) -> int:
     flags = given.flags
     if not flags.k_anneal_steps:
@@ -80,31 +83,27 @@ class Recipe:
     )
     learning_rate: float = _field(
         "peak rate of Adam",
-        float,
+        positive_float,
         shown=f"{LEARNING_RATE_CONSTANT} / √n_latents",
         automatic=lambda given: LEARNING_RATE_CONSTANT / math.sqrt(given.flags.n_latents),
     )
-    warmup_fraction: float = _field(
-        "share of steps over which the rate rises", float, 0.02, problem=_share
-    )
+    warmup_fraction: float = _field("share of steps over which the rate rises", fraction, 0.02)
     decay_fraction: float = _field(
-        "share of steps over which the rate falls to lr_floor", float, 0.5, problem=_share
+        "share of steps over which the rate falls to lr_floor", fraction, 0.5
     )
-    lr_floor: float = _field("last rate as a share of the peak", float, 0.0, problem=_share)
+    lr_floor: float = _field("last rate as a share of the peak", fraction, 0.0)
     k_anneal_steps: int = _field(
         "steps over which k_start falls to k, linearly; 0 keeps k",
-        int,
+        whole_number,
         0,
-        problem=lambda value: "is negative" if value < 0 else "",
     )
     k_start: int = _field(
         "active latents at first, when annealing", positive_int, shown="4 k", automatic=_k_start
     )
     grad_clip: float = _field(
         "largest norm of the gradient",
-        float,
+        positive_float,
         1.0,
-        problem=lambda value: "must be positive" if value <= 0 else "",
     )
     k_aux: int = _field(
         "dead latents that AuxK uses",
@@ -112,14 +111,16 @@ class Recipe:
         shown="largest 2^n ≤ d_model",
         automatic=lambda given: 1 << (given.d_model.bit_length() - 1),
     )
-    aux_coefficient: float = _field("weight of AuxK in the loss", float, 1 / 32, shown="1/32")
+    aux_coefficient: float = _field(
+        "weight of AuxK in the loss", non_negative_float, 1 / 32, shown="1/32"
+    )
     dead_tokens: int = _field(
         "a latent is dead after so many tokens without firing",
         positive_int,
         shown="10M, at most one epoch",
         automatic=lambda given: min(_DEAD_TOKENS, given.n_rows),
     )
-    seed: int = _field("of the first weights", int, 0)
+    seed: int = _field("of the first weights", seed_number, 0)
     moments: str = _field(
         "how Adam's are kept; int8 takes 2 bytes per weight instead of 8 (not with --kernels "
         "triton)",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ import torch
 from saint.stage.errors import UserError, log
 from saint.stage.files import atomic_path, save_torch, write_text
 from saint.training.curves_page import training_page
+from saint.training.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -43,28 +45,54 @@ class RunFiles:
         """A page of curves, renewed while the run goes on."""
         return self.model.with_name(f"{self.model.stem}.training.html")
 
+    def names(self) -> tuple[str, ...]:
+        """Return what a run writes beside its checkpoints, relative to the SAE's directory."""
+        best = f"{self.checkpoint_dir.name}/{self.best.name}"
+        return (self.model.name, self.metrics.name, self.page.name, best)
+
     def patterns(self) -> tuple[str, ...]:
-        """Return glob patterns of everything that a run writes, relative to the SAE's directory."""
-        checkpoints = f"{self.checkpoint_dir.name}/{self.model.stem}"
-        names = (self.model.name, self.metrics.name, self.page.name)
-        return (*names, f"{checkpoints}.step_*.pt", f"{checkpoints}.best.pt")
+        """Return the glob pattern of its checkpoints, relative to the SAE's directory."""
+        return (f"{self.checkpoint_dir.name}/{glob.escape(self.model.stem)}.step_*.pt",)
 
     def checkpoints(self) -> list[Path]:
         """Return the checkpoints, oldest first."""
-        return sorted(self.checkpoint_dir.glob(f"{self.model.stem}.step_*.pt"))
+        return sorted(self.model.parent.glob(*self.patterns()))
+
+    def restore_newest(self, trainer: Trainer) -> None:
+        """Continue from the newest checkpoint that can be read, if there are any.
+
+        Raises UserError when none can.
+        """
+        problem = None
+        for path in reversed(self.checkpoints()):
+            try:
+                trainer.restore(path)
+            except UserError as error:
+                problem = problem or error
+                continue
+            if problem:
+                log.warning("warning: %s: going on from %s", problem, path.name)
+            return
+        if problem:
+            raise UserError(f"{problem}, nor is there an older one: --overwrite starts over")
 
     def save(self, state: Mapping[str, Any], step: int) -> None:
-        """Write a checkpoint, and only then remove the older ones beyond keep_last_n."""
+        """Write a checkpoint, and only then remove the older ones beyond keep_last_n.
+
+        While the run goes on there are two: the one before stands in for one that is damaged.
+        """
         path = self.checkpoint_dir / f"{self.model.stem}.step_{step:09d}.pt"
         save_torch(path, dict(state))
-        for old in self.checkpoints()[: -max(1, self.keep_last_n)]:
+        for old in self.checkpoints()[: -max(2, self.keep_last_n)]:
             old.unlink()
 
     def clear_checkpoints(self) -> None:
-        """After success with keep_last_n 0: leave none, nor the best SAE."""
+        """After success: leave the keep_last_n newest; with 0 none, nor the best SAE."""
+        checkpoints = self.checkpoints()
+        for path in checkpoints[: len(checkpoints) - self.keep_last_n]:
+            path.unlink()
         if self.keep_last_n == 0:
-            for path in (*self.checkpoints(), self.best):
-                path.unlink(missing_ok=True)
+            self.best.unlink(missing_ok=True)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Return all logged metrics; a last line cut short by a kill is left out."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sae import TopKSparseAutoencoder, normalise
+from saint.stage.errors import UserError
 from saint.stage.workers import Workers
 from saint.training.losses import AuxK, Losses
 from saint.training.moments import Moments
@@ -39,6 +41,8 @@ class Trainer:
         self.step = 0
         self.skipped_steps: set[int] = set()
         self.best_val_loss = math.inf
+        # Sums of five figures and the steps since the last line of the log, see `LossMeter`.
+        self.since_logged = torch.zeros(6, dtype=torch.float64, device=workers.device)
 
     def dead(self) -> Tensor:
         """Return the (n_dead,) indices of latents that have not fired for dead_tokens."""
@@ -103,6 +107,7 @@ class Trainer:
             "step": self.step,
             "skipped_steps": sorted(self.skipped_steps),
             "best_val_loss": self.best_val_loss,
+            "since_logged": self.since_logged,
         }
 
     def take_weights(self, sae: TopKSparseAutoencoder | None) -> None:
@@ -116,13 +121,36 @@ class Trainer:
         self.kernels = make_step(self.kernels.name, self.sae, self.moments, self.workers)
 
     def restore(self, path: Path) -> None:
-        """Continue from a checkpoint file."""
-        state = torch.load(path, map_location=self.workers.device, weights_only=True)
+        """Continue from a checkpoint file.
+
+        Raises UserError, before anything changes, when it is damaged or of another run.
+        """
+        try:
+            state = torch.load(path, map_location=self.workers.device, weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError):
+            raise UserError(f"{path} is damaged") from None
+        mine = self.state()
+        if isinstance(state, dict):  # older ones logged a line with each checkpoint
+            state.setdefault("since_logged", torch.zeros_like(self.since_logged))
+        if not _is_alike(mine, state) or not 0 <= state["step"] <= self.n_steps:
+            raise UserError(f"{path} is no checkpoint of this run")
         self.sae.load_state_dict(state["sae"])
         self.moments.load_state_dict(state["moments"])
         self.tokens_since_fired.copy_(state["tokens_since_fired"])
         self.step, self.best_val_loss = state["step"], state["best_val_loss"]
         self.skipped_steps |= set(state["skipped_steps"])
+        self.since_logged.copy_(state["since_logged"])
+
+
+def _is_alike(mine: Any, theirs: Any) -> bool:
+    """Whether two checkpoints' parts have the same structure, types, shapes and dtypes."""
+    if isinstance(mine, Tensor) and isinstance(theirs, Tensor):
+        return mine.shape == theirs.shape and mine.dtype == theirs.dtype
+    if isinstance(mine, dict) and isinstance(theirs, dict):
+        return mine.keys() == theirs.keys() and all(_is_alike(mine[k], theirs[k]) for k in mine)
+    if isinstance(mine, list) and isinstance(theirs, list):
+        return all(type(value) is int for value in theirs)
+    return type(mine) is type(theirs)
 
 
 def aux_every(n_dead: int, n_latents: int, batch_size: int) -> int:

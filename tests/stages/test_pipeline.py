@@ -375,7 +375,6 @@ BAD_CAPTURES = {
     "no model": ({"model_dir": "nowhere"}, "nowhere"),
     "no text column": ({"text_column": "words"}, "has no column 'words'"),
     "no dataset": ({"dataset_dir": "nowhere"}, "does not exist"),
-    "zero samples": ({"num_samples": 0}, "at least one sentence"),
     "layer out of range": ({"layers": "4"}, "the model has layers 0 to 3"),
     "unknown hook": ({"hook_points": "resid_mid"}, "expected one of resid_pre"),
 }

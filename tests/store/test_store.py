@@ -157,9 +157,9 @@ def test_what_a_killed_run_left_of_its_records_is_removed(tmp_path):
     torn = [tmp_path / f".stage.{name}.json.1.tmp" for name in ("manifest", "partial")]
     for path in (strangers, *torn):
         path.write_text("{")
-    Output(tmp_path, "stage", arguments={}, sources={}, own_patterns=("data",)).begin(
-        overwrite=False
-    )
+    Output(
+        tmp_path, "stage", arguments={}, sources={}, single_file=False, own_names=("data",)
+    ).begin(overwrite=False)
     assert not any(path.exists() for path in torn) and strangers.exists()
 
 

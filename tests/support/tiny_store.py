@@ -99,7 +99,7 @@ def _write_store(
         "model_fingerprint": "a model",
         "dataset_fingerprint": "a dataset",
     }
-    output = Output(data_dir, "capture_activations", {}, {})
+    output = Output(data_dir, "capture_activations", {}, {}, single_file=False)
     output.begin(overwrite=False)
     names = [VOCABULARY]
     (data_dir / "layer_1").mkdir()

@@ -1,0 +1,63 @@
+"""What several benchmarks share: shapes, drawn sentences, timing in turn."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from llama_3 import LlamaArgs
+
+REPO = Path(__file__).resolve().parent.parent
+SHAPES = {
+    "embedded": LlamaArgs(
+        dim=576,
+        n_layers=30,
+        n_heads=9,
+        n_kv_heads=3,
+        head_dim=64,
+        ffn_dim=1536,
+        vocab_size=49152,
+        rope_theta=100000.0,
+        tied=True,
+    ),
+    "3b": LlamaArgs(
+        dim=3072,
+        n_layers=28,
+        n_heads=24,
+        n_kv_heads=8,
+        head_dim=128,
+        ffn_dim=8192,
+        vocab_size=128256,
+        tied=True,
+    ),
+}
+
+
+def draw_sentences(n_sentences: int, n_vocab: int) -> list[list[int]]:
+    """Random ids, as long as sentences of news are (mean 28, 95th percentile 58, cut at 192)."""
+    rng = random.Random(0)
+    lengths = [min(192, max(4, round(rng.lognormvariate(3.2, 0.5)))) for _ in range(n_sentences)]
+    return [[rng.randrange(1, n_vocab) for _ in range(n)] for n in lengths]
+
+
+def seconds(work: Callable[[], object], device: torch.device) -> float:
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def medians(ways: dict[str, Callable[[], float]], repeats: int) -> dict[str, float]:
+    """Run every way in turn, several times; returns each one's median figure."""
+    figures: dict[str, list[float]] = {name: [] for name in ways}
+    for repeat in range(repeats):
+        for name, way in ways.items():
+            figures[name].append(way())
+            print(f"{name} {repeat + 1}/{repeats}: {figures[name][-1]:,.1f}", flush=True)
+    return {name: statistics.median(values) for name, values in figures.items()}
