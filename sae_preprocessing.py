@@ -38,6 +38,7 @@ from saint.stage.manifests import (
     Output,
     State,
     file_checksum,
+    load_manifest,
     manifest_path,
     read_manifest,
     recorded_numbers,
@@ -158,7 +159,7 @@ def refuse_what_is_lost(*outputs: Output) -> None:
     for output in outputs:
         missing = [output.manifest_path]
         if output.manifest_path.exists():
-            names = read_manifest(output.path, STAGE).files
+            names = load_manifest(output.manifest_path).files
             missing = [output.manifest_path.with_name(name) for name in names]
         missing = [path for path in missing if not path.exists()]
         if missing:

@@ -16,7 +16,9 @@ OURS = {"saint", "llama_3", "sae", "embedded", "benchmarks", "tests"} | {s.stem 
 # Tools that are run, and file systems that are loaded by a URI's name.
 NOT_IMPORTED = {"ruff", "pyright", "pytest-timeout", "pytest-xdist", "s3fs", "gcsfs"}
 # Only where its owner has it: a service's client, looked for when it is asked for.
-OPTIONAL = {"neuronpedia"}
+OPTIONAL = {"neuronpedia", "dictionary-learning", "sparsify", "schedulefree"}
+# Parts of declared distributions, which bring them.
+BROUGHT = {"gradio-client", "tokenizers"}
 
 
 def normal(name: str) -> str:
@@ -37,15 +39,15 @@ def test_imports_are_declared_and_declarations_are_used():
         extra: {normal(name) for name in names}
         for extra, names in PROJECT["optional-dependencies"].items()
     }
-    used = distributions([*LIBRARY, REPO / "sae.py", *SCRIPTS]) - OPTIONAL
+    used = distributions([*LIBRARY, REPO / "sae.py", *SCRIPTS]) - OPTIONAL - BROUGHT
     lazily = extras["dev"] | extras["remote"]  # where a flag asks for it
     assert used <= runtime | lazily, "imported, not declared"
     tests = [*(REPO / "tests").rglob("*.py"), *(REPO / "embedded").rglob("*.py")]
-    used_there = distributions(tests) - OPTIONAL
+    used_there = distributions(tests) - OPTIONAL - BROUGHT
     assert used_there <= runtime | extras["dev"] | extras["bench"] | extras["remote"], (
         "imported by tests, not declared"
     )
-    benchmarks = distributions(sorted((REPO / "benchmarks").glob("*.py")))
+    benchmarks = distributions(sorted((REPO / "benchmarks").glob("*.py"))) - OPTIONAL - BROUGHT
     assert benchmarks <= runtime | extras["dev"] | extras["bench"]
     unused = (runtime | extras["dev"] | extras["bench"]) - used - used_there - benchmarks
     assert unused <= NOT_IMPORTED, "declared, not imported"

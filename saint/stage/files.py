@@ -43,9 +43,12 @@ def require_space(directory: Path, n_bytes: int, remedy: str) -> None:
 
 
 def try_directory(directory: Path) -> None:
-    """Make a directory and a file in it, removed again. Raises OSError where that cannot be."""
+    """Make a directory and a file in it, removed again. Raises OSError where that cannot be.
+
+    The file has one name, so that what a killed run left goes with the next.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    trial = directory / f".trial.{os.getpid()}.tmp"
+    trial = directory / ".trial.tmp"
     try:
         trial.touch()
     finally:

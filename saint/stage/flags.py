@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Callable
 from typing import Any
+
+_MOST = 1e15
 
 
 def add_device_flags(parser: argparse.ArgumentParser, *, dtype: bool = False) -> None:
@@ -61,13 +62,13 @@ def seed_number(text: str) -> int:
 
 
 def positive_float(text: str) -> float:
-    """Argparse type: a finite number above 0."""
-    return _number(text, lambda value: 0 < value < math.inf, "a finite number above 0")
+    """Argparse type: a number above 0 and below 1e15, beyond which nothing here makes sense."""
+    return _number(text, lambda value: 0 < value < _MOST, "a finite number above 0")
 
 
 def non_negative_float(text: str) -> float:
-    """Argparse type: a finite number of at least 0."""
-    return _number(text, lambda value: 0 <= value < math.inf, "a finite number of at least 0")
+    """Argparse type: a number of at least 0 and below 1e15."""
+    return _number(text, lambda value: 0 <= value < _MOST, "a finite number of at least 0")
 
 
 def fraction(text: str) -> float:

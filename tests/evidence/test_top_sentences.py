@@ -295,7 +295,7 @@ def test_killed_while_evidence_is_written_it_ends_with_the_same_bytes(
     process = program.fork(die_in_the_evidence, words)
     process.join(120)
     assert process.exitcode == -signal.SIGKILL
-    torn = [path.name for path in (tmp_path / "top").glob(".*")]
+    torn = [path.name for path in (tmp_path / "top").glob(".*.tmp")]
     assert len(torn) == 1 and torn[0].startswith(".evidence.parquet")
     assert "an earlier run encoded all" in program.call(stage.STAGE, *words).last_line
     assert digests(tmp_path / "top") == digests(output)

@@ -358,8 +358,9 @@ def test_the_schedule_goes_by_steps():
 
 def test_flags_that_contradict_each_other_are_named_together(data, tmp_path):
     with pytest.raises(UserError) as error:
-        train(data, tmp_path / "a.pt", "--lr_floor", 2, "--k_anneal_steps", 5, "--k_start", 2)
-    assert "--lr_floor 2.0 is not a share" in str(error.value)
+        flags = ("--batch_size", 10**6, "--k_anneal_steps", 5, "--k_start", 2)
+        train(data, tmp_path / "a.pt", *flags)
+    assert "--batch_size 1000000 is larger than the" in str(error.value)
     assert "--k_start 2 is smaller than --k 3" in str(error.value)
 
 
