@@ -15,12 +15,12 @@ from typing import Any
 
 from saint.evidence.file import open_evidence
 from saint.evidence.labels import TOP_TOKENS, top_token_labels
-from saint.interpretation.ledger import Ledger, read_response_ids
-from saint.interpretation.report import build_report, show_report
-from saint.interpretation.responses import AnswerSet, count, read_all, read_keys
-from saint.interpretation.scores import Measured, add_scores, made_labels, pooled
+from saint.interpretation.ledger import Ledger, LedgerState, read_response_ids
+from saint.interpretation.report import build_report, report_page, show_report
+from saint.interpretation.responses import AnswerSet, count, read_all
+from saint.interpretation.scores import Measured, add_effects, add_scores, made_labels
 from saint.stage.errors import UserError, log
-from saint.stage.files import write_json
+from saint.stage.files import write_json, write_text
 from saint.stage.flags import add_overwrite_flag
 from saint.stage.manifests import Output, file_checksum, fingerprint, manifest_path, read_manifest
 from saint.stage.program import log_arguments, run_stage
@@ -45,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--report",
         action="store_true",
-        help="print statistics, and write <output>.report.json",
+        help="print statistics, and write <output>.report.json and .report.html",
     )
     what.add_argument(
         "--from_top_tokens",
@@ -66,17 +66,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.from_top_tokens and _has_labels_of_a_model(args):
         return
     ledger, answers = _read(args)
-    state = ledger.state() if ledger else None
-    keys = read_keys(ledger, answers) if ledger else {}
+    state = ledger.state() if ledger else LedgerState()
     if args.from_top_tokens:
         labels, evidence = _top_token_labels(args)
     else:
-        labels = made_labels(answers, keys)
-        runs = state.runs if state else {}
-        evidence = next((runs[t].get("source") for t in ("explain", "intruder") if t in runs), None)
-    measured = Measured()
-    if state:
-        measured = add_scores(labels, answers, keys, state=state, evidence=evidence)
+        labels = made_labels(answers)
+        runs = [state.runs[t] for t in ("explain", "intruder", "effect") if t in state.runs]
+        evidence = next((run.get("source") for run in runs), None)
+    add_effects(labels, answers)
+    measured = add_scores(labels, answers, state=state, evidence=evidence)
     if measured.left_out:
         whys = "; ".join(f"{n} {why}" for why, n in sorted(measured.left_out.items()))
         log.warning("scores left out: %s", whys)
@@ -97,7 +95,7 @@ def _read(args: argparse.Namespace) -> tuple[Ledger | None, AnswerSet]:
     if args.response_ids_filepath.exists() or not state.batches:
         listed = read_response_ids(args.response_ids_filepath)
     ids = list(dict.fromkeys([*listed, *state.batches]))
-    answers = read_all(args.retrieved_responses_dir, ids, state)
+    answers = read_all(args.retrieved_responses_dir, ids, ledger)
     if not answers.kept:
         raise UserError("nothing that was retrieved answers what is asked now: retrieve it first")
     return ledger, answers
@@ -158,11 +156,14 @@ def _write(
             response.custom_id: {
                 "latent": response.request.latent,
                 "task": response.request.task,
+                "batch": response.batch or "live",
+                "attempt": response.request.attempt,
                 "kind": response.answer.kind,
                 "reason": response.answer.reason,
+                "text": response.record.get("content"),
             }
             for response in answers.kept.values()
-            if response.answer.kind in ("failure", "refusal")
+            if response.answer.kind in ("failure", "refusal", "empty input")
         }
         write_yaml(_beside(args, ".failures.yaml"), failures)
         names.append(_beside(args, ".failures.yaml").name)
@@ -173,10 +174,8 @@ def _write(
         sources["evidence"] = evidence
     output = Output(path, STAGE, {"from_top_tokens": args.from_top_tokens}, sources)
     counts = {"labels": _n_named(labels), **count(answers.kinds)}
-    controls = {
-        task: pooled(task, list(found.values())) for task, found in measured.controls.items()
-    }
-    output.finish(facts={"controls": controls}, counts=counts, files=[path.name, *names])
+    facts = {"controls": measured.pools()}
+    output.finish(facts=facts, counts=counts, files=[path.name, *names])
 
 
 def _sure(row: dict[str, Any]) -> float:
@@ -190,14 +189,19 @@ def _summarise(
     kinds = count(answers.kinds)
     if args.report:
         explained = [r.answer.kind for r in answers.kept.values() if r.request.task == "explain"]
-        report = build_report(labels, kinds, answers.usage, measured.controls, explained)
+        report = build_report(labels, kinds, answers.usage, measured, explained)
         write_json(_beside(args, ".report.json"), report)
+        title = f"Labels in {args.parsed_responses_output_filepath.name}"
+        write_text(_beside(args, ".report.html"), report_page(report, title))
         show_report(report)
     told = ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items())) or "none read"
     path = args.parsed_responses_output_filepath
     log.info(
         "%d responses: %s; %d labels: look at %s", len(answers.kinds), told, _n_named(labels), path
     )
+    if n := kinds.get("failure", 0):
+        failures = _beside(args, ".failures.yaml")
+        log.info("%d of no use: %s says why; send --again failures asks again", n, failures)
 
 
 if __name__ == "__main__":

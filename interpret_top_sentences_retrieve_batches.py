@@ -9,28 +9,38 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import anthropic
 from anthropic.types.messages import MessageBatch
 
 from saint.interpretation.batches import (
     BatchLimits,
+    OpenIntent,
     add_batch_flags,
     create_batches,
     prepare_batches,
     reconcile,
     say_what_is_out,
 )
-from saint.interpretation.client import api_errors, describe, open_client, total_requests
-from saint.interpretation.download import Paths, download, write_records
+from saint.interpretation.client import (
+    ApiError,
+    Client,
+    api_errors,
+    open_client,
+    total_requests,
+)
+from saint.interpretation.download import DownloadPaths, download, note_outcome, write_records
 from saint.interpretation.ledger import Ledger, parse_custom_id, read_response_ids
 from saint.interpretation.prices import RequestTally
 from saint.interpretation.prompts import TASKS
-from saint.interpretation.responses import count, failed_kind, read_records
+from saint.interpretation.responses import (
+    read_records,
+)
 from saint.stage.errors import UserError, log
 from saint.stage.manifests import Output, fingerprint
 from saint.stage.program import log_arguments, progress, run_stage
@@ -88,47 +98,71 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise
 
 
-def _fetch_all(args: argparse.Namespace, ledger: Ledger, client: anthropic.Anthropic) -> None:
-    pause, problems, last_counts = args.poll_interval_s, {}, {}
+@dataclass
+class _Round:
+    """What one look at all batches found. problems: batch id -> why its results are not to be had.
+
+    waiting: whether something may come by waiting, beside the batches that run.
+    """
+
+    running: dict[str, MessageBatch] = field(default_factory=dict)
+    problems: dict[str, str] = field(default_factory=dict)
+    open_intents: list[OpenIntent] = field(default_factory=list)
+    waiting: bool = False
+
+
+def _fetch_all(args: argparse.Namespace, ledger: Ledger, client: Client) -> None:
+    pause, last_counts = args.poll_interval_s, {}
+    seen = _Round()
     with progress(None, unit="request", description="answered") as bar:
         while True:
-            running, waiting = _round(args, ledger, client, problems)
-            if not running and not waiting:
+            seen = _look(args, ledger, client, seen.problems)
+            if not seen.running and not seen.waiting:
                 break
-            if last_counts != (last_counts := {i: _counts(b) for i, b in running.items()}):
-                _show(bar, running)
+            if last_counts != (last_counts := {i: _counts(b) for i, b in seen.running.items()}):
+                _show(bar, seen.running)
             if not args.wait:
-                log.info("%d batches still run: run again, or with --wait", len(running))
                 break
             time.sleep(pause)
             pause = min(pause * 1.5, args.max_poll_interval_s)
-    if problems:
-        raise UserError("; ".join(problems.values()))
-    if not running:
-        _finish(args, ledger)
-
-
-def _round(
-    args: argparse.Namespace,
-    ledger: Ledger,
-    client: anthropic.Anthropic,
-    problems: dict[str, str],
-) -> tuple[dict[str, MessageBatch], bool]:
-    """Fetch all that has ended. Returns what still runs, and whether there is more to wait for."""
-    open_intents = reconcile(client, ledger)
-    pending = [
-        i for i in _batch_ids(args, ledger) if i not in problems and not _is_done(args, ledger, i)
-    ]
-    batches = {batch_id: _status(client, batch_id, patient=args.wait) for batch_id in pending}
-    for batch in batches.values():
-        if batch is not None and batch.processing_status == "ended":
-            _fetch(args, ledger, client, batch, problems)
-    running = {i: b for i, b in batches.items() if b is not None and b.processing_status != "ended"}
-    resent = args.resend_failed and not open_intents and _resend(args, ledger, client)
-    for item in open_intents:
+    for item in seen.open_intents:
         log.warning("%s", item)
-    unknown = any(b is None for b in batches.values())
-    return running, bool(resent or unknown or any(i.waiting_for for i in open_intents))
+    _finish(args, ledger, seen)
+
+
+def _look(
+    args: argparse.Namespace, ledger: Ledger, client: Client, problems: dict[str, str]
+) -> _Round:
+    """Fetch all that has ended; what fails for now is waited for, or ends a run without --wait."""
+    found = _Round(problems=problems)
+    with _patience(args, found):
+        found.open_intents = reconcile(client, ledger)
+    for batch_id in _batch_ids(args, ledger):
+        if batch_id in problems or _is_done(args, ledger, batch_id):
+            continue
+        with _patience(args, found):
+            with api_errors(f"asking for batch {batch_id}"):
+                batch = client.messages.batches.retrieve(batch_id)
+            if batch.processing_status == "ended":
+                _fetch(args, ledger, client, batch, problems)
+            else:
+                found.running[batch_id] = batch
+    if args.resend_failed and not found.waiting and _resend(args, ledger, client):
+        found.waiting = True
+    found.waiting |= any(item.running for item in found.open_intents)
+    return found
+
+
+@contextmanager
+def _patience(args: argparse.Namespace, found: _Round) -> Iterator[None]:
+    """With --wait, an error that passes (429, 5xx, no answer) is something to wait for."""
+    try:
+        yield
+    except ApiError as error:
+        if not (args.wait and error.passes):
+            raise
+        log.info("not now: %s", error)
+        found.waiting = True
 
 
 def _batch_ids(args: argparse.Namespace, ledger: Ledger) -> list[str]:
@@ -142,73 +176,52 @@ def _batch_ids(args: argparse.Namespace, ledger: Ledger) -> list[str]:
 
 
 def _is_done(args: argparse.Namespace, ledger: Ledger, batch_id: str) -> bool:
-    """Whether a batch's records are written (and, after a kill in between, noted in the ledger)."""
-    paths = Paths.of(args.response_output_dir, batch_id)
-    if not paths.records.exists():
+    """Whether a batch's records are written (and, after a kill in between, noted in the ledger).
+
+    A batch of which lines are still missing has the part of a download, and is not.
+    """
+    paths = DownloadPaths.of(args.response_output_dir, batch_id)
+    if not paths.records.exists() or paths.part.exists():
         return False
     intent = ledger.state().batches.get(batch_id)
     if intent is not None and not intent.retrieved:
-        rows = read_records(paths.records)
-        _note_outcome(ledger, batch_id, {i: row for i, row in rows if failed_kind(row)})
+        note_outcome(ledger, batch_id, read_records(paths.records), [])
     return True
-
-
-def _status(client: anthropic.Anthropic, batch_id: str, *, patient: bool) -> MessageBatch | None:
-    """Ask how a batch is; None when the API does not answer now and we are patient."""
-    try:
-        return client.messages.batches.retrieve(batch_id)
-    except anthropic.APIError as error:
-        status = getattr(error, "status_code", None)
-        if patient and (status is None or status == 429 or status >= 500):
-            log.info("no status of %s now: %s", batch_id, describe(error))
-            return None
-        with api_errors(f"asking for batch {batch_id}"):
-            raise
 
 
 def _fetch(
     args: argparse.Namespace,
     ledger: Ledger,
-    client: anthropic.Anthropic,
+    client: Client,
     batch: MessageBatch,
     problems: dict[str, str],
 ) -> None:
-    paths = Paths.of(args.response_output_dir, batch.id)
+    paths = DownloadPaths.of(args.response_output_dir, batch.id)
     if batch.archived_at or datetime.now(UTC) - batch.created_at > _RESULTS_KEPT:
+        when = f"archived on {batch.archived_at:%Y-%m-%d}" if batch.archived_at else "it was made"
+        when += "" if batch.archived_at else f" on {batch.created_at:%Y-%m-%d}"
         problems[batch.id] = (
-            f"the results of {batch.id} are gone: the API keeps them for 29 days, and it was made "
-            f"on {batch.created_at:%Y-%m-%d}"
+            f"the results of {batch.id} are gone: the API keeps them for 29 days, and {when}"
         )
         return
     n = total_requests(batch)
-    pause = min(args.poll_interval_s, 5)
     with api_errors(f"fetching the results of {batch.id}"):
-        seen = download(client, batch.id, n, paths, pause_s=pause)
+        seen = download(client, batch.id, n, paths, pause_s=min(args.poll_interval_s, 5))
     intent = ledger.state().batches.get(batch.id)
     expected = [f"{u}-{a}-{intent.id}" for u, a in intent.units.items()] if intent else []
     missing = [i for i in expected if i not in seen]
-    failed = write_records(paths, missing)
-    _note_outcome(ledger, batch.id, failed)
-    kinds = count(row["status"] for row in failed.values())
-    lost = n - len(seen) - len(missing)
-    told = [f"{n - sum(kinds.values()) - lost} succeeded", *(f"{v} {k}" for k, v in kinds.items())]
-    log.info("%s: %s", batch.id, ", ".join(told + ([f"{lost} without a line"] if lost else [])))
+    missing += [f"line {i}" for i in range(n - len(seen) - len(missing))]
+    write_records(paths, missing)
+    kinds = note_outcome(ledger, batch.id, read_records(paths.records), missing)
+    log.info("%s: %s", batch.id, ", ".join(f"{v} {k}" for k, v in kinds.items()))
+    if missing:
+        problems[batch.id] = (
+            f"{len(missing)} of {n} results of {batch.id} came damaged or not at all: the same "
+            "command asks for them again"
+        )
 
 
-def _note_outcome(ledger: Ledger, batch_id: str, failed: dict[str, dict[str, Any]]) -> None:
-    if batch_id not in ledger.state().batches:
-        return
-    outcome: dict[str, dict[str, str]] = {"failed": {}, "invalid": {}}
-    for custom_id, row in failed.items():
-        request, kind = parse_custom_id(custom_id), failed_kind(row)
-        if request and kind:
-            outcome[kind][request.unit] = row.get("error") or row["status"]
-    for unit, reason in list(outcome["invalid"].items())[:3]:
-        log.warning("%s is not sent again: %s", unit, reason)
-    ledger.append("outcome", batch_id=batch_id, **outcome)
-
-
-def _resend(args: argparse.Namespace, ledger: Ledger, client: anthropic.Anthropic) -> bool:
+def _resend(args: argparse.Namespace, ledger: Ledger, client: Client) -> bool:
     """Send failed requests again, as they were, under the next attempt's number."""
     with ledger.sender_lock():
         state = ledger.state()
@@ -230,9 +243,7 @@ def _resend(args: argparse.Namespace, ledger: Ledger, client: anthropic.Anthropi
         for (task, model), rows in groups.items():
             log.info("%d failed requests are sent again", len(rows))
             prepared = prepare_batches(ledger, rows, BatchLimits.of(args), RequestTally())
-            create_batches(
-                client, ledger, prepared, task=task, model=model, retries=args.create_retries
-            )
+            create_batches(client, ledger, prepared, task=task, model=model, settle_s=args.settle_s)
     return bool(groups)
 
 
@@ -248,22 +259,31 @@ def _show(bar: Any, running: dict[str, MessageBatch]) -> None:
     log.info("%d batches run: %d of %d requests are being processed", len(running), left, total)
 
 
-def _finish(args: argparse.Namespace, ledger: Ledger) -> None:
+def _finish(args: argparse.Namespace, ledger: Ledger, seen: _Round) -> None:
     ids = _batch_ids(args, ledger)
-    names = [name for i in ids for name in (f"{i}.jsonl", f"{i}.yaml")]
+    done = [i for i in ids if _is_done(args, ledger, i)]
+    names = [name for i in done for name in (f"{i}.jsonl", f"{i}.yaml")]
     names = [name for name in names if (args.response_output_dir / name).exists()]
+    status = list(ledger.state().status.values())
+    if n := status.count("failed"):
+        log.info("%d requests failed: --resend_failed sends them again", n)
+    if n := status.count("unusable"):
+        log.info("%d answers are of no use: send --again failures asks again", n)
+    if seen.problems:
+        raise UserError("; ".join(seen.problems.values()))
+    if len(done) < len(ids) or seen.open_intents:
+        lost = f", and {len(seen.open_intents)} of which no id is known" * bool(seen.open_intents)
+        place = args.response_output_dir
+        log.info(
+            "%d of %d batches%s are in %s: run again, or --wait", len(done), len(ids), lost, place
+        )
+        return
     args.response_output_dir.mkdir(parents=True, exist_ok=True)
     output = Output(args.response_output_dir, STAGE, {}, {"batches": fingerprint(ids)})
     output.finish(facts={}, counts={"batches": len(ids)}, files=names)
-    state = ledger.state()
-    failed = [unit for unit, status in state.status.items() if status == "failed"]
-    log.info(
-        "all %d batches are in %s; next: interpret_top_sentences_parse_responses.py",
-        len(ids),
-        args.response_output_dir,
-    )
-    if failed:
-        log.info("%d requests failed: --resend_failed sends them again", len(failed))
+    place = args.response_output_dir
+    script = "interpret_top_sentences_parse_responses.py"
+    log.info("all %d batches are in %s; next: %s", len(ids), place, script)
 
 
 if __name__ == "__main__":

@@ -10,58 +10,48 @@ has no answer yet, and never pays for a request twice.
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import fields
-from itertools import islice
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import anthropic
-
-from saint.evidence.labels import Label, load_labels
+from saint.evidence.labels import Label
 from saint.interpretation.batches import (
-    BatchLimits,
     add_batch_flags,
     cancel_batches,
-    create_batches,
-    prepare_batches,
     reconcile,
-    say_what_is_out,
     settle_open_intents,
 )
 from saint.interpretation.client import have_key, open_client
-from saint.interpretation.ledger import Ledger, LedgerState
-from saint.interpretation.live import smoke_test, was_tested
-from saint.interpretation.prices import Quote, RequestTally, batch_price, check_budget, estimate
+from saint.interpretation.ledger import Ledger
+from saint.interpretation.prices import is_free
 from saint.interpretation.prompts import (
-    EXPECTED_OUTPUT_TOKENS,
     LABELLED_TASKS,
     TASKS,
     PromptOptions,
     add_evidence_flags,
-    prompt_facts,
-    readable,
-    request_params,
 )
 from saint.interpretation.questions import (
+    Completions,
     Question,
     Source,
     choose_latents,
     only_unseen,
-    open_source,
     questions,
     shown_sentences,
 )
+from saint.interpretation.sending import Job, config_of, form_of, open_evidence_and_labels
 from saint.stage.errors import UserError, log
-from saint.stage.files import atomic_path
 from saint.stage.flags import add_overwrite_flag, positive_int
 from saint.stage.manifests import Output
 from saint.stage.program import log_arguments, run_stage
 
 STAGE = "interpret_top_sentences_send_batches"
 DEFAULT_MODEL = "claude-haiku-5-5"
-_N_SHOWN = 3
+# For the task effect: how the completions begin, and how long they are.
+_BEGINNINGS = ("The delegates gathered at the", "I went to the store and", "In this paper, we")
+_COMPLETION_TOKENS = 30
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -87,6 +77,15 @@ def build_parser() -> argparse.ArgumentParser:
         "--labels_path", type=Path, help="parsed_responses.yaml, for --task detect and fuzz"
     )
     _add_choice_flags(parser)
+    effect = parser.add_argument_group("completions of --task effect (without: tokens only)")
+    effect.add_argument("--llama_model_dir", type=Path, help="the language model")
+    effect.add_argument("--sae_model_path", type=Path, help="the SAE whose latents are turned up")
+    effect.add_argument(
+        "--steer_strength",
+        type=float,
+        default=2.0,
+        help="how far, in units of a latent's largest seen activation [2]",
+    )
     _add_money_flags(parser)
     add_evidence_flags(parser)
     add_overwrite_flag(parser)
@@ -99,7 +98,8 @@ def _add_choice_flags(parser: argparse.ArgumentParser) -> None:
         "--task",
         choices=TASKS,
         default="explain",
-        help="explain names latents; detect and fuzz test labels, intruder tests latents [explain]",
+        help="explain names latents by where they fire, effect by what they do; detect and fuzz "
+        "test labels, intruder tests latents [explain]",
     )
     what.add_argument(
         "--model",
@@ -118,13 +118,14 @@ def _add_choice_flags(parser: argparse.ArgumentParser) -> None:
         "--n_controls",
         type=int,
         default=50,
-        help="latents also tested with another latent's label, which should score 0.5 (intruder: "
-        "with excerpts of other latents: 0.2 if marks or style alone give nothing away) [50]",
+        help="latents also tested with another latent's label (intruder: other latents' excerpts), "
+        "which tells what chance is [50]",
     )
     what.add_argument(
-        "--plain_requests",
-        action="store_true",
-        help="send neither a JSON schema nor a thinking switch, for endpoints that know neither",
+        "--again",
+        metavar="failures",
+        help="ask again what was answered unusably or refused as invalid; or the path of a "
+        "failures.yaml that parsing wrote",
     )
 
 
@@ -140,18 +141,18 @@ def _add_money_flags(parser: argparse.ArgumentParser) -> None:
         "--batch_price", type=float, nargs=2, metavar=("IN", "OUT"), help="$ per million tokens"
     )
     money.add_argument(
+        "--live",
+        type=positive_int,
+        metavar="N",
+        help="no batch: N requests at a time through /v1/messages, at twice the price of a batch",
+    )
+    money.add_argument(
         "--no_smoke_test", action="store_true", help="do not send one request live first"
     )
     money.add_argument(
         "--assume_lost",
         action="store_true",
-        help="send again what was begun and cannot be found at the API",
-    )
-    money.add_argument(
-        "--settle_s",
-        type=float,
-        default=120,
-        help="seconds after which a batch that is not listed was never made [120]",
+        help="send again what was interrupted live, or may be a batch that cannot be read",
     )
     money.add_argument("--cancel", action="store_true", help="cancel all batches that still run")
     add_batch_flags(parser)
@@ -165,138 +166,93 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.cancel:
         _cancel(args, ledger)
         return
-    source, labels = _open(args)
+    source, labels = open_evidence_and_labels(args)
     client = open_client(args.timeout_s) if have_key() or not args.dry_run else None
     options = PromptOptions(**{f.name: getattr(args, f.name) for f in fields(PromptOptions)})
-    config = _config(args, source, options)
+    config = config_of(args, source, options)
     latents = choose_latents(
         source, args.latents, args.min_sentences, labels if args.task in LABELLED_TASKS else None
     )[: args.max_latents]
     log.info("%d latents are asked about", len(latents))
     with ledger.sender_lock():
         fresh = ledger.begins_anew(args.task, config, overwrite=args.overwrite)
-        if client and not args.dry_run:
-            found = reconcile(client, ledger)
-            settle_open_intents(ledger, found, assume_lost=args.assume_lost, settle_s=args.settle_s)
-        asked = questions(
-            args.task, source, latents, options, labels=labels, n_controls=args.n_controls
-        )
-        if args.task in LABELLED_TASKS:
-            asked = only_unseen(asked, shown_sentences(ledger, latents))
-        rows = _rows(args, asked, ledger.state(), fresh=fresh)
-        if args.dry_run:
-            _dry_run(args, ledger, rows, client)
+        form = form_of(args, ledger, client, fresh=fresh)
+        config["form"] = asdict(form)
+        ask = _questions(args, ledger, source, labels, latents, options)
+        job = Job(args, ledger, ask, config, form, fresh)
+        if args.dry_run or client is None:
+            job.dry_run(client, source, latents, options)
             return
-        assert client is not None
-        try:
-            _send(args, ledger, rows, client, config if fresh else None)
-        except KeyboardInterrupt:
-            say_what_is_out(ledger)
-            raise
-        except UserError:
-            ledger.remove_unsent_requests()
-            raise
+        rest = settle_open_intents(
+            client,
+            ledger,
+            assume_lost=args.assume_lost,
+            settle_s=args.settle_s,
+            free=is_free(args.model, args.batch_price),
+        )
+        job.send_all(client)
+    for item in rest:
+        log.warning("%s", item)
     _finish(args, ledger, config, source)
 
 
-def _open(args: argparse.Namespace) -> tuple[Source, dict[int, Label]]:
-    if args.top_sentences_dict_filepath is None:
-        raise UserError("--top_sentences_dict_filepath is needed")
-    if args.task in LABELLED_TASKS and args.labels_path is None:
-        raise UserError(
-            f"--task {args.task} tests labels: give --labels_path parsed_responses.yaml"
+def _questions(
+    args: argparse.Namespace,
+    ledger: Ledger,
+    source: Source,
+    labels: dict[int, Label],
+    latents: list[int],
+    options: PromptOptions,
+) -> Callable[[], Iterable[Question]]:
+    """Return what makes the questions, whenever they are needed."""
+    completions = _steered_completions(args) if args.task == "effect" else None
+
+    def ask() -> Iterable[Question]:
+        asked = questions(
+            args.task,
+            source,
+            latents,
+            options,
+            labels=labels,
+            n_controls=args.n_controls,
+            completions=completions,
         )
-    labels = load_labels(args.labels_path) if args.task in LABELLED_TASKS else {}
-    source = open_source(
-        args.top_sentences_dict_filepath,
-        args.evidence_path,
-        args.dataset_dir,
-        text_column=args.text_column,
-    )
-    if source.kind != "evidence" and args.task != "explain":
-        raise UserError(f"--task {args.task} needs the evidence file, which is not there")
-    return source, labels
+        if args.task not in LABELLED_TASKS:
+            return asked
+        return only_unseen(asked, shown_sentences(ledger, latents))
+
+    return ask
 
 
-def _config(args: argparse.Namespace, source: Source, options: PromptOptions) -> dict[str, Any]:
-    facts = prompt_facts(args.task, options, model=args.model, plain=args.plain_requests)
-    ranking = source.ranking if args.task == "explain" else None
-    return {**facts, "made_from": source.kind, "ranking": ranking, "source": source.fingerprint}
+def _steered_completions(args: argparse.Namespace) -> Completions | None:
+    """What makes (prompt, plain, steered) texts of a latent, each once; None without a model."""
+    given = (args.llama_model_dir, args.sae_model_path)
+    if given == (None, None):
+        log.info("without --llama_model_dir and --sae_model_path, only the tokens are shown")
+        return None
+    if None in given:
+        raise UserError("--llama_model_dir and --sae_model_path go together")
+    from saint.steering.completions import complete_pairs
+    from saint.steering.settings import Request, Setting
+    from saint.steering.studio import add_studio_flags, load_studio
 
+    parser = argparse.ArgumentParser()
+    add_studio_flags(parser)
+    words = ["--llama_model_dir", str(given[0]), "--sae_model_path", str(given[1])]
+    studio, _ = load_studio(parser.parse_args(words))
 
-def _rows(
-    args: argparse.Namespace, asked: Iterable[Question], state: LedgerState, *, fresh: bool
-) -> Iterator[dict[str, Any]]:
-    """Yield {"unit", "attempt", "params", "key"} of what has no answer yet."""
-    for question in asked:
-        status = None if fresh else state.status.get(question.unit)
-        attempt = state.attempts.get(question.unit, 0) + 1
-        if status in (None, "failed") and (status is None or attempt <= args.max_attempts):
-            params = request_params(
-                question.task, question.prompt.text, model=args.model, plain=args.plain_requests
-            )
-            key = question.prompt.key
-            yield {"unit": question.unit, "attempt": attempt, "params": params, "key": key}
+    @lru_cache(None)
+    def make(latent: int) -> list[tuple[str, str, str]]:
+        request = Request(
+            prompts=_BEGINNINGS,
+            settings=(Setting(latent, "add", args.steer_strength),),
+            max_new_tokens=_COMPLETION_TOKENS,
+            temperature=0.0,
+        )
+        pairs = complete_pairs(studio, request)
+        return [(pair.prompt, pair.plain.text, pair.steered.text) for pair in pairs]
 
-
-def _quote(
-    args: argparse.Namespace, tally: RequestTally, client: anthropic.Anthropic | None, n_live: int
-) -> Quote:
-    return estimate(
-        client,
-        tally,
-        output_tokens_each=EXPECTED_OUTPUT_TOKENS[args.task],
-        price=batch_price(args.model, args.batch_price),
-        n_live=n_live,
-    )
-
-
-def _dry_run(
-    args: argparse.Namespace,
-    ledger: Ledger,
-    rows: Iterator[dict[str, Any]],
-    client: anthropic.Anthropic | None,
-) -> None:
-    path = ledger.path.with_name(ledger.path.name.replace(".ledger.jsonl", ".dry_run.jsonl"))
-    tally = RequestTally()
-    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        for row in rows:
-            request = {"custom_id": f"{row['unit']}-{row['attempt']}-0", "params": row["params"]}
-            file.write(json.dumps(request, ensure_ascii=False) + "\n")
-            if tally.n < _N_SHOWN:
-                print(f"--- {row['unit']}\n{readable(request)}")
-            tally.add(row["params"])
-    log.info("%s; requests are in %s, nothing was sent", _quote(args, tally, client, 0), path)
-
-
-def _send(
-    args: argparse.Namespace,
-    ledger: Ledger,
-    rows: Iterator[dict[str, Any]],
-    client: anthropic.Anthropic,
-    config: dict[str, Any] | None,
-) -> None:
-    """Prepare all batches on disk, quote them, then send them one after another."""
-    ledger.remove_unsent_requests()
-    tally = RequestTally()
-    tested = args.no_smoke_test or (config is None and was_tested(ledger, args.task))
-    first = [] if tested else list(islice(rows, 1))
-    for row in first:
-        tally.add(row["params"])
-    prepared = prepare_batches(ledger, rows, BatchLimits.of(args), tally)
-    if not tally.n:
-        log.info("every latent of this selection has been sent already")
-        return
-    quote = _quote(args, tally, client, len(first))
-    check_budget(quote, args.max_cost_usd, args.model)
-    log.info("%s", quote)
-    if config is not None:
-        ledger.append("run", task=args.task, config=config)
-    for row in first:
-        smoke_test(client, ledger, row, task=args.task, model=args.model)
-    create_batches(
-        client, ledger, prepared, task=args.task, model=args.model, retries=args.create_retries
-    )
+    return make
 
 
 def _cancel(args: argparse.Namespace, ledger: Ledger) -> None:
@@ -323,11 +279,9 @@ def _finish(
     )
     counts = {"batches": len(ids), "requests": len(state.status)}
     output.finish(facts={}, counts=counts, files=[args.response_ids_filepath.name])
-    log.info(
-        "%d batches in %s; next: interpret_top_sentences_retrieve_batches.py",
-        len(ids),
-        args.response_ids_filepath,
-    )
+    verb = "parse_responses" if args.live and not ids else "retrieve_batches"
+    script = f"interpret_top_sentences_{verb}.py"
+    log.info("%d batches in %s; next: %s", len(ids), args.response_ids_filepath, script)
 
 
 if __name__ == "__main__":

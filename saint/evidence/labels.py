@@ -35,6 +35,12 @@ class Label:
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def effect(self) -> str:
+        """What the latent does when it is turned up, in words; "" where nobody asked."""
+        effect = self.extra.get("effect")
+        return str(effect.get("common_semantic", "")) if isinstance(effect, dict) else ""
+
+    @property
     def intruder(self) -> float | None:
         """How often the odd one out of five was found (0.2 is chance): a score of the latent."""
         return _measured(self.extra.get("scores"), "intruder")

@@ -2,8 +2,8 @@
 
 One JSON object per line, append-only and fsynced, beside `response_ids.yaml`. An `intent` line is
 on disk before a batch is created and its `created` line right after, so that a crash in between
-leaves an intent without an id: it blocks further sending until it is matched with a batch that
-the API lists (`saint.interpretation.batches.reconcile`) or a person says that it was lost.
+leaves an intent without an id: nothing of it is sent again until it is matched with a batch that
+the API lists (`saint.interpretation.batches.reconcile`), or is known to have made none.
 """
 
 from __future__ import annotations
@@ -29,26 +29,27 @@ from saint.stage.files import atomic_path, sync_directory, write_text
 from saint.stage.yaml_files import DUMPER
 
 _CUSTOM_ID = re.compile(
-    r"(?P<task>[a-z_]+)-(?P<latent>\d+)(?:-(?P<label>h[0-9a-f]{8}))?-(?P<attempt>\d+)"
-    r"-(?P<intent>[0-9a-f]{10})"
+    r"(?P<task>[a-z_]+)-(?P<latent>\d+)(?:-(?P<label>h[0-9a-f]{8}))?(?:-p(?P<part>\d+))?"
+    r"-(?P<attempt>\d+)-(?P<intent>[0-9a-f]{10})"
 )
 _BATCH_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _TORN = b"#torn"
 
 
 class RequestId(NamedTuple):
-    """What a `custom_id` says: the task, the latent, the label's hash (scores), the attempt."""
+    """What a `custom_id` says: the task, the latent, the label's hash and part (of a test), …."""
 
     task: str
     latent: int
     label: str | None
     attempt: int
     intent: str
+    part: int | None = None
 
     @property
     def unit(self) -> str:
-        """The piece of work, whatever the attempt: "explain-12" or "detect-12-h0a1b2c3d"."""
-        return "-".join(filter(None, (self.task, str(self.latent), self.label)))
+        """The piece of work, whatever the attempt: "explain-12" or "detect-12-h0a1b2c3d-p3"."""
+        return unit_name(self.task, self.latent, self.label, self.part)
 
     @property
     def custom_id(self) -> str:
@@ -56,11 +57,17 @@ class RequestId(NamedTuple):
         return f"{self.unit}-{self.attempt}-{self.intent}"
 
 
+def unit_name(task: str, latent: int, label: str | None, part: int | None) -> str:
+    """Name a piece of work: what is asked, of which latent, label (by its hash) and part."""
+    return "-".join(filter(None, (task, str(latent), label, f"p{part}" if part else None)))
+
+
 def parse_custom_id(custom_id: str) -> RequestId | None:
     """Read a `custom_id`; a bare integer is a latent of an older run; None when it is neither."""
     if match := _CUSTOM_ID.fullmatch(custom_id):
-        task, latent, label, attempt, intent = match.groups()
-        return RequestId(task, int(latent), label, int(attempt), intent)
+        task, latent, label, part, attempt, intent = match.groups()
+        n_part = int(part) if part else None
+        return RequestId(task, int(latent), label, int(attempt), intent, n_part)
     if custom_id.isascii() and custom_id.isdigit():
         return RequestId("explain", int(custom_id), None, 1, "")
     return None
@@ -73,10 +80,13 @@ def new_intent_id() -> str:
 
 @dataclass
 class Intent:
-    """A batch (or one live request) that was about to be sent.
+    """A batch (or a group of live requests) that was about to be sent.
 
     units: unit -> attempt. resolution: None while nobody knows whether the API accepted it, else
     "created", "answered" (live), "refused" or "lost". superseded: a later `--overwrite` began anew.
+    server_time, failed: when it was written, and when its request failed, by the server's clock
+    (None where that is not known). newest: the batch that the API listed first just before it.
+    asked, done: of live requests, those that were begun, and those that ended (or never began).
     """
 
     id: str
@@ -89,16 +99,35 @@ class Intent:
     batch_id: str | None = None
     retrieved: bool = False
     superseded: bool = False
+    server_time: datetime | None = None
+    failed: datetime | None = None
+    newest: str | None = None
+    asked: set[str] = field(default_factory=set)
+    done: set[str] = field(default_factory=set)
+
+    @property
+    def is_live(self) -> bool:
+        """Whether it went out without a batch ("live": one request, of an older version)."""
+        return self.kind in ("live", "live_group")
+
+    @property
+    def in_flight(self) -> set[str]:
+        """Live requests of which nobody knows whether they were answered (and billed)."""
+        return (set(self.units) if self.kind == "live" else self.asked) - self.done
 
     @property
     def is_paid_for(self) -> bool:
         """Whether the API accepted it, as far as anybody knows."""
-        return self.resolution in ("created", "answered")
+        return self.resolution in ("created", "answered") or bool(self.is_live and self.done)
 
 
 @dataclass
 class LedgerState:
-    """The ledger's events added up. status: unit -> "out", "answered", "failed" or "invalid"."""
+    """The ledger's events added up.
+
+    status: unit -> "out", "answered", "failed" (not billed), "invalid" (would fail again) or
+    "unusable" (billed, and of no use). reasons: unit -> why, where it is one of the last three.
+    """
 
     runs: dict[str, dict[str, Any]] = field(default_factory=dict)
     intents: dict[str, Intent] = field(default_factory=dict)
@@ -144,10 +173,19 @@ def _apply_intent(state: LedgerState, event: dict[str, Any]) -> None:
         units[unit] = int(attempt)
     time = datetime.fromisoformat(event["time"])
     intent = Intent(event["intent"], event["kind"], event["task"], event["model"], time, units)
+    intent.server_time, intent.newest = _time(event.get("server_time")), event.get("newest")
     state.intents[intent.id] = intent
     for unit, attempt in units.items():
         state.status[unit] = "out"
         state.attempts[unit] = attempt
+
+
+def _time(text: str | None) -> datetime | None:
+    return datetime.fromisoformat(text) if text else None
+
+
+def _apply_unclear(state: LedgerState, event: dict[str, Any]) -> None:
+    state.intents[event["intent"]].failed = _time(event.get("server_time"))
 
 
 def _apply_created(state: LedgerState, event: dict[str, Any]) -> None:
@@ -155,12 +193,38 @@ def _apply_created(state: LedgerState, event: dict[str, Any]) -> None:
     intent.resolution, intent.batch_id = "created", event["batch_id"]
 
 
+def _apply_asking(state: LedgerState, event: dict[str, Any]) -> None:
+    state.intents[event["intent"]].asked.add(event["unit"])
+
+
 def _apply_answered(state: LedgerState, event: dict[str, Any]) -> None:
     intent = state.intents[event["intent"]]
-    intent.resolution = "answered"
-    for unit, attempt in intent.units.items():
+    for unit in [event["unit"]] if "unit" in event else list(intent.units):
+        _end(intent, unit)
+        state.live[f"{unit}-{intent.units[unit]}-{intent.id}"] = event["response"]
+        if intent.superseded:
+            continue
         state.status[unit] = "answered"
-        state.live[f"{unit}-{attempt}-{intent.id}"] = event["response"]
+        if reason := event.get("unusable"):
+            state.status[unit], state.reasons[unit] = "unusable", reason
+
+
+def _apply_released(state: LedgerState, event: dict[str, Any]) -> None:
+    """Live requests that were not answered: never begun, lost, or refused for good ("invalid")."""
+    intent = state.intents[event["intent"]]
+    for unit in event["units"]:
+        _end(intent, unit)
+        if intent.superseded:
+            continue
+        state.status.pop(unit, None)
+        if reason := event.get("invalid"):
+            state.status[unit], state.reasons[unit] = "invalid", reason
+
+
+def _end(intent: Intent, unit: str) -> None:
+    intent.done.add(unit)
+    if intent.done >= set(intent.units):
+        intent.resolution = "answered"
 
 
 def _apply_not_sent(state: LedgerState, event: dict[str, Any]) -> None:
@@ -181,13 +245,14 @@ def _apply_outcome(state: LedgerState, event: dict[str, Any]) -> None:
     intent = state.batches.get(event["batch_id"])
     if intent is None:
         return
-    intent.retrieved = True
+    missing = set(event.get("missing", ()))
+    intent.retrieved = not missing
     if intent.superseded:
         return
-    for unit in intent.units:
+    for unit in set(intent.units) - missing:
         state.status[unit] = "answered"
-    for kind in ("failed", "invalid"):
-        for unit, reason in event[kind].items():
+    for kind in ("failed", "invalid", "unusable"):
+        for unit, reason in event.get(kind, {}).items():
             state.status[unit], state.reasons[unit] = kind, reason
 
 
@@ -198,14 +263,26 @@ def _apply_cancel(state: LedgerState, event: dict[str, Any]) -> None:
 _APPLY = {
     "run": _apply_run,
     "intent": _apply_intent,
+    "unclear": _apply_unclear,
     "created": _apply_created,
+    "asking": _apply_asking,
     "answered": _apply_answered,
+    "released": _apply_released,
     "refused": _apply_not_sent,
     "lost": _apply_not_sent,
     "again": _apply_again,
     "outcome": _apply_outcome,
     "cancel": _apply_cancel,
 }
+
+
+# Of a run's config: what does not change the question, and what every version of it has.
+_NOT_ASKED = {"form", "plain_requests"}
+_LASTING = {"model", "made_from", "ranking", "source"}
+
+
+def _version(config: dict[str, Any]) -> int:
+    return int(str(config.get("prompt", "1")).partition(".")[0])
 
 
 class Ledger:
@@ -308,7 +385,11 @@ class Ledger:
                     "these batches first (after --cancel, if their answers are not wanted)"
                 )
             return True
-        for name in sorted({*last, *config}):
+        names = sorted({*last, *config} - _NOT_ASKED)
+        if _version(last) < _version(config):
+            # What was asked in an older version's words keeps its answers.
+            names = [name for name in names if name in _LASTING]
+        for name in names:
             old, new = last.get(name), config.get(name)
             if old != new:
                 raise UserError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,12 +13,19 @@ from saint.interpretation.client import describe, fail
 from saint.stage.errors import UserError, log
 
 PRICES_DATE = "2026-11"
-# Batch prices in $ per million tokens: input, output. A live request costs twice that.
+# Batch prices in $ per million tokens: input, output. A live request costs twice that. Of the other
+# models that the SDK names no price is known here: --batch_price.
 BATCH_PRICES = {
     "claude-haiku-5-5": (0.05, 0.25),
+    "claude-haiku-4-5": (0.5, 2.5),
     "claude-sonnet-5-5": (1.0, 5.0),
+    "claude-sonnet-5": (1.0, 5.0),
     "claude-opus-5-5": (2.0, 10.0),
+    "claude-opus-5": (2.5, 12.5),
+    "claude-fable-5-1": (5.0, 25.0),
 }
+# These think whatever they are asked.
+_THINKERS = ("claude-opus-5-5", "claude-fable-5-1")
 LIVE_FACTOR = 2
 # Without a key tokens are estimated: so many for one of our own tokenizer's (a captured model's),
 # which has that many characters in such requests (SmolLM2: their odd words make short tokens).
@@ -28,16 +35,21 @@ CHARS_PER_OWN_TOKEN = 3.6
 
 @dataclass(frozen=True)
 class Quote:
-    """An estimate for n_requests: tokens in and out, dollars (None: price unknown), and how."""
+    """An estimate for n_requests: tokens in and out, dollars (None: price unknown), and how.
+
+    thinking: what thoughts may cost beside that, in dollars, where the model cannot but think.
+    """
 
     n_requests: int
     input_tokens: int
     output_tokens: int
     dollars: float | None
     basis: str
+    thinking: float | None = None
 
     def __str__(self) -> str:
         cost = f"${self.dollars:.4f}" if self.dollars is not None else "price unknown"
+        cost += f", and up to ${self.thinking:.4f} for thoughts" if self.thinking else ""
         return (
             f"{self.n_requests:,} requests, about {self.input_tokens:,} tokens in and "
             f"{self.output_tokens:,} out: {cost} ({self.basis})"
@@ -50,6 +62,11 @@ def batch_price(model: str, given: Iterable[float] | None = None) -> tuple[float
         price_in, price_out = given
         return price_in, price_out
     return BATCH_PRICES.get(model)
+
+
+def is_free(model: str, given: Iterable[float] | None = None) -> bool:
+    """Whether a live request costs nothing as far as is known: a local server's model."""
+    return batch_price(model, given) in (None, (0.0, 0.0))
 
 
 def dollars(
@@ -70,7 +87,7 @@ def check_budget(quote: Quote, max_cost_usd: float | None, model: str) -> None:
             f"--max_cost_usd needs a price: {model} is not in the table of {PRICES_DATE}; "
             "give --batch_price IN OUT ($ per million tokens)"
         )
-    if quote.dollars > max_cost_usd:
+    if quote.dollars + (quote.thinking or 0) > max_cost_usd:
         raise UserError(f"{quote} exceeds --max_cost_usd {max_cost_usd:g}: nothing was sent")
 
 
@@ -103,6 +120,7 @@ def estimate(
     tally: RequestTally,
     *,
     output_tokens_each: int,
+    thinking_tokens_each: int = 0,
     price: tuple[float, float] | None,
     n_live: int,
 ) -> Quote:
@@ -121,10 +139,35 @@ def estimate(
         basis = f"from {len(tally.sample)} requests that the API counted"
     tokens_in = round(tally.chars / ratio)
     tokens_out = output_tokens_each * tally.n
-    cost = dollars(price, tokens_in, tokens_out)
-    if cost is not None and tally.n:
-        cost *= 1 + n_live * (LIVE_FACTOR - 1) / tally.n
-    return Quote(tally.n, tokens_in, tokens_out, cost, f"{basis}; batch prices of {PRICES_DATE}")
+    factor = 1 + n_live * (LIVE_FACTOR - 1) / max(1, tally.n)
+    cost, thinking = dollars(price, tokens_in, tokens_out), None
+    if cost is not None and price is not None:
+        cost *= factor
+        thinking = dollars(price, 0, thinking_tokens_each * tally.n)
+        thinking = thinking * factor if thinking else None
+    basis = f"{basis}; prices of {PRICES_DATE}"
+    return Quote(tally.n, tokens_in, tokens_out, cost, basis, thinking)
+
+
+def price_table(tasks: Mapping[str, tuple[RequestTally, float, int]]) -> str:
+    """A table of what each task would cost with each known model, in a batch.
+
+    tasks: name -> a tally of some requests, how many times as many there are, and the output tokens
+    of one.
+    """
+    names = [model.removeprefix("claude-") for model in BATCH_PRICES]
+    head = f"{'$ (' + PRICES_DATE + ')':<12}{'tokens in':>13}{'out':>12}"
+    lines = [head + "".join(f"{name:>{len(name) + 2}}" for name in names)]
+    for task, (tally, times, out_each) in tasks.items():
+        tokens_in = tally.chars * times / CHARS_PER_OWN_TOKEN * TOKENS_PER_OWN_TOKEN
+        tokens_out = tally.n * times * out_each
+        costs = [dollars(price, tokens_in, tokens_out) or 0.0 for price in BATCH_PRICES.values()]
+        cells = "".join(
+            f"{cost:>{len(name) + 2}.2f}" for cost, name in zip(costs, names, strict=True)
+        )
+        lines.append(f"{task:<12}{tokens_in:>13,.0f}{tokens_out:>12,.0f}{cells}")
+    thinkers = " and ".join(name.removeprefix("claude-") for name in _THINKERS)
+    return "\n".join([*lines, f"{thinkers} also think, at the price of output; live costs twice"])
 
 
 def _count_sample(client: anthropic.Anthropic, sample: list[dict[str, Any]]) -> int | None:

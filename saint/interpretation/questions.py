@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,37 +14,49 @@ import pyarrow.parquet as pq
 from saint.evidence.file import Evidence, open_evidence
 from saint.evidence.labels import SET_SIZE, Label
 from saint.evidence.rankings import RANKINGS
-from saint.interpretation.ledger import Ledger, parse_custom_id
+from saint.interpretation.client import RequestForm
+from saint.interpretation.held_out import test_prompts
+from saint.interpretation.ledger import Ledger, parse_custom_id, unit_name
+from saint.interpretation.prices import RequestTally
 from saint.interpretation.prompts import (
     LABELLED_TASKS,
     Prompt,
     PromptOptions,
-    detect_prompt,
+    effect_prompt,
     explain_prompt,
     explain_sentences_prompt,
-    fuzz_prompt,
-    intruder_prompt,
     label_hash,
+    request_params,
 )
 from saint.stage.errors import UserError, log
 from saint.stage.manifests import file_checksum
 from saint.stage.yaml_files import load_yaml
 from saint.store.dataset import SentenceDataset, fetch_sentences, open_dataset
 
+_SAMPLED = 100  # latents whose requests are counted for a table of prices
+# (prompt, plain, steered) texts of a latent, for the task effect.
+Completions = Callable[[int], Sequence[tuple[str, str, str]]]
+
 
 @dataclass(frozen=True)
 class Question:
-    """One request to be: its task (also "detect_control"), latent, label hash and prompt."""
+    """One request to be: its task (also "detect_control"), latent, label hash, part and prompt."""
 
     task: str
     latent: int
     label: str | None
     prompt: Prompt
+    part: int | None = None
 
     @property
     def unit(self) -> str:
         """Its name in the ledger, whatever the attempt."""
-        return "-".join(filter(None, (self.task, str(self.latent), self.label)))
+        return unit_name(self.task, self.latent, self.label, self.part)
+
+    @property
+    def whole_unit(self) -> str:
+        """The name under which an older version asked the whole test at once."""
+        return unit_name(self.task, self.latent, self.label, None)
 
 
 @dataclass(frozen=True)
@@ -159,19 +172,21 @@ def questions(
     *,
     labels: Mapping[int, Label] | None = None,
     n_controls: int = 0,
+    completions: Completions | None = None,
 ) -> Iterator[Question]:
     """Yield the questions of a task in the order of the latents, where the evidence suffices.
 
     labels: needed by detect and fuzz. n_controls: so many latents are also tested with the label
-    of another latent, which should score 0.5 (intruder: with excerpts of others, which score 0.2
-    only if marks or style alone do not give the odd one away).
+    of another latent (intruder: with excerpts of others), where nothing is to be found.
+    completions: of a latent, for effect.
     """
     if source.evidence is None:
         if task != "explain":
             raise UserError(f"--task {task} needs the evidence file: there is no evidence.parquet")
         yield from _from_sentences(source, latents, options)
         return
-    controls = _controls(labels or {}, latents, n_controls) if task in LABELLED_TASKS else {}
+    labels = labels or {}
+    controls = _controls(labels, latents, n_controls) if task in LABELLED_TASKS else {}
     strangers = _strangers(latents, n_controls) if task == "intruder" else {}
     texts = _ranked_texts(source, set(latents), options) if task == "explain" else {}
     for row in source.evidence.iter_latents(latents):
@@ -180,29 +195,32 @@ def questions(
             prompt = explain_prompt(row, source.ranking or "max", texts.get(latent, {}), options)
             if prompt.key["n_firing"]:
                 yield Question(task, latent, None, prompt)
+        elif task == "effect":
+            prompt = effect_prompt(row, completions(latent) if completions else (), options)
+            if prompt is not None:
+                yield Question(task, latent, None, prompt)
         elif task == "intruder":
-            yield from _question(task, latent, None, intruder_prompt(row, options))
+            yield from _parts(task, latent, None, test_prompts(task, row, options))
             if latent in strangers:
                 others = [source.evidence.latent(i) for i in strangers[latent]]
-                prompt = intruder_prompt(row, options, others)
-                yield from _question("intruder_control", latent, None, prompt)
-        elif labels:
-            ask = detect_prompt if task == "detect" else fuzz_prompt
+                prompts = test_prompts("intruder_control", row, options, strangers=others)
+                yield from _parts("intruder_control", latent, None, prompts)
+        else:
             label = labels[latent]
-            prompt = ask(row, label.text, options)
-            if prompt is not None:
+            prompts = test_prompts(task, row, options, label=label.text)
+            for prompt in prompts:
                 prompt.key["source"] = label.extra.get("source")
-            yield from _question(task, latent, label.text, prompt)
+            yield from _parts(task, latent, label.text, prompts)
             if latent in controls:
-                prompt = ask(row, controls[latent], options, task=f"{task}_control")
-                yield from _question(f"{task}_control", latent, controls[latent], prompt)
+                name, text = f"{task}_control", controls[latent]
+                yield from _parts(name, latent, text, test_prompts(name, row, options, label=text))
 
 
-def _question(
-    task: str, latent: int, label: str | None, prompt: Prompt | None
+def _parts(
+    task: str, latent: int, label: str | None, prompts: Sequence[Prompt]
 ) -> Iterator[Question]:
-    if prompt is not None:
-        yield Question(task, latent, label_hash(label) if label is not None else None, prompt)
+    for part, prompt in enumerate(prompts, start=1):
+        yield Question(task, latent, label_hash(label) if label else None, prompt, part)
 
 
 def _controls(labels: Mapping[int, Label], latents: list[int], n: int) -> dict[int, str]:
@@ -214,8 +232,8 @@ def _controls(labels: Mapping[int, Label], latents: list[int], n: int) -> dict[i
 
 
 def _strangers(latents: list[int], n: int) -> dict[int, list[int]]:
-    """Give n latents, chosen by hash, the next few, one for each excerpt that shares a pattern."""
-    order, n_others = _by_hash(latents), SET_SIZE - 1
+    """Give n latents, chosen by hash, the next few: one for each excerpt or shape of a set."""
+    order, n_others = _by_hash(latents), SET_SIZE
     if len(order) <= n_others:
         return {}
     twice = order + order[:n_others]
@@ -296,3 +314,26 @@ def only_unseen(asked: Iterable[Question], shown: dict[int, set[int]]) -> Iterat
                 "first (--task explain --overwrite)"
             )
         yield question
+
+
+def sample_of_task(
+    task: str, source: Source, latents: list[int], options: PromptOptions, form: RequestForm
+) -> tuple[RequestTally, float]:
+    """What some latents' requests of a task add up to, and how many times as many there are.
+
+    Labels stand for those that are not there yet; effect's completions are as long as they may be.
+    """
+    some = latents if len(latents) <= _SAMPLED else random.Random(0).sample(latents, _SAMPLED)
+    label = Label("ten words that say what these latents all fire on")
+    text = ("x" * 40, "x" * options.excerpt_chars, "x" * options.excerpt_chars)
+    tally = RequestTally()
+    for question in questions(
+        task,
+        source,
+        sorted(some),
+        options,
+        labels=dict.fromkeys(some, label),
+        completions=lambda _: [text] * 3,
+    ):
+        tally.add(request_params(question.task, question.prompt, model="", form=form))
+    return tally, len(latents) / len(some)

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from math import ceil
+from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from saint.interpretation.prices import LIVE_FACTOR, PRICES_DATE, batch_price, dollars
 from saint.interpretation.prompts import SCORING_TASKS
-from saint.interpretation.scores import Outcomes, pooled
+from saint.interpretation.scores import Measured
+from saint.stage.html import render
+
+_TEMPLATES = Path(__file__).parent / "templates"
+_PERCENTILES = (10, 25, 50, 75, 90)
+_ALIKE = 0.6  # Jaccard index of the words of near-duplicates
+_N_SHOWN = 10
+_TOO_NARROW, _TOO_BROAD = 0.5, 0.3  # a true-positive rate below, a false-positive rate above
+_Labels = Mapping[int, Mapping[str, Any]]
 
 _HEDGES = re.compile(
     r"\b(including|particularly|primarily|especially|specifically|predominantly|typically|often"
@@ -27,79 +39,152 @@ _FILLERS = frozenset("a an and or the of in on to for with by from as at is are 
 
 
 def build_report(
-    labels: Mapping[int, Mapping[str, Any]],
+    labels: _Labels,
     kinds: Mapping[str, int],
     usage: Mapping[tuple[str, bool], Sequence[int]],
-    controls: Mapping[str, Mapping[int, Outcomes]],
+    measured: Measured,
     explained: Sequence[str],
 ) -> dict[str, Any]:
-    """Add up what the labels are like.
+    """Add up what the labels are like; what was not asked or tested is left out.
 
     kinds: responses by what became of them. explained: what became of each explained latent.
-    usage: (model, live) -> tokens in and out. controls: task -> results of each latent that was
-    tested with another one's label (intruder: with other latents' excerpts).
+    usage: (model, live) -> tokens in and out. measured: the tests' controls.
     """
     # A latent that was measured and not labelled has an empty one.
-    texts = [text for row in labels.values() if (text := str(row["common_semantic"]))]
-    words = [len(text.split()) for text in texts]
-    same = Counter(content_words(text) for text in texts)
-    return {
-        "responses": dict(sorted(kinds.items())),
-        "labels": len(texts),
-        "labelled_share": _share(explained.count("label"), len(explained)),
-        "mean_words": round(sum(words) / len(words), 1) if words else None,
-        "hedged_share": _share(sum(bool(_HEDGES.search(t)) for t in texts), len(texts)),
-        "artefact_share": _share(sum(bool(_ARTEFACTS.search(t)) for t in texts), len(texts)),
-        "near_duplicate_share": _share(sum(n for n in same.values() if n > 1), len(texts)),
-        "mean_certainty": _mean([row.get("certainty") for row in labels.values()]),
-        "scores": {task: _scores(labels, task) for task in SCORING_TASKS},
-        "shuffled_label_controls": {
-            task: pooled(task, list(found.values())) for task, found in controls.items()
-        },
-        "cost": _costs(usage),
-    }
+    texts = {i: text for i, row in labels.items() if (text := str(row["common_semantic"]))}
+    n, values = len(texts), list(texts.values())
+    report: dict[str, Any] = {"responses": dict(sorted(kinds.items())), "labels": n}
+    if explained:
+        report["labelled_share"] = _share(explained.count("label"), len(explained))
+    if n:
+        twins = near_duplicates(texts)
+        report |= {
+            "mean_words": round(sum(len(text.split()) for text in values) / n, 1),
+            "hedged_share": _share(sum(bool(_HEDGES.search(t)) for t in values), n),
+            "artefact_share": _share(sum(bool(_ARTEFACTS.search(t)) for t in values), n),
+            "near_duplicate_share": _share(len({i for pair in twins for i in pair}), n),
+        }
+        if twins:
+            report["near_duplicates"] = [
+                f"{a} {texts[a]!r} = {b} {texts[b]!r}" for a, b in twins[:_N_SHOWN]
+            ]
+    sure = [v for row in labels.values() if isinstance(v := row.get("certainty"), int | float)]
+    if sure:
+        report["certainty"] = _spread(sure)
+    pools = measured.pools()
+    tested = [t for t in SCORING_TASKS if any(t in (r.get("score") or {}) for r in labels.values())]
+    if tested:
+        report["scores"] = {task: _scores(labels, task, pools.get(task)) for task in tested}
+        report |= _extremes(labels, tested[0])
+    if pools:
+        report["shuffled_label_controls"] = pools
+    report["cost"] = _costs(usage, n)
+    return report
 
 
 def content_words(label: str) -> frozenset[str]:
-    """The words of a label that carry its content: equal sets make near-duplicates."""
+    """The words of a label that carry its content."""
     return frozenset(re.findall(r"\w+", label.lower())) - _FILLERS
+
+
+def near_duplicates(texts: Mapping[int, str]) -> list[tuple[int, int]]:
+    """Pairs of latents whose labels share most of their words: Jaccard index of 0.6 or more.
+
+    Two such sets share one of the first few of their words, rarest first (prefix filtering), so
+    that few pairs are compared.
+    """
+    words = {i: found for i, text in texts.items() if (found := content_words(text))}
+    counts = Counter(word for found in words.values() for word in found)
+    seen: defaultdict[str, list[int]] = defaultdict(list)
+    pairs = []
+    for latent, found in words.items():
+        prefix = sorted(found, key=lambda w: (counts[w], w))
+        prefix = prefix[: len(found) - ceil(_ALIKE * len(found)) + 1]
+        for other in sorted({i for word in prefix for i in seen[word]}):
+            if len(found & words[other]) >= _ALIKE * len(found | words[other]):
+                pairs.append((other, latent))
+        for word in prefix:
+            seen[word].append(latent)
+    return sorted(pairs)
 
 
 def _share(part: int, whole: int) -> float | None:
     return round(part / whole, 4) if whole else None
 
 
-def _mean(values: Sequence[Any]) -> float | None:
-    numbers = [v for v in values if isinstance(v, int | float)]
-    return round(sum(numbers) / len(numbers), 4) if numbers else None
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    points = np.percentile(values, _PERCENTILES)
+    spread = {f"p{p}": round(float(v), 4) for p, v in zip(_PERCENTILES, points, strict=True)}
+    return {"mean": round(float(np.mean(values)), 4)} | spread
 
 
-def _scores(labels: Mapping[int, Mapping[str, Any]], task: str) -> dict[str, Any]:
-    found = [row["score"][task] for row in labels.values() if task in row.get("score", {})]
-    name = "accuracy" if task == "intruder" else "balanced_accuracy"
-    above = sum(row["ci_low"] > row.get("chance", 0.5) for row in found)
+def _value(found: Mapping[str, Any]) -> float:
+    return found.get("balanced_accuracy", found.get("accuracy", 0.0))
+
+
+def _scores(labels: _Labels, task: str, control: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What a test says of all latents. Chance is what its controls reached, where there are any."""
+    found = [row["score"][task] for row in labels.values() if task in (row.get("score") or {})]
+    chance = control["mean"] if control else found[0].get("chance", 0.5)
+    told: dict[str, Any] = {"latents": len(found)} | _spread([_value(row) for row in found])
+    told["chance"] = chance
+    told["above_chance_share"] = _share(sum(r["ci_low"] > chance for r in found), len(found))
+    for name in ("true_positive_rate", "false_positive_rate", "near_miss", "random"):
+        if values := [row[name] for row in found if name in row]:
+            told[name] = round(float(np.mean(values)), 4)
+    if any("true_positive_rate" in row for row in found):
+        n_narrow = sum(row.get("true_positive_rate", 1) < _TOO_NARROW for row in found)
+        n_broad = sum(row.get("false_positive_rate", 0) > _TOO_BROAD for row in found)
+        told |= {"too_narrow": n_narrow, "too_broad": n_broad}
+    return told
+
+
+def _extremes(labels: _Labels, task: str) -> dict[str, list[str]]:
+    """The labels with the best and the worst score in a test; what is wrong with them."""
+    rows = [(i, r, r["score"][task]) for i, r in labels.items() if task in (r.get("score") or {})]
+    rows.sort(key=lambda item: (-_value(item[2]), item[0]))
+
+    def told(item: tuple[int, Mapping[str, Any], Mapping[str, Any]]) -> str:
+        latent, row, found = item
+        wrong = []
+        if found.get("true_positive_rate", 1) < _TOO_NARROW:
+            wrong.append("too narrow")
+        if found.get("false_positive_rate", 0) > _TOO_BROAD:
+            wrong.append("too broad")
+        name = row["common_semantic"] or "(no label)"
+        return f"{_value(found):.2f} {latent} {name}" + (f" ({', '.join(wrong)})" if wrong else "")
+
+    n = min(_N_SHOWN, len(rows) // 2)
+    if not n:
+        return {}
+    best, worst = rows[:n], rows[: -n - 1 : -1]
     return {
-        "latents": len(found),
-        "mean": _mean([row[name] for row in found]),
-        "above_chance_share": _share(above, len(found)),
+        f"best_by_{task}": [told(r) for r in best],
+        f"worst_by_{task}": [told(r) for r in worst],
     }
 
 
-def _costs(usage: Mapping[tuple[str, bool], Sequence[int]]) -> dict[str, Any]:
-    total, unknown = 0.0, []
+def _costs(usage: Mapping[tuple[str, bool], Sequence[int]], n_labels: int) -> dict[str, Any]:
+    """Tokens and dollars; these are unknown as soon as one model has no price."""
+    total, unknown = 0.0, set()
     for (model, live), (tokens_in, tokens_out) in usage.items():
         cost = dollars(batch_price(model), tokens_in, tokens_out)
         if cost is not None:
             total += cost * (LIVE_FACTOR if live else 1)
-        elif tokens_in:
-            unknown.append(model)
-    return {
-        "input_tokens": sum(tokens[0] for tokens in usage.values()),
-        "output_tokens": sum(tokens[1] for tokens in usage.values()),
-        "dollars": round(total, 4),
-        "prices_of": PRICES_DATE,
-        "models_without_price": sorted(set(unknown)),
-    }
+        elif tokens_in or tokens_out:
+            unknown.add(model)
+    tokens = [sum(used[k] for used in usage.values()) for k in (0, 1)]
+    found: dict[str, Any] = {"input_tokens": tokens[0], "output_tokens": tokens[1]}
+    found["dollars"] = "unknown" if unknown else round(total, 4)
+    if n_labels:
+        each = [round(count / n_labels) for count in tokens]
+        found["tokens_per_label"] = f"{each[0]} in, {each[1]} out"
+        if not unknown:
+            found["dollars_per_label"] = round(total / n_labels, 6)
+    found["prices_of"] = PRICES_DATE
+    if unknown:
+        found["models_without_price"] = sorted(unknown)
+    return found
 
 
 def show_report(report: Mapping[str, Any], indent: str = "") -> None:
@@ -108,5 +193,22 @@ def show_report(report: Mapping[str, Any], indent: str = "") -> None:
         if isinstance(value, Mapping):
             print(f"{indent}{name.replace('_', ' ')}:")
             show_report(value, indent + "  ")
+        elif isinstance(value, list):
+            print(f"{indent}{name.replace('_', ' ')}:")
+            print("\n".join(f"{indent}  {line}" for line in value))
         else:
             print(f"{indent}{name.replace('_', ' '):<{28 - len(indent)}} {value}")
+
+
+def report_page(report: Mapping[str, Any], title: str) -> str:
+    """The report as one HTML page that opens from disk."""
+    groups: list[tuple[str, Mapping[str, Any]]] = [
+        ("All labels", {k: v for k, v in report.items() if not isinstance(v, Mapping | list)})
+    ]
+    for name, value in report.items():
+        if name == "scores":
+            groups += [(f"Test {task}", found) for task, found in value.items()]
+        elif isinstance(value, Mapping):
+            groups.append((name.replace("_", " ").capitalize(), value))
+    lists = {k.replace("_", " ").capitalize(): v for k, v in report.items() if isinstance(v, list)}
+    return render(_TEMPLATES, "report.html", title=title, groups=groups, lists=lists)

@@ -18,6 +18,8 @@ from saint.stage.errors import UserError, log
 from saint.stage.yaml_files import load_yaml
 
 _MAX_LABEL_CHARS = 600
+LETTERS = "ABCDE"  # of the excerpts of an intruder set
+CUT_OFF = "cut off at max_tokens"
 
 
 _REFUSAL = re.compile(
@@ -27,7 +29,13 @@ _REFUSAL = re.compile(
 )
 
 
-_NO_INPUT = re.compile(r"\b(no|any) (sentences|text|excerpts|examples)\b", re.IGNORECASE)
+_NO_INPUT = re.compile(
+    r"\b(no|any) (sentences?|texts?|excerpts?|examples?|input|content)\b[^.]{0,40}"
+    r"\b(provided|given|included|supplied|present|to analy[sz]e|in your message|here)\b"
+    r"|\b(sentences?|texts?|excerpts?|examples?|input|list) "
+    r"(is|are|was|were|appears? to be|seems? to be) (empty|missing|blank)\b",
+    re.IGNORECASE,
+)
 
 
 # Errors that the same request would meet again.
@@ -58,7 +66,11 @@ _LOOSE_PAIR = re.compile(
 
 @dataclass(frozen=True)
 class Answer:
-    """What became of one response. kind: "label", "answer" (a test's), "refusal" or "failure"."""
+    """What became of one response.
+
+    kind: "label", "answer" (a test's), "refusal", "empty input" (the model saw nothing to judge) or
+    "failure" (of no use: to be asked again). reason: never empty for the last three.
+    """
 
     kind: str
     fields: dict[str, Any] = field(default_factory=dict)
@@ -94,8 +106,13 @@ def parse_label(response: Mapping[str, Any]) -> Answer:
     return Answer("label", fields)
 
 
-def parse_test(response: Mapping[str, Any], name: str) -> Answer:
-    """Read a response to a scoring task: its list `name` ("fires", "correct", "intruders")."""
+def parse_test(response: Mapping[str, Any], name: str, n: int | None = None) -> Answer:
+    """Read a response to a scoring task: its `name` ("fires", "correct", "intruders").
+
+    Numbers of excerpts become integers, sets' intruders a list of letters in the sets' order. What
+    has another form, or not one answer for each of n sets, is a failure: it must not count as a
+    wrong answer. n: number of excerpts, or sets; None where it is not known.
+    """
     early = _not_succeeded(response)
     if early:
         return early
@@ -103,19 +120,63 @@ def parse_test(response: Mapping[str, Any], name: str) -> Answer:
     found = find_object(content, name) if isinstance(content, str) else None
     if found is None:
         return _without_object(content if isinstance(content, str) else "", response)
-    if not isinstance(found[name], list):
-        return Answer("failure", reason=f'"{name}" is not a list')
-    return Answer("answer", {name: found[name]})
+    read = _letters if name == "intruders" else _numbers
+    values = read(found[name], n)
+    if values is None:
+        return Answer("failure", reason=f'"{name}" has another form: {str(found[name])[:80]}')
+    return Answer("answer", {name: values})
+
+
+_NUMBER = re.compile(r"(?:(?:excerpt|no|number)\.?\s*)?#?\(?(\d+)(?:\.0*)?\)?[.):]?", re.IGNORECASE)
+_LETTER = re.compile(
+    rf"(?:set\s*\d+\s*[:.)=-]\s*)?(?:excerpt\s*)?[(\"']?([{LETTERS}])[)\"']?[.):]?", re.IGNORECASE
+)
+_SET = re.compile(r"(?:set[_\s]*)?(\d+)", re.IGNORECASE)
+
+
+def _numbers(values: Any, n: int | None) -> list[int] | None:
+    """Read 3, 3.0, "3", "3.", "#3" and "Excerpt 3"; None where one is anything else."""
+    if not isinstance(values, list):
+        return None
+    numbers = []
+    for value in values:
+        match = None if isinstance(value, bool) else _NUMBER.fullmatch(str(value).strip())
+        if match is None or not 1 <= int(match[1]) <= (n or math.inf):
+            return None
+        numbers.append(int(match[1]))
+    return sorted(set(numbers))
+
+
+def _letters(values: Any, n: int | None) -> list[str] | None:
+    """Read "B", "b.", "(B)", "Set 1: B", in a list or by the number of the set, one for each."""
+    if isinstance(values, dict):
+        keys = [_SET.fullmatch(str(key).strip()) for key in values]
+        if not all(keys) or sorted(int(k[1]) for k in keys if k) != list(range(1, len(keys) + 1)):
+            return None
+        pairs = zip(keys, values.values(), strict=True)
+        values = [v for _, v in sorted((int(k[1]), v) for k, v in pairs if k)]
+    if not isinstance(values, list) or (n is not None and len(values) != n):
+        return None
+    matches = [_LETTER.fullmatch(str(value).strip()) for value in values]
+    return [m[1].upper() for m in matches if m] if all(matches) else None
 
 
 # What a test's answer is called.
 TEST_FIELDS = {"detect": "fires", "fuzz": "correct", "intruder": "intruders"}
 
 
-def parse_answer(task: str, response: Mapping[str, Any]) -> Answer:
-    """Read a response to any task ("explain", "detect", "detect_control", …)."""
+def parse_answer(
+    task: str, response: Mapping[str, Any], key: Mapping[str, Any] | None = None
+) -> Answer:
+    """Read a response to any task ("explain", "detect", "detect_control", …).
+
+    key: what was stored with the request: its "truth" says how many answers there must be.
+    """
     name = TEST_FIELDS.get(task.removesuffix("_control"))
-    return parse_test(response, name) if name else parse_label(response)
+    truth = (key or {}).get("truth")
+    if name:
+        return parse_test(response, name, None if truth is None else len(truth))
+    return parse_label(response)
 
 
 def _not_succeeded(response: Mapping[str, Any]) -> Answer | None:
@@ -123,14 +184,16 @@ def _not_succeeded(response: Mapping[str, Any]) -> Answer | None:
     if status != "succeeded":
         return Answer("failure", reason=f"{status}: {response.get('error') or 'no answer'}")
     if response.get("stop_reason") == "refusal":
-        return Answer("refusal", reason=_one_line(response.get("content"))[:300])
+        return Answer("refusal", reason=_one_line(response.get("content"))[:300] or "refusal")
     return None
 
 
 def _without_object(content: str, response: Mapping[str, Any]) -> Answer:
     if response.get("stop_reason") == "max_tokens":
-        return Answer("failure", reason="cut off at max_tokens")
-    if _REFUSAL.search(content[:400]) and not _NO_INPUT.search(content[:400]):
+        return Answer("failure", reason=CUT_OFF)
+    if _NO_INPUT.search(content[:400]):
+        return Answer("empty input", reason=_one_line(content)[:300])
+    if _REFUSAL.search(content[:400]):
         return Answer("refusal", reason=_one_line(content)[:300])
     return Answer("failure", reason=f"no JSON object in the answer: {_one_line(content)[:120]!r}")
 
@@ -182,17 +245,29 @@ def _one_line(value: object) -> str:
     return " ".join("".join(c for c in value if c.isprintable() or c.isspace()).split())
 
 
+_OUT_OF = re.compile(r"(\d+(?:\.\d+)?)\s*(?:/|out of)\s*(10|100)")
+
+
 def certainty(value: object) -> float | None:
-    """Read a certainty as a share: 1, 0.9, "0.9", "90%" and 90 count; anything else is None."""
+    """Read a certainty as a share, None where it is none.
+
+    1, 0.9, "0.9", "90%" and 90 count, and what servers without schemas give: 9 and "8/10" are of
+    ten, by rule, as is everything above 1 and up to 10.
+    """
     if isinstance(value, str):
         text = value.strip()
-        try:
-            value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-        except ValueError:
-            return None
+        if match := _OUT_OF.fullmatch(text):
+            value = float(match[1]) / float(match[2])
+        else:
+            try:
+                value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+            except ValueError:
+                return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
-    share = float(value) / 100 if 1 < value <= 100 else float(value)
+    share = float(value)
+    if 1 < share <= 100:
+        share /= 10 if share <= 10 else 100
     return share if 0 <= share <= 1 else None
 
 
@@ -264,12 +339,18 @@ def count(kinds: Iterable[str]) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Response:
-    """One parsed response and the record that it was read from."""
+    """One parsed response, the record that it was read from, and what was stored of its request.
+
+    key: what was shown, or a test's truth; {} for older requests. batch: the batch's id, "" where
+    it was answered live.
+    """
 
     custom_id: str
     request: RequestId
     answer: Answer
     record: dict[str, Any]
+    key: Mapping[str, Any]
+    batch: str
 
 
 @dataclass
@@ -287,8 +368,8 @@ class AnswerSet:
 
 def _responses(
     directory: Path, ids: list[str], state: LedgerState
-) -> Iterator[tuple[str, dict[str, Any], bool]]:
-    """Yield (custom_id, record, whether it was live) of everything that was retrieved."""
+) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Yield (custom_id, record, batch id, "" for live) of everything that was retrieved."""
     found = 0
     for batch_id in ids:
         path = directory / f"{batch_id}.yaml"
@@ -297,9 +378,9 @@ def _responses(
             continue
         found += 1
         for custom_id, record in read_records(path):
-            yield custom_id, record, False
+            yield custom_id, record, batch_id
     for custom_id, record in state.live.items():
-        yield custom_id, record, True
+        yield custom_id, record, ""
     if not found and not state.live:
         raise UserError(
             f"none of the {len(ids)} batches is in {directory}: run "
@@ -307,28 +388,30 @@ def _responses(
         )
 
 
-def read_all(directory: Path, ids: list[str], state: LedgerState) -> AnswerSet:
+def read_all(directory: Path, ids: list[str], ledger: Ledger) -> AnswerSet:
     """Parse every response; of several to one request the best counts, and the later of equals.
 
     Raises UserError when nothing was retrieved.
     """
-    answers = AnswerSet()
-    rank = {"failure": 0, "refusal": 1}
-    for custom_id, record, live in _responses(directory, ids, state):
+    answers, keys, state = AnswerSet(), RequestKeys(ledger), ledger.state()
+    rank = {"failure": 0, "refusal": 1, "empty input": 1}
+    for custom_id, record, batch in _responses(directory, ids, state):
         request = parse_custom_id(custom_id)
+        key: Mapping[str, Any] = {}
         if request is None:
             request = RequestId("unknown", -1, custom_id, 1, "")
             answer = Answer("failure", reason="unknown custom_id")
         else:
-            answer = parse_answer(request.task, record)
-        used = answers.usage.setdefault((str(record.get("model")), live), [0, 0])
+            key = keys.of(request.intent).get(custom_id, {})
+            answer = parse_answer(request.task, record, key)
+        used = answers.usage.setdefault((str(record.get("model")), not batch), [0, 0])
         used[0] += int(record.get("input_tokens") or 0)
         used[1] += int(record.get("output_tokens") or 0)
         intent = state.intents.get(request.intent)
         if intent is not None and intent.superseded:
             answers.kinds.append("superseded")
             continue
-        response = Response(custom_id, request, answer, record)
+        response = Response(custom_id, request, answer, record, key, batch)
         earlier = answers.kept.get(request.unit)
         if earlier is not None:
             response, other = sorted(
@@ -340,18 +423,25 @@ def read_all(directory: Path, ids: list[str], state: LedgerState) -> AnswerSet:
     return answers
 
 
-def read_keys(ledger: Ledger, answers: AnswerSet) -> dict[str, dict[str, Any]]:
-    """The keys that were stored with the requests: custom_id -> what was shown, or the truth.
+class RequestKeys:
+    """What was stored with the requests of a ledger, read an intent at a time."""
 
-    "label" is the text that a test was about (older requests only say it in the question).
-    """
-    intents = {r.request.intent for r in answers.kept.values()} - {""}
-    return {
-        row["custom_id"]: _tested_label(row["params"]) | row["key"]
-        for intent in sorted(intents)
-        if ledger.requests_path(intent).exists()
-        for row in ledger.read_requests(intent)
-    }
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+        self._keys: dict[str, dict[str, dict[str, Any]]] = {}
+
+    def of(self, intent: str) -> dict[str, dict[str, Any]]:
+        """The keys of an intent's requests: custom_id -> what was shown, or the truth.
+
+        "label" is the text that a test was about (older requests only say it in the question).
+        """
+        if intent not in self._keys:
+            there = bool(intent) and self.ledger.requests_path(intent).exists()
+            self._keys[intent] = {
+                row["custom_id"]: _tested_label(row["params"]) | row["key"]
+                for row in (self.ledger.read_requests(intent) if there else ())
+            }
+        return self._keys[intent]
 
 
 def _tested_label(params: Mapping[str, Any]) -> dict[str, str]:

@@ -19,7 +19,15 @@ DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
 def dump_yaml(value: Any, stream: IO[str]) -> None:
     """Write YAML in the order given, readable text unescaped."""
-    yaml.dump(value, stream, Dumper=DUMPER, sort_keys=False, allow_unicode=True, width=100)
+    parts = [{key: row} for key, row in value.items()] if isinstance(value, dict) else []
+    for part in parts or [value]:
+        text = _dumped(part, DUMPER)
+        # libyaml escapes what is beyond 16 bits: emoji.
+        stream.write(_dumped(part, yaml.SafeDumper) if "\\U000" in text else text)
+
+
+def _dumped(value: Any, dumper: Any) -> str:
+    return yaml.dump(value, Dumper=dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
 def write_yaml(path: Path, value: Any) -> None:

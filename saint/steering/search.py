@@ -43,7 +43,8 @@ class Card:
     density: share of tokens on which it fires, None where unknown. unit: its largest seen
     activation. intruder: how often the odd one out of its excerpts was found, None where it was not
     measured. windows: (tokens, activations in units) of its strongest examples. promoted: tokens
-    that its direction makes likelier when read straight through the unembedding.
+    that its direction makes likelier when read straight through the unembedding. effect: what it
+    adds to a text when it is turned up, in a model's words, "" where nobody asked.
     """
 
     sae: int
@@ -56,6 +57,7 @@ class Card:
     unit: float
     windows: list[tuple[list[str], list[float]]]
     promoted: list[str]
+    effect: str = ""
 
 
 def search_labels(studio: Studio, guides: list[Guide], query: str, *, limit: int = 12) -> list[Hit]:
@@ -220,6 +222,7 @@ def make_card(studio: Studio, guides: list[Guide], sae: int, latent: int) -> Car
         unit,
         windows,
         promoted or promoted_tokens(studio, dictionary, latent),
+        label.effect if label else "",
     )
 
 

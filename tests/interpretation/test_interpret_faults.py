@@ -12,6 +12,8 @@ def test_twenty_kills(tmp_path: Path):
     assert tally.kills >= 20
     assert not tally.missing and tally.faults["create:hang_after"] > 0
     assert tally.faults["create:hang_before"] > 0 and tally.faults["results:hang_before"] > 0
+    assert tally.faults["results:missing"] > 0 and tally.faults["create:outage"] > 0
+    assert tally.hands_needed == 0
     assert tally.paid_twice == 0
     assert tally.unanswered == 0
     assert tally.lost_ids == 0

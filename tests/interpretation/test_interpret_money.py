@@ -21,11 +21,8 @@ def test_budget(work: Workplace):
     assert "exceeds --max_cost_usd" in error_of(work.send("--max_cost_usd", "0.00001"))
     assert "--batch_price" in error_of(work.send("--max_cost_usd", 1, "--model", "local-model"))
     assert work.files() == before and not work.api.batches and not work.api.live_requests
-    done = work.send(
-        *("--max_cost_usd", 1, "--model", "local-model", "--batch_price", 0, 0, "--plain_requests")
-    )
+    done = work.send(*("--max_cost_usd", 1, "--model", "local-model", "--batch_price", 0, 0))
     assert done.returncode == 0, done.stderr
-    assert "thinking" not in work.api.live_requests[0]
 
 
 _RATIO = "1.2 times the tokens of our own tokenizer, 3.6 characters each"
@@ -39,7 +36,9 @@ def _chars(work: Workplace) -> int:
 def test_a_dry_run_with_a_key_lets_the_api_count(work: Workplace):
     done = work.send("--dry_run")
     assert done.returncode == 0, done.stderr
-    assert work.api.log == [("POST", "/anthropic/v1/messages/count_tokens")] * 4
+    asked, *counted = work.api.log
+    assert asked == ("GET", "/anthropic/v1/models/claude-haiku-5-5")
+    assert counted == [("POST", "/anthropic/v1/messages/count_tokens")] * 4
     assert "from 4 requests that the API counted" in done.last_line and _RATIO not in done.stderr
     # The server counts a token for four characters, rounded down for each request.
     assert _tokens_in(done) == pytest.approx(_chars(work) / 4, abs=4)
@@ -54,7 +53,7 @@ def test_a_dry_run_without_a_count_states_its_ratio(work: Workplace, why: str):
     assert _RATIO in done.last_line and "API counted" not in done.last_line
     assert ("the API does not count them" in done.stderr) == (why != "no key")
     assert _tokens_in(done) == pytest.approx(1.2 * _chars(work) / 3.6, abs=1)
-    assert len(work.api.log) == (why != "no key")
+    assert len(work.api.log) == 2 * (why != "no key")
 
 
 def _tokens_in(done: Finished) -> int:
@@ -106,7 +105,6 @@ def test_the_key_is_nowhere(work: Workplace):
         assert work.send(*args).returncode == 0
     work.api.polls_until_ended = 1
     work.api.faults.append("create:drop_after")
-    error_of(work.retrieve("--resend_failed"))
     assert work.retrieve("--resend_failed").returncode == 0
     assert work.parse("--report").returncode == 0
     # What this test is about has happened: calls to count, to cancel, and a second batch.

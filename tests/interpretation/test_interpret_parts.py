@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from saint.evidence.labels import label_from_top_tokens, load_labels
 from saint.evidence.words import word_at
-from saint.interpretation.download import Paths, _keep_whole_lines, write_records
+from saint.interpretation.download import DownloadPaths, _keep_whole_lines, write_records
 from saint.interpretation.ledger import (
     Ledger,
     RequestId,
@@ -24,8 +24,9 @@ from saint.interpretation.ledger import (
     replay,
 )
 from saint.interpretation.prices import PRICES_DATE, Quote, batch_price, check_budget, dollars
-from saint.interpretation.report import build_report, content_words
+from saint.interpretation.report import build_report, content_words, near_duplicates, report_page
 from saint.interpretation.responses import certainty, failed_kind, parse_answer, parse_label, record
+from saint.interpretation.scores import Measured, Outcome
 from saint.stage.errors import UserError
 from tests.support.interpretation_data import example, row
 
@@ -64,7 +65,7 @@ def test_labels_in_all_shapes(content: str, text: str):
     [
         ({"content": "I apologize, but I cannot assist with hate speech."}, "refusal", "apologize"),
         ({"content": "", "status": "succeeded", "stop_reason": "refusal"}, "refusal", ""),
-        ({"content": "I'm sorry, no sentences were provided."}, "failure", "no JSON object"),
+        ({"content": "I'm sorry, no sentences were provided."}, "empty input", "no sentences"),
         ({"content": ""}, "failure", "empty"),
         ({"content": None, "status": "expired"}, "failure", "expired"),
         ({"content": '{"common_semantic": "N/A", "certainty": 0}'}, "failure", "no label"),
@@ -89,7 +90,7 @@ def test_certainties():
 def test_the_parser_never_crashes_and_never_invents(text: str):
     for content in (text, "{" + text, '{"common_semantic": ' + text):
         answer = parse_label({"content": content})
-        assert answer.kind in ("label", "refusal", "failure")
+        assert answer.kind in ("label", "refusal", "failure", "empty input")
         assert answer.kind == "label" or answer.reason
 
 
@@ -228,19 +229,19 @@ def test_outcomes_decide_what_is_sent_again():
 
 
 def test_half_a_download_is_kept_up_to_its_last_whole_line(tmp_path: Path):
-    paths = Paths.of(tmp_path, "msgbatch_1")
+    paths = DownloadPaths.of(tmp_path, "msgbatch_1")
     lines = [json.dumps({"custom_id": f"{i}", "result": {"type": "expired"}}) for i in range(3)]
     paths.part.write_text(lines[0] + "\n" + lines[1] + "\n" + lines[2][:10])
     assert _keep_whole_lines(paths.part) == {"0", "1"}
     assert paths.part.read_text() == lines[0] + "\n" + lines[1] + "\n"
-    paths.part.rename(paths.raw)
-    failed = write_records(paths, ["2"])
-    assert {i: r["status"] for i, r in failed.items()} == {
-        "0": "expired",
-        "1": "expired",
-        "2": "unreadable",
-    }
-    assert list(yaml.safe_load(paths.records.read_text())) == ["0", "1", "2"]
+    write_records(paths, ["2"])
+    statuses = {i: r["status"] for i, r in yaml.safe_load(paths.records.read_text()).items()}
+    assert statuses == {"0": "expired", "1": "expired", "2": "unreadable"}
+    # The third is still to come: the download is not done.
+    assert paths.part.exists() and not paths.raw.exists()
+    paths.part.write_text("\n".join(lines) + "\n")
+    write_records(paths, [])
+    assert paths.raw.exists() and not paths.part.exists()
 
 
 # --- labels and prices -----------------------------------------------------------------------
@@ -321,9 +322,44 @@ def test_report_statistics():
     # Scoring answers are responses, too, but explain nothing.
     explained = ["label", "label", "label", "label", "refusal"]
     kinds = {"label": 4, "refusal": 1, "score": 9, "failure": 3}
-    report = build_report(labels, kinds, usage, {}, explained)
+    report = build_report(labels, kinds, usage, Measured(), explained)
     assert report["hedged_share"] == 0.5 and report["artefact_share"] == 0.25
     assert report["near_duplicate_share"] == 0.5 and report["labelled_share"] == 0.8
-    assert report["mean_certainty"] == 0.8 and report["cost"]["dollars"] == 0.2
-    assert report["scores"]["detect"] == {"latents": 1, "mean": 0.9, "above_chance_share": 1.0}
+    assert report["certainty"]["mean"] == 0.8 and report["cost"]["dollars"] == 0.2
+    assert report["cost"]["dollars_per_label"] == 0.05
+    detect = report["scores"]["detect"]
+    assert (detect["latents"], detect["mean"], detect["above_chance_share"]) == (1, 0.9, 1.0)
+    # What was not tested is not mentioned.
+    assert list(report["scores"]) == ["detect"] and "shuffled_label_controls" not in report
     assert content_words("The END of a day") == {"end", "day"}
+    page = report_page(report, "<Labels>")
+    assert "&lt;Labels&gt;" in page and "Legal terms, including contracts" in page
+
+
+@given(st.dictionaries(st.integers(0, 99), st.text("abcd ", max_size=12), max_size=12))
+def test_near_duplicates_are_all_pairs_of_enough_common_words(texts: dict[int, str]):
+    words = {i: content_words(text) for i, text in texts.items()}
+    expected = {
+        (a, b) if list(words).index(a) < list(words).index(b) else (b, a)
+        for a in words
+        for b in words
+        if a < b and words[a] | words[b] and len(words[a] & words[b]) >= 0.6 * len(words[a] | words[b])
+        and words[a] and words[b]
+    }  # fmt: skip
+    assert set(near_duplicates(texts)) == expected
+
+
+def test_a_report_says_which_labels_are_too_broad_or_narrow():
+    def tested(value: float, tpr: float, fpr: float) -> dict[str, Any]:
+        rates = {"true_positive_rate": tpr, "false_positive_rate": fpr}
+        found = {"balanced_accuracy": value, "ci_low": value - 0.1, "ci_high": value, "n": 40}
+        return {"common_semantic": f"label {value}", "score": {"detect": found | rates}}
+
+    labels = {1: tested(0.95, 0.95, 0.05), 2: tested(0.6, 0.3, 0.1), 3: tested(0.55, 0.9, 0.8)}
+    measured = Measured(controls={"detect": {9: [Outcome(1, True), Outcome(0, False)]}})
+    report = build_report(labels, {"label": 3}, {("local", True): [5, 5]}, measured, ["label"] * 3)
+    detect = report["scores"]["detect"]
+    assert (detect["too_narrow"], detect["too_broad"], detect["chance"]) == (1, 1, 0.5)
+    assert report["worst_by_detect"] == ["0.55 3 label 0.55 (too broad)"]
+    assert report["best_by_detect"] == ["0.95 1 label 0.95"]
+    assert report["cost"]["dollars"] == "unknown" and "dollars_per_label" not in report["cost"]

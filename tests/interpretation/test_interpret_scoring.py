@@ -15,18 +15,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saint.evidence.labels import load_labels
+from saint.interpretation.held_out import detect_cases, fuzz_cases
+from saint.interpretation.held_out import test_prompts as make_tests
 from saint.interpretation.prompts import (
+    Prompt,
     PromptOptions,
-    detect_prompt,
+    effect_prompt,
     explain_prompt,
-    fuzz_prompt,
-    intruder_prompt,
     render,
 )
 from saint.interpretation.prompts import (
     test_sentences as held_out_sentences,
 )
-from saint.interpretation.scores import outcomes, pooled, score
+from saint.interpretation.scores import Outcome, outcomes, pooled, score
 from tests.support.interpretation_data import (
     example,
     row,
@@ -115,7 +116,7 @@ def test_the_intruder_test_needs_no_label(tmp_path: Path):
         assert record["common_semantic"] == "" and record["certainty"] is None
         measured = record["score"]["intruder"]
         assert measured["accuracy"] == 1 and measured["ci_low"] < 1 == measured["ci_high"]
-        assert measured["chance"] == 0.2 and measured["n"] == 5
+        assert measured["n"] == 20 and 0 <= measured["chance"] <= 0.5  # what the controls reached
     assert sum("control" in r["score"]["intruder"] for r in found.values()) == 2
     report = json.loads((work.output / "parsed_responses.report.json").read_text())
     assert report["labels"] == 0 and report["scores"]["intruder"]["latents"] == 6
@@ -130,7 +131,7 @@ def test_the_intruder_test_needs_no_label(tmp_path: Path):
     words = work.top_tokens(with_answers=True)
     assert words.returncode == 0, words.stderr
     named = yaml.safe_load(work.labels.read_text())
-    assert named[3]["common_semantic"] == "topic3" and named[3]["score"]["intruder"]["n"] == 5
+    assert named[3]["common_semantic"] == "topic3" and named[3]["score"]["intruder"]["n"] == 20
     assert work.send("--latents", "2,4").returncode == 0
     work.retrieve()
     for _ in range(2):
@@ -143,11 +144,13 @@ def test_the_intruder_test_needs_no_label(tmp_path: Path):
 
 
 def test_strangers_share_no_pattern():
-    others = [row(i) for i in (4, 5, 6, 7)]
-    prompt = intruder_prompt(row(3), PromptOptions(), others)
-    assert prompt is not None and "topic3" not in prompt.text
-    for part in prompt.text.split("Set ")[1:]:
-        assert sorted(re.findall(r"«topic(\d)»", part)) == ["4", "5", "6", "7"]
+    others = [row(i) for i in (4, 5, 6, 7, 8)]
+    prompts = make_tests("intruder_control", row(3), PromptOptions(), strangers=others)
+    text = "\n".join(prompt.text for prompt in prompts)
+    assert text and "topic3" not in text
+    for part in text.split("Set ")[1:]:
+        topics = re.findall(r"«topic(\d)»", part)
+        assert len(topics) == len(set(topics)) == 4
 
 
 def test_scores_belong_to_the_label_they_measured(tmp_path: Path):
@@ -297,6 +300,10 @@ def _swapped(latent: int) -> dict[str, Any]:
     return row(latent) | {"examples": examples}
 
 
+def _n_posts(work: Workplace) -> int:
+    return sum(method == "POST" for method, _ in work.api.log)
+
+
 @pytest.mark.parametrize("made_from", ["the same file", "another file", "the YAML"])
 def test_no_label_is_tested_on_what_it_was_made_from(tmp_path: Path, made_from: str):
     work = Workplace(tmp_path, n_latents=3)
@@ -312,7 +319,7 @@ def test_no_label_is_tested_on_what_it_was_made_from(tmp_path: Path, made_from: 
     assert len(labels) == 3
     rows = [row(i) if made_from != "another file" else _swapped(i) for i in range(3)]
     write_evidence(evidence, rows)
-    before, asked = work.files(), len(work.api.log)
+    before, asked = work.files(), _n_posts(work)
     for task in ("detect", "fuzz"):
         for dry in ((), ("--dry_run",)):
             done = work.send("--task", task, "--labels_path", work.labels, *dry)
@@ -321,7 +328,7 @@ def test_no_label_is_tested_on_what_it_was_made_from(tmp_path: Path, made_from: 
             else:
                 assert "latent 0 would be tested on sentence" in error_of(done)
     if made_from != "the same file":
-        assert work.files() == before and len(work.api.log) == asked
+        assert work.files() == before and _n_posts(work) == asked
     # Labels of which this ledger knows nothing are tested, and it says so.
     work.ids = work.tops / "other_ids.yaml"
     work.api.answer = lambda _: '{"fires": [1]}'
@@ -363,34 +370,53 @@ def test_splits_are_disjoint_and_classes_balanced(latent: dict[str, Any], n_test
     for ranking in ("max", "mean"):
         shown = set(explain_prompt(latent, ranking, texts, options).key["shown"])
         assert not shown & held_out_sentences(latent)
-        for prompt in (
-            detect_prompt(latent, "label", options),
-            fuzz_prompt(latent, "label", options),
-            intruder_prompt(latent, options),
-        ):
-            if prompt is not None:
+        for task in ("detect", "fuzz", "intruder"):
+            for prompt in make_tests(task, latent, options, label="label"):
                 assert not set(prompt.key["tested"]) & shown
-    for ask in (detect_prompt, fuzz_prompt):
-        if prompt := ask(latent, "label", options):
-            truth = prompt.key["truth"]
-            assert 8 <= len(truth) <= 2 * n_test and sum(truth) * 2 == len(truth)
-            assert len(re.findall(r"^\d+\. ", prompt.text, re.MULTILINE)) == len(truth)
+    for task in ("detect", "fuzz"):
+        prompts = make_tests(task, latent, options, label="label")
+        truth = [t for prompt in prompts for t in prompt.key["truth"]]
+        assert sum(truth) * 2 == len(truth) and (not truth or 8 <= len(truth) <= 2 * n_test)
+        for prompt in prompts:
+            n = len(prompt.key["truth"])
+            assert n <= options.per_request
+            assert len(re.findall(r"^\d+\. ", prompt.text, re.MULTILINE)) == n
+
+
+def _lines(prompts: list[Prompt]) -> list[tuple[str, int]]:
+    pairs = []
+    for prompt in prompts:
+        lines = re.findall(r"^\d+\. (.*)$", prompt.text, re.MULTILINE)
+        pairs += list(zip(lines, prompt.key["truth"], strict=True))
+    return pairs
 
 
 def test_fuzz_marks_as_many_wrong_tokens_as_right_ones():
-    prompt = fuzz_prompt(row(3), "label", PromptOptions())
-    assert prompt is not None
-    lines = re.findall(r"^\d+\. (.*)$", prompt.text, re.MULTILINE)
-    for line, truth in zip(lines, prompt.key["truth"], strict=True):
+    lines = _lines(make_tests("fuzz", row(3), PromptOptions(), label="label"))
+    assert len(lines) == 20
+    for line, truth in lines:
         assert ("«topic3»" in line) == bool(truth)
         assert line.count("«") == 1
 
 
 def test_detect_hides_the_marks():
-    prompt = detect_prompt(row(3), "label", PromptOptions())
-    assert prompt is not None and "«" not in prompt.text
-    lines = re.findall(r"^\d+\. (.*)$", prompt.text, re.MULTILINE)
-    assert [int("topic3" in line) for line in lines] == prompt.key["truth"]
+    prompts = make_tests("detect", row(3), PromptOptions(), label="label")
+    assert len(prompts) == 4
+    lines = _lines(prompts)
+    assert len(lines) == 40 and all("«" not in line for line, _ in lines)
+    assert all(("topic3" in line) == truth for line, truth in lines)
+    kinds = [k for prompt in prompts for k in prompt.key["kinds"]]
+    assert {k: kinds.count(k) for k in kinds} == {"fires": 20, "near_miss": 10, "random": 10}
+
+
+def test_intruder_sets_are_twenty_and_share_their_excerpts_evenly():
+    prompts = make_tests("intruder", row(3), PromptOptions())
+    assert [len(prompt.key["truth"]) for prompt in prompts] == [2] * 10
+    for prompt in prompts:
+        for part, odd in zip(prompt.text.split("Set ")[1:], prompt.key["truth"], strict=True):
+            rows = dict(re.findall(r"^([A-E])\. (.*)$", part, re.MULTILINE))
+            assert "«topic3»" not in rows[odd] and "«" in rows[odd]
+            assert all("«topic3»" in line for letter, line in rows.items() if letter != odd)
 
 
 def test_windows_are_cut_around_the_strongest_token():
@@ -412,17 +438,29 @@ def test_neighbouring_marks_are_joined():
 
 
 def test_outcomes_and_scores():
-    results = outcomes("detect", {"fires": [1, "3", 9, "x"]}, [1, 1, 0, 0])
-    assert results == [(1, True), (1, False), (0, False), (0, True)]
-    assert outcomes("intruder", {"intruders": ["a", "C."]}, ["A", "C", "B"]) == [
-        (0, True),
-        (0, True),
-        (0, False),
+    results = outcomes("detect", {"fires": [1, 3]}, [1, 1, 0, 0], ["fires"] * 2 + ["random"] * 2)
+    assert results == [
+        Outcome(1, True, "fires"),
+        Outcome(1, False, "fires"),
+        Outcome(0, False, "random"),
+        Outcome(0, True, "random"),
+    ]
+    assert [r.right for r in outcomes("intruder", {"intruders": list("ACC")}, list("ACB"))] == [
+        True,
+        True,
+        False,
     ]
     # Balanced: the classes' shares are averaged, whatever their sizes.
-    uneven = [(1, True)] * 8 + [(0, True)] * 1 + [(0, False)] * 1
-    assert score("detect", uneven, seed=0)["balanced_accuracy"] == pytest.approx(0.75)
-    assert score("intruder", [(0, True)] * 5, seed=0)["chance"] == pytest.approx(0.2)
+    uneven = [Outcome(1, True)] * 8 + [Outcome(0, True)] + [Outcome(0, False)]
+    found = score("detect", uneven, seed=0)
+    assert found["balanced_accuracy"] == pytest.approx(0.75)
+    assert (found["true_positive_rate"], found["false_positive_rate"]) == (1.0, 0.5)
+    assert score("intruder", [Outcome(0, True)] * 5, seed=0)["chance"] == pytest.approx(0.2)
+    apart = [Outcome(0, True, "random")] * 3 + [Outcome(0, False, "near_miss"), Outcome(1, True)]
+    assert (
+        score("detect", apart, seed=0)["random"],
+        score("detect", apart, seed=0)["near_miss"],
+    ) == (1, 0)
 
 
 def test_intervals_cover_the_truth():
@@ -430,9 +468,34 @@ def test_intervals_cover_the_truth():
     rng = np.random.default_rng(1)
     covered, everything = 0, []
     for seed in range(200):
-        results = [(i % 2, bool(rng.random() < 0.8)) for i in range(40)]
+        results = [Outcome(i % 2, bool(rng.random() < 0.8)) for i in range(40)]
         everything.append(results)
         found = score("detect", results, seed=seed)
         covered += found["ci_low"] <= 0.8 <= found["ci_high"]
     assert 0.90 <= covered / 200 <= 0.99
     assert pooled("detect", everything)["ci_low"] <= 0.8 <= pooled("detect", everything)["ci_high"]
+
+
+def test_an_effects_question_shows_the_texts_and_both_kinds_of_tokens():
+    latent = row(3) | {"suppressed": [{"token": " less", "value": -1.0}]}
+    prompt = effect_prompt(latent, [("Once", " upon a time", " topic3 topic3")], PromptOptions())
+    assert prompt is not None
+    for words in ("raises: topic3, more", "lowers: less", "Beginning: Once", "turned up:  topic3"):
+        assert words in prompt.text
+    assert effect_prompt(latent | {"promoted": [], "suppressed": []}, [], PromptOptions()) is None
+
+
+def test_a_test_s_wrong_excerpts_have_the_shape_of_right_ones():
+    """As many tokens before and after the centre, marks at the same distances, pair by pair."""
+    for make in (fuzz_cases, detect_cases):
+        cases = make(row(3), 20, random.Random(0))
+        assert len(cases) >= 8
+        for yes, no in zip(cases[::2], cases[1::2], strict=True):
+            shapes = [
+                (e.centre - e.low, e.high - e.centre, [i - e.centre for i in e.marks])
+                for e in (yes.excerpt, no.excerpt)
+            ]
+            assert (yes.truth, no.truth) == (1, 0) and shapes[0][:2] == shapes[1][:2]
+            if make is fuzz_cases:
+                assert shapes[0] == shapes[1]
+                assert all(no.excerpt.example["activations"][i] == 0 for i in no.excerpt.marks)

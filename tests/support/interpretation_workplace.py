@@ -35,11 +35,13 @@ class Workplace:
 
     def send(self, *args: object, env: dict[str, str] | None = None) -> Finished:
         files = ("--top_sentences_dict_filepath", self.yaml, "--response_ids_filepath", self.ids)
-        return self._call("interpret_top_sentences_send_batches", *files, *args, env=env)
+        quick = ("--settle_s", 0.3)
+        return self._call("interpret_top_sentences_send_batches", *files, *quick, *args, env=env)
 
     def retrieve(self, *args: object, env: dict[str, str] | None = None) -> Finished:
         files = ("--response_ids_filepath", self.ids, "--response_output_dir", self.output)
         waiting = ("--wait", "--poll_interval_s", 0.02, "--max_poll_interval_s", 0.1)
+        waiting += ("--settle_s", 0.3)
         return self._call(
             "interpret_top_sentences_retrieve_batches", *files, *waiting, *args, env=env
         )

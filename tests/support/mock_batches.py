@@ -63,6 +63,15 @@ class MockApi:
     patience_s: float = 0.0  # a client that is silent for less was killed
     archived: bool = False
     age: timedelta = timedelta(0)
+    skew: timedelta = timedelta(0)  # of the server's clock
+    outage_until: float = 0.0  # time.monotonic(): till then every request gets 503 or a closed door
+    outage_s: float = 0.0  # how long an injected outage lasts
+    models: dict[str, dict[str, Any]] = field(default_factory=dict)  # id -> its model object
+    rejects: tuple[str, ...] = ()  # parameters that get a 400
+    is_local: bool = False  # /v1/messages and nothing else, as a local server has it
+    at_once: int = 0
+    most_at_once: int = 0
+    live_delay_s: float = 0.0
 
     def __post_init__(self) -> None:
         self.lock = threading.RLock()
@@ -163,7 +172,7 @@ class MockApi:
             counts |= Counter(row["result"]["type"] for row in batch.results)
         else:
             counts["processing"] = len(batch.requests)
-        created = batch.created - self.age
+        created = batch.created - self.age + self.skew
         stranger = f"http://localhost:{self.stranger.server_address[1]}"
         return {
             "id": batch.id,
@@ -208,9 +217,9 @@ class MockApi:
 
 
 _FAULTS = {
-    "create": "429 500 529 drop_before drop_after hang_before hang_after".split(),
-    "read": ["429", "500", "529", "drop_before", "hang_before"],
-    "results": ["cut", "broken", "twice", "500", "hang_before"],
+    "create": "429 500 529 drop_before drop_after hang_before hang_after outage".split(),
+    "read": ["429", "500", "529", "drop_before", "hang_before", "outage"],
+    "results": ["cut", "broken", "twice", "missing", "500", "hang_before", "outage"],
 }
 FAULTS = frozenset(f"{where}:{kind}" for where, kinds in _FAULTS.items() for kind in kinds)
 
@@ -242,6 +251,10 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: Any) -> None:
         pass
 
+    def date_time_string(self, timestamp: float | None = None) -> str:
+        now = time.time() if timestamp is None else timestamp
+        return super().date_time_string(now + self.api.skew.total_seconds())
+
     def _json(self, value: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
         body = json.dumps(value).encode()
         self.send_response(status)
@@ -253,7 +266,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def _error(self, status: int, kind: str, message: str) -> None:
-        headers = {"retry-after": "0"} if status in (429, 500, 529) else {}
+        headers = {"retry-after": "0"} if status in (429, 500, 503, 529) else {}
         self._json({"type": "error", "error": {"type": kind, "message": message}}, status, headers)
 
     def _begin(self) -> str | None:
@@ -262,7 +275,14 @@ class _Handler(BaseHTTPRequestHandler):
         if not self.path.startswith(BASE_PATH + "/v1/"):
             return self._error(404, "not_found_error", f"no {self.path}")
         given = self.headers.get("Authorization", "") + self.headers.get("x-api-key", "")
-        if self.api.key not in given:
+        if time.monotonic() < self.api.outage_until:
+            if self.api.rng.random() < 0.5:
+                return self._error(503, "api_error", "mock outage")
+            self.close_connection = True
+            return self.connection.close()
+        if self.api.is_local and self.path.split("?")[0] != BASE_PATH + "/v1/messages":
+            return self._error(404, "not_found_error", f"no {self.path}")
+        if self.api.key not in given and not self.api.is_local:
             return self._error(401, "authentication_error", f"invalid key {given}")
         return self.path[len(BASE_PATH) + 3 :].split("?")[0]
 
@@ -271,7 +291,10 @@ class _Handler(BaseHTTPRequestHandler):
         return self.api.next_fault(where)
 
     def _fail(self, fault: str | None) -> bool:
-        if fault in ("drop_before", "hang_before"):
+        if fault == "outage":
+            self.api.outage_until = time.monotonic() + self.api.outage_s
+            self._error(503, "api_error", "mock outage")
+        elif fault in ("drop_before", "hang_before"):
             self._break_off(fault)
         elif fault == "redirect":
             port = self.api.stranger.server_address[1]
@@ -306,20 +329,31 @@ class _Handler(BaseHTTPRequestHandler):
             if not self._fail(self._next_fault("count")):
                 self._json({"input_tokens": self.api.tokens(body)})
         elif path == "/messages":
-            fault = self._next_fault("live")
-            if not self._fail(fault):
-                with self.api.lock:
-                    self.api.live_requests.append(body)
-                if fault == "hang_after":
-                    self._break_off(fault)
-                else:
-                    self._json(self.api.message(body, self.api.answer(body)))
+            self._live(body)
         elif match := re.fullmatch(r"/messages/batches/([\w-]+)/cancel", path):
             batch = self.api.batches[match[1]]
             batch.canceling = True
             self._json(self.api.describe(batch))
         else:
             self._error(404, "not_found_error", path)
+
+    def _live(self, body: dict[str, Any]) -> None:
+        api, fault = self.api, self._next_fault("live")
+        if self._fail(fault):
+            return
+        if wrong := [name for name in api.rejects if name in body]:
+            return self._error(400, "invalid_request_error", f"{wrong[0]}: unknown parameter")
+        with api.lock:
+            api.live_requests.append(body)
+            api.at_once += 1
+            api.most_at_once = max(api.most_at_once, api.at_once)
+        time.sleep(api.live_delay_s)
+        with api.lock:
+            api.at_once -= 1
+        if fault == "hang_after":
+            self._break_off(fault)
+        else:
+            self._json(api.message(body, api.answer(body)))
 
     def _create(self, body: dict[str, Any]) -> None:
         api = self.api
@@ -343,6 +377,11 @@ class _Handler(BaseHTTPRequestHandler):
         if path is None:
             return
         api = self.api
+        if model := re.fullmatch(r"/models/([\w.-]+)", path):
+            found = api.models.get(model[1])
+            if found is None:
+                return self._error(404, "not_found_error", f"no model {model[1]}")
+            return self._json(found)
         match = re.fullmatch(r"/messages/batches/([\w-]+)(/results)?", path)
         if match and match[2]:
             self._results(api.batches[match[1]])
@@ -391,6 +430,8 @@ class _Handler(BaseHTTPRequestHandler):
             lines[place] = lines[place][: len(lines[place]) // 2] + b"\n"
         if fault == "twice":
             lines.insert(0, lines[-1])
+        if fault == "missing":
+            del lines[self.api.rng.randrange(len(lines))]
         body = b"".join(lines)
         self.send_response(200)
         self.send_header("Content-Type", "application/binary")
@@ -402,3 +443,26 @@ class _Handler(BaseHTTPRequestHandler):
             self._break_off(fault)
         else:
             self.wfile.write(body)
+
+
+def model_object(name: str, *, thinking: tuple[str, ...], **fields: Any) -> dict[str, Any]:
+    """What /v1/models/NAME answers; thinking: the types that the model takes."""
+    yes, no = {"supported": True}, {"supported": False}
+    names = ("disabled", "between_tools", "adaptive", "enabled")
+    return {
+        "id": name,
+        "type": "model",
+        "display_name": name,
+        "created_at": "2026-06-01T00:00:00Z",
+        "lifecycle": "active",
+        "max_tokens": 64000,
+        "capabilities": {
+            "batch": yes,
+            "structured_outputs": yes,
+            "effort": {"supported": True, "low": yes, "medium": yes, "high": yes},
+            "thinking": {
+                "supported": True,
+                "types": {name: yes if name in thinking else no for name in names},
+            },
+        },
+    } | fields

@@ -397,6 +397,8 @@ async function latentPage(i, heading = "h1") {
   const article = element("article", { "data-latent": i }, heading === "h1" ? crumbs(i) : element("p", { class: "crumbs" }, element("a", { href: `#/latent/${i}` }, `Latent ${i}`)),
     element(heading, heading === "h1" ? { tabindex: "-1", id: "heading" } : { class: "title" }, nameOf(i)), badges(i, extra));
   if (extra?.rationale) article.append(element("p", { class: "note" }, extra.rationale));
+  const effect = extra?.effect?.common_semantic;
+  if (effect) article.append(element("p", { class: "note" }, `Turned up, it adds: ${effect}`));
   else if (!data.labels[i] && data.tokens[i]) article.append(element("p", { class: "note" }, "No label yet: these are the tokens on which it is strongest."));
   article.append(factList(i));
   if (!data.n_firing_tokens[i]) {
