@@ -283,9 +283,7 @@ def _finish(args: argparse.Namespace, ledger: Ledger, seen: _Round) -> None:
         )
         return
     args.response_output_dir.mkdir(parents=True, exist_ok=True)
-    output = Output(
-        args.response_output_dir, STAGE, {}, {"batches": fingerprint(ids)}, single_file=False
-    )
+    output = Output(args.response_output_dir, STAGE, {}, {"batches": fingerprint(ids)})
     output.finish(facts={}, counts={"batches": len(ids)}, files=names)
     place = args.response_output_dir
     script = "interpret_top_sentences_parse_responses.py"

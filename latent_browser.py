@@ -22,7 +22,7 @@ from torch import Tensor
 
 from llama_3 import CheckpointError, load_llama
 from sae import TopKSparseAutoencoder, load_sae
-from saint.browser.pack import Page, PageBuilder, WindowLimits, direction_map
+from saint.browser.pack import Page, PageBuilder, WindowLimits, direction_map, read_effects
 from saint.browser.prompt_view import prompt_activations, prompt_page, terminal_table
 from saint.evidence.file import Evidence, open_evidence
 from saint.evidence.labels import Label, load_labels
@@ -53,6 +53,11 @@ def build_parser() -> argparse.ArgumentParser:
     files.add_argument("--evidence_path", type=Path, help="evidence.parquet of the top sentences")
     files.add_argument(
         "--labels_path", type=Path, help="parsed_responses.yaml, where there are labels"
+    )
+    files.add_argument(
+        "--effects_path",
+        type=Path,
+        help="what latents do [effects.parquet beside the evidence, where it is]",
     )
     files.add_argument(
         "--sae_model_path", type=Path, help="the SAE: needed for a prompt, and for the page's map"
@@ -121,10 +126,13 @@ def fit_page(evidence: Evidence, labels: Mapping[int, Label], args: argparse.Nam
         or f"{evidence.n_latents:,} latents of layer {facts['layer']}, {facts['hook_point']}"
     )
     places = decoder_map(args, evidence.n_latents)
+    beside = args.evidence_path.with_name("effects.parquet")
+    effects_path = args.effects_path or (beside if beside.is_file() else None)
+    effects = None if effects_path is None else read_effects(effects_path, evidence.n_latents)
     text = ""
     for per_decile in range(args.decile_windows, -1, -1):
         limits = WindowLimits(top=args.top_windows, quantile=per_decile)
-        page = PageBuilder(evidence, labels, limits, places).build()
+        page = PageBuilder(evidence, labels, limits, places, effects).build()
         text = page_text(page, title, args.demo_url)
         megabytes = len(text.encode()) / 1e6
         if megabytes <= args.max_megabytes:

@@ -65,7 +65,8 @@ else
         --evidence_path $tops/evidence.parquet --parsed_responses_output_filepath $labels
 fi
 
-python latent_browser.py --evidence_path $tops/evidence.parquet --labels_path $labels --html $run/latents.html
+python latent_browser.py --evidence_path $tops/evidence.parquet --labels_path $labels \
+    --sae_model_path $run/trained_sae.pt --html $run/latents.html
 
 step "7 a page to look at, and the model steered by one of its latents"
 python -m embedded.page --run_dir $run --llama_model_dir $model

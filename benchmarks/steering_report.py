@@ -211,13 +211,13 @@ def report(output_dir: Path, families: Mapping[str, Any], first_seed: int) -> No
 def last_line(
     record: Mapping[str, Any], curves: Mapping[str, Curve], plain: float
 ) -> dict[str, float | None]:
-    """The figures of the default (difference of means or 16 latents, whichever it is)."""
+    """The figures of the default, the difference of means."""
 
     def at(method: str, limit: str) -> float | None:
         row = record["at_loss"].get(method)
         return None if row is None else round(row[limit][0], 3)
 
-    default = "latents_16"
+    default = "means"
     prompt = curves.get("prompt_nothing_but")
     return {
         "share_half_nat": at(default, "0.5"),

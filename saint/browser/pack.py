@@ -13,17 +13,20 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from saint.evidence.file import KINDS, Evidence
 from saint.evidence.labels import TOP_TOKENS, Label
 from saint.evidence.words import is_content_word, is_form
+from saint.stage.errors import UserError
 
 LATENTS_PER_CHUNK = 128
 SENTENCES_PER_CHUNK = 256
@@ -217,9 +220,11 @@ class PageBuilder:
         labels: Mapping[int, Label],
         limits: WindowLimits,
         places: np.ndarray | None = None,
+        effects: tuple[np.ndarray, np.ndarray] | None = None,
     ):
-        """places: (n_latents, 2) in 0..1 on the map of directions, or None for no map."""
-        self.evidence, self.labels, self.limits, self.places = evidence, labels, limits, places
+        """places: (n_latents, 2) in 0..1 on the map of directions. effects: see `read_effects`."""
+        self.evidence, self.labels, self.limits = evidence, labels, limits
+        self.places, self.effects = places, effects
         self.vocabulary = Vocabulary()
         self._summary: dict[str, list[np.ndarray]] = {}
         self._top_tokens: list[str] = []
@@ -310,6 +315,8 @@ class PageBuilder:
             # 0 is "not known", so that 1 to 1001 stand for 0 to 1.
             columns[name] = np.array([0 if v is None else 1 + round(1000 * v) for v in values])
         columns["source"] = np.array([_source(label) for label in known])
+        for name, column in zip(("effect", "shows"), self.effects or (), strict=False):
+            columns[name] = column
         if self.places is not None:
             for axis, name in enumerate(("map_x", "map_y")):
                 columns[name] = np.rint(65535 * self.places[:, axis]).astype(np.int64)
@@ -399,6 +406,28 @@ def _source(label: Label | None) -> int:
     if label is None or not label.text:
         return 0
     return 1 if label.extra.get("source") == TOP_TOKENS else 2
+
+
+def read_effects(path: Path, n_latents: int) -> tuple[np.ndarray, np.ndarray]:
+    """Read `effects.parquet`: each latent's rank by its causal score, and whether it steers.
+
+    Returns (n_latents,) ranks, 1 to 1001 from the weakest to the strongest and 0 where it was not
+    measured, and (n_latents,) 2 where its own word shows in texts steered by it, 1 where it was
+    tried and does not, 0 where not tried. Raises UserError when it is no such file.
+    """
+    try:
+        table = pq.read_table(path, columns=["latent", "score", "share", "shows"])
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path} is not a readable file of effects: {error}") from None
+    latents, scores = (table.column(name).to_numpy() for name in ("latent", "score"))
+    if len(latents) and latents.max() >= n_latents:
+        raise UserError(f"{path} has latent {latents.max()}, the evidence {n_latents} latents")
+    rank = scores.argsort(kind="stable").argsort(kind="stable") / max(1, len(scores) - 1)
+    effect, shows = np.zeros(n_latents, np.int64), np.zeros(n_latents, np.int64)
+    effect[latents] = 1 + np.rint(1000 * rank).astype(np.int64)
+    tried = table.column("share").is_valid().to_numpy()
+    shows[latents] = np.where(tried, 1 + np.array(table.column("shows").to_pylist(), bool), 0)
+    return effect, shows
 
 
 def direction_map(decoder: Tensor) -> np.ndarray:

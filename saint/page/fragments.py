@@ -33,6 +33,7 @@ HUES = (
     (200, 70, 150),
 )
 _SURPRISING_NATS = 8.0
+_SHOWS = 0.02  # units more than in the plain text, per token: less does not show
 _SEEN = 0.005  # in units: less is not shown as an activation
 
 
@@ -81,6 +82,7 @@ def pairs_html(pairs: Sequence[Pair], guides: Sequence[Guide], *, chat: bool = F
     rows = []
     for pair in pairs:
         verdict, broken = _verdict(pair)
+        verdict = " ".join([verdict, *_silent(pair, guides)])
         sides = [
             {
                 "name": name,
@@ -91,7 +93,9 @@ def pairs_html(pairs: Sequence[Pair], guides: Sequence[Guide], *, chat: bool = F
             for name, reading in (("Plain", pair.plain), ("Steered", pair.steered))
         ]
         effects = _effects(pair.effects, guides)
-        rows.append({"sides": sides, "verdict": verdict, "broken": broken, "effects": effects})
+        row = {"sides": sides, "verdict": verdict, "broken": broken, "effects": effects}
+        shares = {effect.share for effect in pair.effects if effect.share is not None}
+        rows.append(row | {"share": " and ".join(f"{share:.0%}" for share in sorted(shares))})
     legend = [(hue(i), latent_name(setting, guides)) for i, setting in enumerate(settings)]
     return _filled("pairs", rows, legend)
 
@@ -119,12 +123,15 @@ def _token(reading: Reading, i: int, settings: Sequence[Setting]) -> dict[str, A
         if generated and surprise > 1:
             alpha = min(1.0, surprise / _SURPRISING_NATS)
             styles.append(f"box-shadow:inset 0 -2px rgba(220,38,38,{alpha:.2f})")
-    word = reading.tokens[i].lstrip(" ") or reading.tokens[i]
+    text = reading.tokens[i]
+    if i == len(reading.tokens) - 1:
+        text = text.rstrip("\ufffd")  # the end cut a character in two
+    word = text.lstrip(" ") or text
     return {
         "generated": generated,
         "notes": "; ".join(notes),
         "style": ";".join(styles),
-        "space": reading.tokens[i].removesuffix(word),
+        "space": text.removesuffix(word),
         "word": word,
     }
 
@@ -155,6 +162,44 @@ def _verdict(pair: Pair) -> tuple[str, bool]:
     return f"{word}: {lost:+.2f} nats per token.", False
 
 
+def _silent(pair: Pair, guides: Sequence[Guide]) -> list[str]:
+    """A sentence for each latent that was turned up and is no stronger in the text for it."""
+    if pair.plain.text == pair.steered.text:
+        return []
+    plain, steered = (mean_activations(reading) for reading in (pair.plain, pair.steered))
+    rows = zip(pair.effects, plain, steered, strict=False)
+    return [
+        f"{latent_name(effect.setting, guides)} does not show in the text."
+        for effect, before, after in rows
+        if effect.setting.mode in ("add", "set")
+        and effect.setting.strength > 0
+        and after < before + _SHOWS
+    ]
+
+
+def mean_activations(reading: Reading) -> list[float]:
+    """Each chosen latent's mean activation over the generated tokens, in units."""
+    rows = reading.activations[reading.n_prompt :]
+    return [sum(values) / len(rows) for values in zip(*rows, strict=True)]
+
+
+def opening_html(name: str, doses: Sequence[tuple[float, Pair]], chosen: int) -> Markup:
+    """A finished pair whose steered side follows a slider. doses: by strength, first 0."""
+    settings = [effect.setting for effect in doses[-1][1].effects]
+    plain = doses[0][1].plain
+    shown = [
+        {
+            "says": f"{strength:g}×" if strength else "not at all",
+            "lead": "",
+            "tokens": _tokens(pair.steered if strength else plain, settings, False),
+            "foot": _fluency(pair.steered if strength else plain),
+        }
+        for strength, pair in doses
+    ]
+    left = {"lead": "", "tokens": _tokens(plain, settings, False), "foot": _fluency(plain)}
+    return _filled("opening", {"name": name, "doses": shown, "chosen": chosen, "plain": left})
+
+
 def _distinct(reading: Reading) -> float:
     return distinct_pairs(reading.tokens[reading.n_prompt :])
 
@@ -165,7 +210,7 @@ def _effects(effects: Sequence[Effect], guides: Sequence[Guide]) -> list[dict[st
         cells = []
         if effect.target is not None and effect.share is not None:
             numbers = (effect.present or 0.0, effect.target, effect.realised or 0.0)
-            cells = [*(f"{value:.2f}×" for value in numbers), f"{effect.share:.0%}"]
+            cells = [f"{value:.2f}×" for value in numbers]
         rows.append({"hue": hue(i), "name": latent_name(effect.setting, guides), "cells": cells})
     return rows
 

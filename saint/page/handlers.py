@@ -22,7 +22,7 @@ import gradio as gr
 from saint.page import fragments
 from saint.stage.errors import UserError, first_line, is_out_of_memory, log
 from saint.steering import search
-from saint.steering.completions import stream_pairs
+from saint.steering.completions import complete_pairs, stream_pairs
 from saint.steering.dose import dose_request, sweep
 from saint.steering.guide import Guide
 from saint.steering.search import Hit
@@ -40,6 +40,8 @@ _MAX_QUERY_CHARS = 2000
 _MAX_LINK_CHARS = 40_000
 _VIEW_LATENTS = 14
 DEFAULT_STRENGTH = 2.0
+OPENING_STRENGTHS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
+_OPENING_TRIES, _OPENING_TOKENS = 3, 24
 OUT_OF_MEMORY = (
     "The server's memory is full: use fewer or shorter prompts, or ask for fewer new tokens."
 )
@@ -313,6 +315,31 @@ class PageHandlers:
         if not isinstance(presets, dict) or name not in presets:
             raise UserError("choose a saved preset first")
         return self.load(str(presets[name]))
+
+    @functools.cached_property
+    def opening(self) -> str:
+        """A finished pair with a dose slider, for a page that nobody has used yet; "" for none.
+
+        Of the first examples, the one whose latent shows most in the text. Takes some seconds.
+        """
+        found = []
+        for name, request in self.showcase()[:_OPENING_TRIES]:
+            request = replace(request, max_new_tokens=_OPENING_TOKENS)
+            (pair,) = complete_pairs(self.studio, request)
+            (before,), (after,) = (
+                fragments.mean_activations(reading) or [0.0]
+                for reading in (pair.plain, pair.steered)
+            )
+            found.append((after - before, name, request))
+        if not found:
+            return ""
+        _, name, request = max(found, key=lambda row: row[0])
+        doses = []
+        for strength in OPENING_STRENGTHS:
+            settings = (replace(request.settings[0], strength=strength),)
+            (pair,) = complete_pairs(self.studio, replace(request, settings=settings))
+            doses.append((strength, pair))
+        return fragments.opening_html(name, doses, OPENING_STRENGTHS.index(DEFAULT_STRENGTH))
 
     def showcase(self) -> list[tuple[str, Request]]:
         """Examples for the loaded SAEs: clear latents turned up on the example prompts."""

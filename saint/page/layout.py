@@ -28,6 +28,14 @@ element.addEventListener('click', (event) => {
     Object.entries(button.dataset).map(([key, value]) => [key, Number(value)])) });
 });
 """
+_SLIDE = """
+const slider = element.querySelector('input[type=range]'), says = element.querySelector('output');
+const variants = [...element.querySelectorAll('.variant')];
+slider.addEventListener('input', () => {
+  variants.forEach((variant, i) => { variant.hidden = i !== Number(slider.value); });
+  says.textContent = variants[slider.value].dataset.says;
+});
+"""
 # After a run: the link, and the same in the address bar, so that reloading brings the pair back.
 _SHARE_JS = """(query) => {
   if (!query) return query;
@@ -45,6 +53,11 @@ def theme() -> themes.Base:
         radius_size="lg",
         font=["system-ui", "sans-serif"],
         font_mono=["ui-monospace", "monospace"],
+    ).set(  # white on the hue's own orange is too pale to read
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_dark="*primary_700",
+        button_primary_background_fill_hover_dark="*primary_800",
     )
 
 
@@ -58,6 +71,8 @@ def build_page(handlers: PageHandlers) -> gr.Blocks:
     page = gr.Blocks(title="SAINT: steer a language model", analytics_enabled=False)
     with page:
         gr.HTML(header_html(_facts(handlers)), elem_id="header")
+        if handlers.opening:
+            gr.HTML(handlers.opening, js_on_load=_SLIDE, elem_id="opening")
         with gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=320):
                 mix = _latents_column(handlers)
@@ -66,13 +81,15 @@ def build_page(handlers: PageHandlers) -> gr.Blocks:
         tools = _Tools(handlers, mix, fields)
         outputs = [result, tools.query, tools.json]
         compare = run.click(shown(handlers.compare), fields, outputs, **_BUSY, **_MODEL)
-        compare.then(None, tools.query, tools.link, js=_SHARE_JS, **_QUIET)
-        _wire_chips(handlers, chips, fields)
+        compare.success(None, tools.query, tools.link, js=_SHARE_JS, **_QUIET)
+        filled = _wire_chips(handlers, chips, fields)
+        shown_at_once = filled.success(shown(handlers.compare), fields, outputs, **_BUSY, **_MODEL)
+        shown_at_once.success(None, tools.query, tools.link, js=_SHARE_JS, **_QUIET)
         restored = gr.State(False)
         page.load(shown(handlers.restore), None, [*fields, restored], **_QUIET)
         # Only a link's visitor has something to wait for in the queue.
         again = restored.change(shown(handlers.compare), fields, outputs, **_BUSY, **_MODEL)
-        stop.click(None, cancels=[compare, again], **_QUIET)
+        stop.click(None, cancels=[compare, again, shown_at_once], **_QUIET)
         for name, function in api_endpoints(handlers).items():
             api(shown(function), api_name=name, **_MODEL)
     page.queue(max_size=32, default_concurrency_limit=1)
@@ -92,7 +109,7 @@ def _facts(handlers: PageHandlers) -> str:
 
 
 def _latents_column(handlers: PageHandlers) -> gr.HTML:
-    gr.HTML("<div class='saint'><h3><span class='num'>1</span>Choose latents</h3></div>")
+    gr.HTML("<div class='saint'><h2><span class='num'>1</span>Choose concepts</h2></div>")
     kind = gr.Radio(
         [("Label", "label"), ("Token", "token"), ("Example text", "example text")],
         value="label" if any(g.labels for g in handlers.guides) else "example text",
@@ -101,13 +118,13 @@ def _latents_column(handlers: PageHandlers) -> gr.HTML:
     )
     query = gr.Textbox(
         label="Search for",
-        placeholder="nuclear, court, … or #896 for a latent itself",
+        placeholder=_search_hint(handlers),
         submit_btn="Search",
         max_length=2000,
         elem_id="query",
     )
     results = gr.HTML("", js_on_load=_PRESS, elem_id="results")
-    gr.HTML("<div class='saint'><h3>Your mix</h3></div>")
+    gr.HTML("<div class='saint'><h2>Your mix</h2></div>")
     mix = gr.HTML(
         [],
         html_template="<div class='saint dials'></div>",
@@ -127,11 +144,17 @@ def _latents_column(handlers: PageHandlers) -> gr.HTML:
     return mix
 
 
+def _search_hint(handlers: PageHandlers) -> str:
+    """Words that this SAE's own labels have."""
+    words = [label.partition(",")[0][:24] for label, _ in handlers.showcase()[:2]]
+    return ", ".join([*words, "… or #896 for a latent itself"])
+
+
 def _writing_column(
     handlers: PageHandlers, mix: gr.HTML
 ) -> tuple[list[Any], gr.HTML, Any, Any, gr.HTML]:
     limits = handlers.studio.limits
-    gr.HTML("<div class='saint'><h3><span class='num'>2</span>Write</h3></div>")
+    gr.HTML("<div class='saint'><h2><span class='num'>2</span>Write</h2></div>")
     prompts = gr.Textbox(
         value=EXAMPLE_PROMPTS[3],
         label="Prompts, one per line",
@@ -142,10 +165,10 @@ def _writing_column(
     )
     chips = gr.HTML(_chips(handlers), js_on_load=_PRESS, elem_id="chips")
     fields = [prompts, mix, *_settings(limits, has_chat=handlers.studio.tokenizer.has_chat)]
-    with gr.Row():
+    with gr.Row(elem_id="bar"):
         run = gr.Button("Compare", variant="primary", elem_id="run", scale=3)
         stop = gr.Button("Stop", elem_id="stop", scale=1, min_width=90)
-    gr.HTML("<div class='saint'><h3><span class='num'>3</span>Compare</h3></div>")
+    gr.HTML("<div class='saint'><h2><span class='num'>3</span>Compare</h2></div>")
     empty = (
         "<div class='saint'><p class='empty'>Both completions appear here, side by side.</p></div>"
     )
@@ -176,7 +199,8 @@ def _chips(handlers: PageHandlers) -> str:
     return chips_html(labels, EXAMPLE_PROMPTS)
 
 
-def _wire_chips(handlers: PageHandlers, chips: gr.HTML, fields: list[Any]) -> None:
+def _wire_chips(handlers: PageHandlers, chips: gr.HTML, fields: list[Any]) -> Any:
+    """A chip fills the fields; the event that follows has something to run."""
     showcase = handlers.showcase()
 
     def press(event: gr.EventData) -> list[Any]:
@@ -187,7 +211,7 @@ def _wire_chips(handlers: PageHandlers, chips: gr.HTML, fields: list[Any]) -> No
             return [EXAMPLE_PROMPTS[int(chosen["prompt"])], gr.skip()]
         return [gr.skip(), gr.skip()]
 
-    chips.pressed(shown(press), None, fields[:2], **_QUIET)
+    return chips.pressed(shown(press), None, fields[:2], **_QUIET)
 
 
 class _Tools:

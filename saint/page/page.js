@@ -46,19 +46,22 @@ function drawDial(dial, index) {
     const [low, high] = BOUNDS[dial.mode];
     const common = { step: 0.05, value: dial.strength, ariaLabel: `strength of latent ${dial.latent}` };
     const slider = node("input", { type: "range", min: low, max: high });
-    const number = node("input", { type: "number" });
+    const number = node("input", { type: "number", min: low, max: high });
+    const clamped = (text) => Math.min(high, Math.max(low, Number(text)));
     for (const input of [slider, number]) {
       Object.assign(input, common);
       input.addEventListener("input", () => {
         if (input.value === "") return;
         (input === slider ? number : slider).value = input.value;
-        explain.textContent = says({ ...dial, strength: Number(input.value) });
+        explain.textContent = says({ ...dial, strength: clamped(input.value) });
       });
       input.addEventListener("change", () => {
-        if (input.value !== "") change(index, { strength: Number(input.value) });
+        if (input.value === "") return;
+        slider.value = number.value = clamped(input.value);
+        change(index, { strength: clamped(input.value) });
       });
     }
-    box.append(node("div", { className: "row" }, slider, number));
+    box.append(node("div", { className: "row" }, slider, number, node("span", { className: "muted", textContent: `${low} to ${high}` })));
   }
   box.append(explain);
   return box;

@@ -250,7 +250,8 @@ def ticks(axis: Axis, low: float, high: float) -> list[float]:
     inside = [value for value in found if low - 1e-9 <= math.log10(value) <= high + 1e-9]
     if len(inside) >= 2:
         return inside
-    return [10.0 ** (low + (high - low) * i / 3) for i in range(4)]
+    # Less than a step of 1, 2, 5: round values between, as on a linear axis.
+    return ticks(PLAIN, 10.0**low, 10.0**high)
 
 
 def _ruled(frame: _Frame, rule: Rule) -> dict[str, Any]:

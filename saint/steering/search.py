@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ _WORD = re.compile(r"\w+")
 
 
 _WINDOWS = 3
+_NEAR = 0.75  # likeness of a misspelt word, as difflib measures it
 
 
 _MAX_QUERY_TOKENS = 512
@@ -61,8 +63,26 @@ class Card:
 
 
 def search_labels(studio: Studio, guides: list[Guide], query: str, *, limit: int = 12) -> list[Hit]:
-    """Return the latents whose labels hold the query's words: whole words before parts of words."""
+    """Return the latents whose labels hold the query's words, whole words before parts.
+
+    Where there is none, each word is taken for the labels' word that is spelt most like it.
+    """
     words = [word.lower() for word in _WORD.findall(query)][:20]
+    hits = _labelled_hits(guides, words)
+    if not hits and words:
+        hits = _labelled_hits(guides, _respelt(guides, words))
+    # Of equally good matches, the one that steers better.
+    return sorted(hits, key=lambda hit: (-round(hit.score, 2), -_steers(guides, hit)))[:limit]
+
+
+def _respelt(guides: list[Guide], words: list[str]) -> list[str]:
+    """Replace each word by the nearest of the labels' words, where one is near enough."""
+    known = {w for g in guides for label in g.labels.values() for w in _WORD.findall(label.text)}
+    lower = sorted({word.lower() for word in known})
+    return [(get_close_matches(word, lower, n=1, cutoff=_NEAR) or [word])[0] for word in words]
+
+
+def _labelled_hits(guides: list[Guide], words: list[str]) -> list[Hit]:
     hits = []
     for sae, guide in enumerate(guides):
         for latent, label in guide.labels.items():
@@ -75,8 +95,7 @@ def search_labels(studio: Studio, guides: list[Guide], query: str, *, limit: int
             focus = 1 / (1 + len(present))
             score = (sum(found) / len(words) + 0.1 * trust + 0.1 * focus) / 1.2
             hits.append(Hit(sae, latent, score, "label"))
-    # Of equally good matches, the one that steers better.
-    return sorted(hits, key=lambda hit: (-round(hit.score, 2), -_steers(guides, hit)))[:limit]
+    return hits
 
 
 def _steers(guides: list[Guide], hit: Hit) -> float:

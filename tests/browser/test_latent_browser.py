@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -336,7 +338,7 @@ def test_a_typo_and_a_word_too_many_are_forgiven_and_the_address_keeps_the_searc
     page.wait_for_function("document.querySelectorAll('#results li').length === 1")
     assert "showing those with any" in page.locator("#status").inner_text()
     page.fill("#query", "zebras")
-    assert page.url.endswith("#/?q=zebras")
+    page.wait_for_function("location.hash === '#/?q=zebras'")
     page.goto("about:blank")
     page.goto((made / "latents.html").as_uri() + f"#/latent/{latent}?q=zebras&source=2")
     page.wait_for_selector(f"article[data-latent='{latent}']")
@@ -417,6 +419,33 @@ def test_a_token_and_its_bar_light_up_together(page: Any, made: Path) -> None:
     assert page.evaluate(counts) == 19, "the strongest token is in the last bin"
     lit.hover()
     assert page.locator(".windows mark.lit").count() >= 1
+
+
+def test_measured_effects_decide_the_order_and_a_filter(
+    browser: Any, made: Path, tmp_path: Path
+) -> None:
+    columns = {"latent": [5, 9, 12], "score": [0.1, 0.7, 0.4], "share": [None, 0.9, 0.2]}
+    table = pa.table(columns | {"shows": [False, True, False]})
+    pq.write_table(table, tmp_path / "effects.parquet")
+    target = ["--html", str(tmp_path / "latents.html")]
+    target += ["--effects_path", str(tmp_path / "effects.parquet")]
+    latent_browser.main(arguments(made, *target))
+    tab = browser.new_page()
+    tab.goto((tmp_path / "latents.html").as_uri())
+    tab.wait_for_selector("html[data-ready]")
+    first = "+document.querySelector('#results a').dataset.latent"
+    assert tab.evaluate(first) == 9
+    tab.select_option("#sort", "effect")
+    assert tab.evaluate("view.results.slice(0, 3).join()") == "9,12,5"
+    tab.click(".filters summary")
+    tab.check("#filter-steers")
+    assert tab.locator("#status").inner_text().startswith("1 of ")
+    tab.locator("#results a").first.click()
+    assert "its word shows in the text" in tab.locator(".badges").inner_text()
+    tab.close()
+    pq.write_table(table.drop(["shows"]), tmp_path / "effects.parquet")
+    with pytest.raises(UserError, match="not a readable file of effects"):
+        latent_browser.main(arguments(made, *target))
 
 
 def test_the_map_lays_directions_along_their_principal_components() -> None:

@@ -44,7 +44,7 @@ function cached(prefix, limit) {
 const latentChunk = cached("data-latents-", 16);
 const sentenceChunk = cached("data-sentences-", 256);
 const data = {}; // meta, n, the summary's columns, labels, tokens, promoted, fields, vocabulary
-const NO_FILTERS = { density: "", score: "", source: "", words: false, kept: false };
+const NO_FILTERS = { density: "", score: "", source: "", words: false, steers: false, kept: false };
 const view = { query: "", sort: "", ascending: false, filters: { ...NO_FILTERS }, inSentences: null, terms: [], notes: [],
   results: [], matches: null, shown: 0, latent: null, other: null, pinned: null };
 
@@ -60,7 +60,9 @@ const nameOf = (i) => data.labels[i] || tokensOf(i).slice(0, 4).join(" · ") || 
 
 const SORTS = {
   relevance: { name: "best match", key: null },
+  best: { name: "clarity and effect", key: (i) => data.clarity[i] + (data.effect?.[i] ?? 0) + (data.shows?.[i] === 2 ? 1000 : 0) },
   clarity: { name: "clarity", key: (i) => data.clarity[i] },
+  effect: { name: "effect", key: (i) => data.effect[i] },
   score: { name: "score", key: (i) => data.score[i] },
   certainty: { name: "certainty", key: (i) => data.certainty[i] },
   density: { name: "density", key: (i) => data.n_firing_tokens[i] },
@@ -80,7 +82,8 @@ function order(sort) {
 
 /** Whether a latent passes the filters that are set. */
 function passes(i) {
-  const { density: range, score, source, words, kept: mine } = view.filters;
+  const { density: range, score, source, words, steers, kept: mine } = view.filters;
+  if (steers && data.shows?.[i] !== 2) return false;
   if (mine && !kept.latents.has(i)) return false;
   if (range) {
     const [low, high] = range.split(" ").map(Number), share = density(i);
@@ -156,7 +159,8 @@ function marked(text) {
 
 function figureOf(i) {
   const shown = view.sort === "relevance" ? data.defaultSort : view.sort;
-  if (shown === "clarity" && data.clarity[i]) return [(data.clarity[i] / 1000).toFixed(2), "clarity"];
+  if (shown === "effect" && data.effect[i]) return [((data.effect[i] - 1) / 1000).toFixed(2), "effect"];
+  if ((shown === "clarity" || shown === "best") && data.clarity[i]) return [(data.clarity[i] / 1000).toFixed(2), "clarity"];
   if (shown === "maximum") return [fixed(data.max_activation[i]), "maximum"];
   if (shown === "score" && known("score", i) !== null) return [known("score", i).toFixed(2), "score"];
   if (shown === "certainty" && known("certainty", i) !== null) return [known("certainty", i).toFixed(2), "certainty"];
@@ -323,6 +327,8 @@ function badges(i, extra) {
   const fuzz = extra?.scores?.fuzz, intruder = extra?.scores?.intruder;
   if (fuzz?.balanced_accuracy !== undefined) badge("fuzzing score", fuzz.balanced_accuracy.toFixed(2) + interval(fuzz));
   if (intruder?.accuracy !== undefined) badge("intruder score", intruder.accuracy.toFixed(2) + interval(intruder), intruder.ci_low > intruder.chance ? "good" : "poor");
+  if (data.shows?.[i]) badge("turned up", data.shows[i] === 2 ? "its word shows in the text" : "its word does not show", data.shows[i] === 2 ? "good" : "");
+  if (data.effect?.[i]) badge("effect stronger than", `${Math.round((data.effect[i] - 1) / 10)} % of latents`);
   if (known("certainty", i) !== null) badge("own certainty", known("certainty", i).toFixed(2));
   if (extra?.source) badge("label from", extra.source);
   return list.children.length ? list : null;
@@ -542,9 +548,9 @@ function onKey(event) {
 }
 
 function offerSorts() {
-  const any = (column) => data[column].some((value) => value > 0);
-  const has = { score: any("score"), certainty: any("certainty"), clarity: any("clarity") };
-  data.defaultSort = has.clarity ? "clarity" : has.score ? "score" : "density";
+  const any = (column) => Boolean(data[column]?.some((value) => value > 0));
+  const has = { score: any("score"), certainty: any("certainty"), clarity: any("clarity"), effect: any("effect"), best: any("effect") };
+  data.defaultSort = has.best ? "best" : has.clarity ? "clarity" : has.score ? "score" : "density";
   for (const [key, sort] of Object.entries(SORTS)) {
     if (has[key] === false) continue;
     $("sort").append(element("option", { value: key }, sort.name));
@@ -552,6 +558,7 @@ function offerSorts() {
   $("sort").value = view.sort = "relevance";
   $("filter-source").closest("label").hidden = !data.meta.n_labels;
   $("filter-score").closest("label").hidden = !has.score;
+  $("filter-steers").closest("label").hidden = !has.effect;
 }
 
 function listen() {
