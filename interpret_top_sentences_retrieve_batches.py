@@ -283,7 +283,8 @@ def _finish(args: argparse.Namespace, ledger: Ledger, seen: _Round) -> None:
         )
         return
     args.response_output_dir.mkdir(parents=True, exist_ok=True)
-    output = Output(args.response_output_dir, STAGE, {}, {"batches": fingerprint(ids)})
+    sources = {"batches": fingerprint(ids)}
+    output = Output(args.response_output_dir, STAGE, {}, sources, single_file=False)
     output.finish(facts={}, counts={"batches": len(ids)}, files=names)
     place = args.response_output_dir
     script = "interpret_top_sentences_parse_responses.py"

@@ -282,6 +282,7 @@ def _finish(
         STAGE,
         {"task": args.task, **config},
         {"source": source.fingerprint},
+        single_file=True,
     )
     counts = {"batches": len(ids), "requests": len(state.status)}
     output.finish(facts={}, counts=counts, files=[args.response_ids_filepath.name])
