@@ -271,10 +271,10 @@ def _print_down(curves: Mapping[str, Curve]) -> dict[str, Any]:
 
 def plot(path: Path, curves: Mapping[str, Curve], plain: float) -> None:
     """Concept against fluency, a curve a method."""
-    import matplotlib
+    import matplotlib  # pyright: ignore[reportMissingImports]
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot  # pyright: ignore[reportMissingImports]
 
     figure, axes = pyplot.subplots(figsize=(8, 5))
     for method, curve in curves.items():
