@@ -14,7 +14,16 @@ from tests.test_rooms import LIBRARY, SCRIPTS, imported
 PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
 OURS = {"saint", "llama_3", "sae", "embedded", "benchmarks", "tests"} | {s.stem for s in SCRIPTS}
 # Tools that are run, and file systems that are loaded by a URI's name.
-NOT_IMPORTED = {"ruff", "pyright", "pytest-timeout", "pytest-xdist", "s3fs", "gcsfs"}
+NOT_IMPORTED = {
+    "axe-playwright-python",
+    "eai-sparsify",
+    "ruff",
+    "pyright",
+    "pytest-timeout",
+    "pytest-xdist",
+    "s3fs",
+    "gcsfs",
+}
 # Only where its owner has it: a service's client, looked for when it is asked for.
 OPTIONAL = {"neuronpedia", "dictionary-learning", "sparsify", "schedulefree"}
 # Parts of declared distributions, which bring them.
