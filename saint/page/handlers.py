@@ -41,7 +41,7 @@ _MAX_LINK_CHARS = 40_000
 _VIEW_LATENTS = 14
 DEFAULT_STRENGTH = 2.0
 OPENING_STRENGTHS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
-_OPENING_TRIES, _OPENING_TOKENS = 3, 24
+_OPENING_TRIES, _OPENING_TOKENS = 2, 24
 OUT_OF_MEMORY = (
     "The server's memory is full: use fewer or shorter prompts, or ask for fewer new tokens."
 )
@@ -323,6 +323,7 @@ class PageHandlers:
         Of the first examples, the one whose latent shows most in the text. Takes some seconds.
         """
         found = []
+        log.info("writing the page's first example")
         for name, request in self.showcase()[:_OPENING_TRIES]:
             request = replace(request, max_new_tokens=_OPENING_TOKENS)
             (pair,) = complete_pairs(self.studio, request)
@@ -330,18 +331,25 @@ class PageHandlers:
                 fragments.mean_activations(reading) or [0.0]
                 for reading in (pair.plain, pair.steered)
             )
-            found.append((after - before, name, request))
+            found.append((after - before, name, request, pair))
         if not found:
             return ""
-        _, name, request = max(found, key=lambda row: row[0])
+        _, name, request, first = max(found, key=lambda row: row[0])
         doses = []
         for strength in OPENING_STRENGTHS:
-            settings = (replace(request.settings[0], strength=strength),)
-            (pair,) = complete_pairs(self.studio, replace(request, settings=settings))
+            pair = first
+            if strength not in (0.0, DEFAULT_STRENGTH):
+                settings = (replace(request.settings[0], strength=strength),)
+                (pair,) = complete_pairs(self.studio, replace(request, settings=settings))
             doses.append((strength, pair))
         return fragments.opening_html(name, doses, OPENING_STRENGTHS.index(DEFAULT_STRENGTH))
 
     def showcase(self) -> list[tuple[str, Request]]:
+        """Up to four examples for the loaded SAEs."""
+        return self._showcase
+
+    @functools.cached_property
+    def _showcase(self) -> list[tuple[str, Request]]:
         """Examples for the loaded SAEs: clear latents turned up on the example prompts."""
         found = []
         for sae, guide in enumerate(self.guides):
