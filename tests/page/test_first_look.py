@@ -69,7 +69,8 @@ def test_the_text_follows_the_slider_without_asking_the_server(site, browser):
         tab.keyboard.press("Home")
         plain = tab.locator("#opening .pane.plain .tok").all_text_contents()
         assert shown.locator(".tok").all_text_contents() == plain
-        assert requests == []
+        # The stream of the page's own first event may open late; whatever asks comes by other urls.
+        assert [url for url in requests if "/queue/data" not in url] == []
 
 
 def test_one_press_on_a_chip_fills_the_fields_and_runs(site, browser):
