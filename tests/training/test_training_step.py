@@ -170,9 +170,9 @@ def test_gradients_equal_float64_autograd_for_any_shape_and_layout(
     losses, gradients, _ = one_step(sae, LAYOUTS[layout](x), aux, kernels)
     assert float(losses.loss) == pytest.approx(float(wanted.loss), rel=1e-4)
     for name in WEIGHTS:
-        assert relative(gradients[name], wanted.gradients[name]) < 1e-4 or (
-            wanted.gradients[name].norm() < 1e-5 * wanted.norm
-        ), name
+        # Where terms of the whole's size cancel, float32 leaves its rounding of them.
+        error = (gradients[name].double() - wanted.gradients[name]).norm()
+        assert error < 1e-4 * wanted.gradients[name].norm() + 1e-6 * wanted.norm, name
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
