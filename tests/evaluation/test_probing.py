@@ -81,8 +81,10 @@ def test_the_cut_is_the_best_of_all_that_there_are():
     found = best_cuts(logits, y)
     for column in range(3):
         one, truth = logits[:, column : column + 1], y[:, column : column + 1]
-        every = {float(cut): float(f1(one >= cut, truth)) for cut in range(8)}
-        assert every[float(found[column])] == pytest.approx(max(every.values()))
+        best = max(float(f1(one >= cut, truth)) for cut in range(8))
+        assert float(f1(one >= found[column], truth)) == pytest.approx(best)
+    separable = torch.tensor([[5.0], [4.0], [1.0], [0.0]])
+    assert best_cuts(separable, torch.tensor([[True], [True], [False], [False]])).item() == 2.5
 
 
 def test_one_planted_latent_tells_a_topic_and_a_topic_over_five_needs_five():
@@ -136,7 +138,7 @@ def test_a_split_letter_and_an_absorbed_one_are_found():
     a, b, c = (found["letters"][name] for name in "abc")
     assert a["latents"] == [0] and a["absorbed"] == a["missed"] == 0
     assert sorted(b["latents"]) == [1, 2] and b["n_latents"] == 2 and b["missed"] == 0
-    assert a["probe_f1"] == b["probe_f1"] == 1.0 and b["f1_of_one_latent"] < 0.75
+    assert a["probe_f1"] > 0.98 < b["probe_f1"] and b["f1_of_one_latent"] < 0.75
     assert 3 in c["latents"]
     if c["n_latents"] == 1:  # else the second is the absorbing one: split, and nothing is missed
         assert c["absorbed"] == pytest.approx(share, abs=0.08) == c["missed"]
