@@ -12,7 +12,7 @@ import argparse
 import sys
 import types
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import import_module
 from typing import Any
 
@@ -20,9 +20,11 @@ import torch
 from torch import Tensor
 
 from sae import SAEConfig, TopKSparseAutoencoder, standardise
+from saint.stage.errors import UserError
 from saint.stage.workers import Workers
 from saint.store.shuffled_rows import BatchedRows
-from saint.training.recipe import add_recipe_flags, resolve_recipe
+from saint.training.moments import BETAS
+from saint.training.recipe import Recipe, add_recipe_flags, resolve_recipe
 from saint.training.trainer import Trainer
 
 _PEERS_WARMUP = 0.05  # share of steps
@@ -105,12 +107,19 @@ Train = Callable[[Task, Setting | None, int], Dictionary]
 
 
 def saint(task: Task, setting: Setting | None, seed: int) -> Dictionary:
-    """SAINT's trainer: `sae_training.py`'s defaults, but for the size and what is searched."""
+    """SAINT's trainer: `sae_training.py`'s defaults, but for the size and what is searched.
+
+    Raises UserError where the trainer has no flag for what is searched, rather than leave it out.
+    """
     flags = ["--n_latents", task.n_latents, "--k", task.k, "--num_epochs", 1, "--seed", seed]
     flags += ["--batch_size", task.batch_size, "--dead_tokens", task.dead_tokens]
     if setting is not None:
         flags += ["--learning_rate", setting.learning_rate]
         flags += ["--decay_fraction", setting.decay_fraction]
+        if "beta2" in {each.name for each in fields(Recipe)}:
+            flags += ["--beta2", setting.beta2]
+        elif setting.beta2 != BETAS[1]:
+            raise UserError(f"SAINT's trainer has no --beta2 yet, so {setting} cannot be tried")
     parser = argparse.ArgumentParser()
     add_recipe_flags(parser)
     args = parser.parse_args([str(flag) for flag in flags])
