@@ -63,10 +63,6 @@ def detail_charts(report: Mapping[str, Any]) -> Markup:
                 y=Axis("latents"),
             )
         )
-    if "absorption" in report:
-        letters = report["absorption"]["letters"]
-        bars = [(name, row["absorbed"]) for name, row in letters.items()]
-        charts.append(bar_chart("first letters absorbed", bars, y=Axis(percent=True)))
     if "probing" in report:
         bars = [(name, value) for name, value in report["probing"]["mean"].items()]
         charts.append(bar_chart("topics told apart", bars, y=Axis("accuracy", percent=True)))

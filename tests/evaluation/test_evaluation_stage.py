@@ -12,6 +12,7 @@ import pytest
 
 from sae import save_sae
 from saint.evaluation.compare import comparison_page, main, noise_floor, read_reports
+from saint.evaluation.page import evaluation_page
 from saint.stage.errors import UserError
 from tests.support.program import call
 from tests.support.tiny_steering import WORDS, make_sae, write_model
@@ -69,6 +70,15 @@ def test_the_report_has_topics_groups_neighbours_and_sentences_and_so_has_its_pa
     assert page.count('class="sentence"') == 6 and "topics told apart" in page
     word = report["excerpts"][0]["tokens"][1]["text"]
     assert f">{word}</span>" in page
+
+
+def test_the_page_has_a_row_for_each_letter(reports):
+    report = json.loads(reports[0].read_text())
+    row = {"n_words": 9, "probe_f1": 0.5, "f1_of_one_latent": 0.25, "latents": [3, 5]}
+    row |= {"missed": 0.5, "absorbed": 0.25}
+    report["absorption"] = {"absorbed": 0.25, "latents_per_letter": 2.0, "letters": {"a": row}}
+    page = evaluation_page(report, title="x")
+    assert "<td>3, 5</td><td>50 %</td><td>25 %</td>" in page
 
 
 def test_a_vocabulary_with_too_few_words_is_one_clear_line(root, tmp_path):
