@@ -2,9 +2,11 @@
 
     python sae_evaluation.py --model_dir M --sae_model_path trained_sae.pt --dataset_dir D
 
-Reads the held-out rule from the SAE's file, captures those sentences, and runs the language model
-three times: untouched, with the SAE's reconstruction in place of the activation, and with the mean
-activation in its place. The BOS position and padding are never replaced.
+Reads the held-out rule from the SAE's file, captures those sentences up to the hook once, and runs
+the layers above it four times: untouched, with the SAE's reconstruction in place of the activation,
+and with the mean activation or zeros in its place. The BOS position and padding are never replaced.
+--first_letter_words and --probe_column ask what its latents mean. Several SAEs are compared by
+`python -m saint.evaluation.compare`, from their reports.
 """
 
 from __future__ import annotations
@@ -18,15 +20,22 @@ import torch
 
 from llama_3 import CheckpointError, HookPoint, load_args, load_llama, load_tokenizer
 from sae import TopKSparseAutoencoder, load_sae
+from saint.capture.packing import Pack
+from saint.evaluation.absorption import first_letters
+from saint.evaluation.decoder import geometry
 from saint.evaluation.faithfulness import (
+    Subject,
+    capture_to_hook,
     count_tokens,
     cross_entropies,
     dead_share,
     density_histogram,
     held_out_sentences,
-    reconstruction_metrics,
+    next_token_losses,
 )
 from saint.evaluation.page import evaluation_page
+from saint.evaluation.tokens import by_norm, by_position, excerpts
+from saint.evaluation.topics import topic_probing
 from saint.stage.devices import pick_dtype
 from saint.stage.errors import UserError, log
 from saint.stage.files import write_json, write_text
@@ -40,7 +49,14 @@ from saint.stage.flags import (
     said_of_dtype,
     seed_number,
 )
-from saint.stage.manifests import Output, State, file_checksum, model_fingerprint
+from saint.stage.manifests import (
+    Output,
+    State,
+    file_checksum,
+    manifest_path,
+    model_fingerprint,
+    read_manifest,
+)
 from saint.stage.program import log_arguments, run_stage
 from saint.stage.workers import start_workers
 from saint.store.dataset import SentenceDataset, open_dataset
@@ -69,6 +85,27 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--batch_tokens", type=positive_int, default=2048, help="of one pass [%(default)s]"
     )
+    more = parser.add_argument_group("what else to measure")
+    more.add_argument(
+        "--first_letter_words",
+        type=int,
+        default=0,
+        help="single-token words on which absorption is measured; 4000 take 10 s on two cores with "
+        "a model of 135M [%(default)s: not]",
+    )
+    more.add_argument("--probe_column", help="column of topics, to probe for [none: not]")
+    more.add_argument(
+        "--probe_sentences", type=positive_int, default=100, help="of each topic [%(default)s]"
+    )
+    more.add_argument(
+        "--decoder_latents",
+        type=positive_int,
+        default=4096,
+        help="latents whose directions are compared with all others [%(default)s]",
+    )
+    more.add_argument(
+        "--excerpts", type=int, default=6, help="sentences shown token by token [%(default)s]"
+    )
     add_bare_sae_flags(parser)
     add_device_flags(parser, dtype=True)
     add_model_parallel_flag(parser)
@@ -89,6 +126,17 @@ def hook_of(sae: TopKSparseAutoencoder, args: argparse.Namespace) -> HookPoint:
             f"the SAE has d_model {sae.config.d_model}, the model in --model_dir has {model_dim}"
         )
     return HookPoint(layer, sae.config.hook_point)
+
+
+def _more(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what was asked for beyond what every report has."""
+    found = {"first_letter_words": args.first_letter_words, "probe_column": args.probe_column}
+    if args.probe_column:
+        found["probe_sentences"] = args.probe_sentences
+    for name, default in (("decoder_latents", 4096), ("excerpts", 6)):
+        if getattr(args, name) != default:
+            found[name] = getattr(args, name)
+    return found
 
 
 def plan_output(
@@ -112,6 +160,7 @@ def plan_output(
             "layer": hook.layer,
             "hook_point": hook.name,
             "prepend_bos": sae.config.prepend_bos,
+            **{name: value for name, value in _more(args).items() if value},
         }
         | said_of_dtype(args),
         sources={
@@ -133,13 +182,10 @@ def measure(
     dtype: torch.dtype,
 ) -> dict[str, Any]:
     """Return the report."""
+    seed, batch_tokens = args.shuffle_seed, args.batch_tokens
+    tokenizer = load_tokenizer(args.model_dir)
     packs = held_out_sentences(
-        dataset,
-        load_tokenizer(args.model_dir),
-        sae.config,
-        args.num_samples,
-        seed=args.shuffle_seed,
-        batch_tokens=args.batch_tokens,
+        dataset, tokenizer, sae.config, args.num_samples, seed=seed, batch_tokens=batch_tokens
     )
     model, _ = load_llama(
         args.model_dir,
@@ -147,12 +193,52 @@ def measure(
         dtype=dtype,
         model_parallel_size=args.model_parallel_size,
     )
-    metrics, density, mean_activation = reconstruction_metrics(model, sae, hook, packs)
-    share, basis = dead_share(sae, density)
-    report: dict[str, Any] = metrics | {"dead_share": share, "dead_share_counted_over": basis}
-    report |= cross_entropies(model, sae, hook, packs, mean_activation)
-    report |= {"n_tokens": count_tokens(packs), "layer": hook.layer, "hook_point": hook.name}
-    return report | {"density_histogram": density_histogram(density)}
+    subject = Subject(model, tokenizer, sae, hook, batch_tokens=batch_tokens, seed=seed)
+    report = faithfulness(subject, packs, args)
+    if args.first_letter_words:
+        report["absorption"] = first_letters(subject, args.first_letter_words)
+    if args.probe_column:
+        labels = open_dataset(args.dataset_dir, text_column=args.probe_column)
+        report["probing"] = topic_probing(subject, dataset, labels, per_class=args.probe_sentences)
+    return report
+
+
+def faithfulness(
+    subject: Subject, packs: Sequence[Pack], args: argparse.Namespace
+) -> dict[str, Any]:
+    """Return what every report has."""
+    sae, hook = subject.sae, subject.hook
+    captured = capture_to_hook(subject, packs)
+    losses = next_token_losses(subject, packs, captured)
+    share, basis = dead_share(sae, captured.density)
+    tokens = captured.tokens | losses
+    ids = tokens["token_id"].unique().tolist()
+    texts = {i: subject.tokenizer.token_text(i) for i in ids}
+    alive, n_compared = captured.density.nonzero()[:, 0], args.decoder_latents
+    return {
+        **captured.metrics,
+        "dead_share": share,
+        "dead_share_counted_over": basis,
+        **cross_entropies(losses),
+        "n_tokens": count_tokens(packs),
+        "layer": hook.layer,
+        "hook_point": hook.name,
+        "density_histogram": density_histogram(captured.density),
+        "by_position": by_position(tokens),
+        "by_norm": by_norm(tokens),
+        "decoder": geometry(sae.W_dec, alive, n_compared=n_compared, seed=subject.seed),
+        "excerpts": excerpts(tokens, texts, args.excerpts),
+    }
+
+
+def provenance(args: argparse.Namespace, output: Output) -> dict[str, Any]:
+    """Return what a comparison must know: of which SAE, model and text, and how it was trained."""
+    path = args.sae_model_path
+    sources = {name: output.sources[name] for name in ("model", "dataset")}
+    made: dict[str, Any] = {"sae": str(path), **sources}
+    if manifest_path(path, "sae_training").exists():
+        made["training"] = read_manifest(path, "sae_training").arguments
+    return made
 
 
 def write_report(output: Output, report: dict[str, Any], title: str) -> None:
@@ -193,7 +279,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         log.info("done already: %s; look at %s", output.path, output.path.with_suffix(".html"))
         return
     try:
-        report = measure(args, sae, hook, dataset, dtype)
+        report = provenance(args, output) | measure(args, sae, hook, dataset, dtype)
     except (CheckpointError, UserError):
         if state is State.NEW and workers.is_main:
             output.take_back()

@@ -1,293 +1,319 @@
-"""Quality at equal tokens: SAINT's recipe, its first version's, `sae-lens` TopK and `eai-sparsify`.
+"""Quality at equal budget: SAINT's trainer against its peers', each in its own package.
 
     .venv-bench/bin/python -m benchmarks.sae_quality --run_dir runs/quickstart
 
-The peers are a `bench` extra in an environment of their own, since their pins clash with ours:
-`python3 -m venv .venv-bench && .venv-bench/bin/pip install -e '.[bench]'`. Every method gets the
-same standardised rows in the same order, the same batch size, number of latents and k, and else
-its own default recipe. One evaluator measures all in float32: FVU (centred) on the held-out rows,
-and `dead_share`, the latents that none of the captured rows activates. The last line is one JSON
-object with medians over the seeds.
+Every contender is trained on the same standardised rows in the same order, with the same steps,
+batch, size and k. The same 16 settings are tried for each: learning rate × decay × Adam's β₂. The
+best on one half of the held-out sentences is trained again with the other seeds, and all are
+reported on the other half. One evaluator measures all in float32; what decides by a threshold has
+it calibrated the same way, on training rows (`fvu`) and on the measured rows themselves
+(`fvu_at_k`, at exactly k latents a token, by which contenders are compared).
+
+Each result is kept in --cache_dir, so a run can be stopped and taken up again; settings are tried
+in one order, all contenders at the first before any at the second, so that a run that was cut short
+has still given each the same budget. The last line is one JSON object.
+
+The peers: `python3 -m venv .venv-bench && .venv-bench/bin/pip install -e '.[bench]'`, and
+`pip install --no-deps dictionary-learning zstandard`.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
-import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sae import SAEConfig, TopKSparseAutoencoder, standardise
-from sae_training import build_parser as build_parser_of_training
+from benchmarks.sae_quality_contenders import (
+    PEERS,
+    Dictionary,
+    Setting,
+    Task,
+    Train,
+    saint,
+)
+from sae import standardise
 from saint.stage.devices import pick_device
-from saint.stage.workers import Workers
-from saint.store.shuffled_rows import BatchedRows, Split, open_batched_rows
-from saint.training.recipe import resolve_recipe
-from saint.training.trainer import Trainer
+from saint.stage.files import write_json
+from saint.store.activation_store import open_store
+from saint.store.dataset import held_out_mask
+from saint.store.shuffled_rows import open_batched_rows
 
-# x (n, d_model) standardised → its reconstruction and (n, n_latents) which latents are active.
-Model = Callable[[Tensor], tuple[Tensor, Tensor]]
+DEFAULT = "default"
+CONTENDERS: dict[str, Train] = {"saint": saint, **PEERS}
+_CALIBRATION_ROWS = 32_768
+_BLOCK_ROWS = 2048
+_HALVES_SEED = 1
+
+_RATES, _DECAYS, _BETAS = (0.004, 0.003, 0.006, 0.002), (0.5, 0.3), (0.999, 0.99)
+# The first four differ in everything, and are those of --quick.
+QUICK = (
+    Setting(0.004, 0.5, 0.999),
+    Setting(0.003, 0.3, 0.99),
+    Setting(0.006, 0.3, 0.999),
+    Setting(0.002, 0.5, 0.99),
+)
+_ALL = tuple(Setting(*each) for each in itertools.product(_RATES, _DECAYS, _BETAS))
+SETTINGS = (*QUICK, *(setting for setting in _ALL if setting not in QUICK))
 
 
 @dataclass(frozen=True)
-class Task:
-    """What every method gets."""
+class HeldOut:
+    """Standardised rows of the held-out sentences: one half to choose by, one to report."""
 
-    rows: BatchedRows
-    mean: Tensor  # of the standardised rows
-    raw_mean: Tensor
-    n_latents: int
-    k: int
-    batch_size: int
-    num_epochs: int
-    device: torch.device
-    run_dir: Path
+    choose: Tensor
+    report: Tensor
 
-    @property
-    def d_model(self) -> int:
-        """Width of a row."""
-        return self.rows.facts["d_model"]
 
-    @property
-    def n_steps(self) -> int:
-        """Steps of the whole run, the same for all."""
-        return self.num_epochs * self.rows.n_rows("train") // self.batch_size
+def held_out_halves(run_dir: Path, device: torch.device) -> HeldOut:
+    """Read the held-out sentences' rows from the store, halved by a hash of the sentence."""
+    store = open_store(run_dir / "activation_outputs")
+    parts: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for index in range(store.n_shards):
+        shard = store.read_shard(index)
+        tokens, offsets = shard.token_ids.numpy(), shard.offsets.numpy()
+        halves = held_out_mask(tokens, offsets, fraction=0.5, seed=_HALVES_SEED)
+        for i in held_out_mask(tokens, offsets).nonzero()[0].tolist():
+            rows = shard.read(slice(int(offsets[i]), int(offsets[i + 1])))
+            parts[int(halves[i])].append(standardise(rows.to(device))[0])
+    return HeldOut(torch.cat(parts[0]), torch.cat(parts[1]))
 
-    def raw_batches(self) -> Iterator[Tensor]:
-        """The training stream, as captured."""
-        yield from self.rows.batches(
-            "train", batch_size=self.batch_size, first_batch=0, n_batches=self.n_steps
+
+@torch.no_grad()
+def calibrate(dictionary: Dictionary, x: Tensor, k: int) -> float:
+    """Return the factor of `levels` with which k latents a token are active on average over x."""
+    assert dictionary.levels is not None
+    wanted, kept = k * len(x), []
+    for block in x.split(_BLOCK_ROWS):
+        pre = torch.addmm(dictionary.b_enc, block, dictionary.w_enc.T)
+        ratios = pre.div_(dictionary.levels)
+        kept.append(ratios.topk(min(8 * k, ratios.shape[1]), dim=1, sorted=False).values.flatten())
+    ratios = torch.cat(kept)
+    return max(0.0, float(ratios.kthvalue(len(ratios) - wanted).values))
+
+
+@torch.no_grad()
+def active(dictionary: Dictionary, x: Tensor, k: int, factor: float) -> Tensor:
+    """Return the (n_tokens, n_latents) activations of x."""
+    pre = torch.addmm(dictionary.b_enc, x, dictionary.w_enc.T)
+    if dictionary.levels is not None:
+        return pre.mul_(pre > (factor * dictionary.levels).clamp_min(0))
+    values, indices = pre.topk(k, dim=1)
+    return torch.zeros_like(pre).scatter_(1, indices, values.relu_())
+
+
+@torch.no_grad()
+def measure(dictionary: Dictionary, x: Tensor, k: int, factor: float) -> dict[str, float]:
+    """Return FVU (centred) and L0 over standardised x (n_tokens, d_model)."""
+    error, n_active = 0.0, 0
+    for block in x.split(_BLOCK_ROWS):
+        hidden = active(dictionary, block, k, factor)
+        n_active += int(hidden.count_nonzero())
+        decoded = torch.addmm(dictionary.b_dec, hidden, dictionary.w_dec)
+        error += float((decoded - block).double().square().sum())
+    centred = x.double() - x.double().mean(0)
+    return {"fvu": error / float(centred.square().sum()), "l0": n_active / len(x)}
+
+
+@torch.no_grad()
+def dead_share(dictionary: Dictionary, task: Task, factor: float) -> float:
+    """Return the share of latents that none of the last dead_tokens training rows activates."""
+    fired = torch.zeros(task.n_latents, dtype=torch.bool, device=task.device)
+    last = task.n_steps * task.batch_size
+    for start in range(max(0, last - task.dead_tokens), last, _BLOCK_ROWS):
+        raw = task.rows.read("train", start, min(start + _BLOCK_ROWS, last))
+        x = standardise(raw.to(task.device))[0]
+        fired |= (active(dictionary, x, task.k, factor) > 0).any(0)
+    return 1 - float(fired.float().mean())
+
+
+def result_of(
+    train: Train, task: Task, held_out: HeldOut, setting: Setting | None, seed: int, *, final: bool
+) -> dict[str, Any]:
+    """Train one contender once and measure it; final: its dead latents too."""
+    started = time.perf_counter()
+    with contextlib.redirect_stdout(sys.stderr):
+        dictionary = train(task, setting, seed)
+    seconds = time.perf_counter() - started
+    found: dict[str, Any] = {"seed": seed, "train_s": round(seconds, 1)}
+    rows = task.rows.read("train", 0, min(_CALIBRATION_ROWS, task.rows.n_rows("train")))
+    training = standardise(rows.to(task.device))[0]
+    by_rule = dictionary.levels is not None
+    factor = calibrate(dictionary, training, task.k) if by_rule else 0.0
+    for half, x in (("choose", held_out.choose), ("report", held_out.report)):
+        exact = calibrate(dictionary, x, task.k) if by_rule else 0.0
+        found[half] = measure(dictionary, x, task.k, factor)
+        found[half]["fvu_at_k"] = measure(dictionary, x, task.k, exact)["fvu"]
+    if final:
+        found["dead"] = dead_share(dictionary, task, factor)
+    return found
+
+
+class Cache:
+    """Results on disk, one file each, in a folder that is named by what all have in common."""
+
+    def __init__(self, root: Path, task: Task):
+        name = (
+            f"{task.rows.manifest.fingerprint}_n{task.n_latents}_k{task.k}_b{task.batch_size}"
+            f"_s{task.n_steps}_d{task.dead_tokens}"
         )
+        self.folder = root / name
+        self.folder.mkdir(parents=True, exist_ok=True)
 
-    def batches(self) -> Iterator[Tensor]:
-        """The training stream, standardised."""
-        for raw in self.raw_batches():
-            yield standardise(raw.to(self.device))[0]
+    def path(self, name: str, setting: Setting | None, seed: int) -> Path:
+        """Return where a result lies."""
+        return self.folder / f"{name}.{setting or DEFAULT}.seed{seed}.json"
 
-
-def saint(task: Task, seed: int) -> Model:
-    """SAINT's stage with its defaults."""
-    size = ["--n_latents", task.n_latents, "--k", task.k, "--num_epochs", task.num_epochs]
-    flags = ["--data_dir", task.rows.path, "--b_pre_path", "-", "--batch_size", task.batch_size]
-    args = build_parser_of_training().parse_args(
-        [str(flag) for flag in (*size, *flags, "--seed", seed)]
-    )
-    workers = Workers(0, 1, task.device)
-    recipe = resolve_recipe(args, task.rows, workers)
-    sae = TopKSparseAutoencoder(SAEConfig(task.d_model, task.n_latents, task.k), device=task.device)
-    sae.initialise(task.mean, seed=seed)
-    trainer = Trainer(sae, recipe, task.n_steps, workers, args.kernels)
-    for raw in task.raw_batches():
-        trainer.train_step(raw, len(raw))
-
-    def model(x: Tensor) -> tuple[Tensor, Tensor]:
-        active = sae.encode(x)
-        values, indices = active.matrices()
-        return sae.decode(active), scatter(values > 0, indices, task.n_latents)
-
-    return model
+    def read(self, name: str, setting: Setting | None, seed: int) -> dict[str, Any] | None:
+        """Return a result, None where there is none."""
+        path = self.path(name, setting, seed)
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def scatter(active: Tensor, indices: Tensor, n_latents: int) -> Tensor:
-    fired = torch.zeros(len(active), n_latents, dtype=torch.bool, device=active.device)
-    return fired.scatter_(1, indices, active)
+def search(
+    args: argparse.Namespace, task: Task, held_out: HeldOut, cache: Cache
+) -> Iterator[tuple[str, Setting | None, dict[str, Any]]]:
+    """Yield every result: all contenders at the first setting, then at the second, and so on."""
+    for setting in SETTINGS[: args.n_settings]:
+        for name in args.contenders:
+            yield name, setting, _made(task, held_out, cache, name, setting, args.seeds[0])
 
 
-def first_version(task: Task, seed: int) -> Model:
-    """The first version of this toolkit: decoder *rows* normalised, b_pre a mean of raw rows,
-    AdamW with a learning rate that falls by epochs, AuxK only from 2,048 dead latents on.
-    """
-    torch.manual_seed(seed)
-    encoder = nn.Linear(task.d_model, task.n_latents).to(task.device)
-    decoder = nn.Linear(task.n_latents, task.d_model, bias=False).to(task.device)
-    b_pre = nn.Parameter(task.raw_mean.clone())
-    nn.init.orthogonal_(decoder.weight)
-    with torch.no_grad():
-        encoder.weight.copy_(decoder.weight.T)
-        encoder.bias.zero_()
-        decoder.weight /= decoder.weight.norm(dim=1, keepdim=True)
-    parameters = [*encoder.parameters(), *decoder.parameters(), b_pre]
-    optimizer = torch.optim.AdamW(parameters, lr=5e-5, betas=(0.85, 0.9999), eps=6.25e-10)
-    per_epoch, k_aux = max(1, task.n_steps // task.num_epochs), 2048
-    silent = torch.zeros(task.n_latents, device=task.device)
-
-    def decode(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        values, indices = pre.topk(k, dim=1)
-        hidden = torch.zeros_like(pre).scatter(1, indices, values.relu())
-        return decoder(hidden), hidden > 0
-
-    for step, x in enumerate(task.batches()):
-        share = (step // per_epoch) / max(1, task.num_epochs - 1)
-        rate = 1e-5 + 4e-5 * (1 + math.cos(math.pi * min(1.0, share))) / 2
-        optimizer.param_groups[0]["lr"] = rate
-        pre = encoder(x - b_pre)
-        decoded, active = decode(pre, task.k)
-        error = decoded + b_pre - x
-        loss = (error.square().mean(1) / x.square().mean(1)).mean()
-        dead = silent > per_epoch
-        if int(dead.sum()) >= k_aux:
-            guess, _ = decode(torch.where(dead, pre, -torch.inf), k_aux)
-            residual = -error.detach()
-            loss = loss + ((guess - residual).square().mean(1) / residual.var(1)).mean() / 32
-        optimizer.zero_grad()
-        loss.backward()
-        with torch.no_grad():
-            gradient, weight = decoder.weight.grad, decoder.weight
-            assert gradient is not None
-            gradient -= (gradient * weight).sum(1, keepdim=True) * weight
-        optimizer.step()
-        with torch.no_grad():
-            decoder.weight /= decoder.weight.norm(dim=1, keepdim=True)
-            silent += 1
-            silent[active.any(0)] = 0
-
-    def model(x: Tensor) -> tuple[Tensor, Tensor]:
-        decoded, active = decode(encoder(x - b_pre), task.k)
-        return decoded + b_pre, active
-
-    return model
+def _made(
+    task: Task,
+    held_out: HeldOut,
+    cache: Cache,
+    name: str,
+    setting: Setting | None,
+    seed: int,
+    *,
+    final: bool = False,
+) -> dict[str, Any]:
+    """Return a result from the cache, or make and keep it."""
+    found = cache.read(name, setting, seed)
+    if found is None or (final and "dead" not in found):
+        found = result_of(CONTENDERS[name], task, held_out, setting, seed, final=final)
+        write_json(cache.path(name, setting, seed), found)
+    report = {key: round(value, 4) for key, value in found["report"].items()}
+    print(name, setting or DEFAULT, "seed", seed, report, f"{found['train_s']} s", flush=True)
+    return found
 
 
-def sae_lens(task: Task, seed: int) -> Model:
-    """`sae-lens`: its TopK SAE in its own trainer, with the trainer's defaults."""
-    from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig  # pyright: ignore
-    from sae_lens.config import SAETrainerConfig  # pyright: ignore
-    from sae_lens.training.sae_trainer import SAETrainer  # pyright: ignore
-
-    torch.manual_seed(seed)
-    device = str(task.device)
-    size = {"d_in": task.d_model, "d_sae": task.n_latents, "k": task.k}
-    sae = TopKTrainingSAE(TopKTrainingSAEConfig(**size, device=device))
-    config = SAETrainerConfig(
-        total_training_samples=task.n_steps * task.batch_size,
-        train_batch_size_samples=task.batch_size,
-        device=device,
-        lr_end=3e-5,  # what its runner sets; the default schedule is constant and does not use it
-    )
-    SAETrainer(cfg=config, sae=sae, data_provider=task.batches()).fit()
-
-    def model(x: Tensor) -> tuple[Tensor, Tensor]:
-        hidden = sae.encode(x)
-        return sae.decode(hidden), hidden > 0
-
-    return model
+def final_row(found: Sequence[dict[str, Any]], setting: Setting | None) -> dict[str, Any]:
+    """Return the row of one contender from its seeds' results, all on the reporting half."""
+    fvus = [each["report"]["fvu_at_k"] for each in found]
+    return {
+        "setting": str(setting or DEFAULT),
+        "fvu_at_k": round(statistics.mean(fvus), 4),
+        "spread": round(max(fvus) - min(fvus), 4),
+        "fvu": round(statistics.mean(each["report"]["fvu"] for each in found), 4),
+        "l0": round(statistics.mean(each["report"]["l0"] for each in found), 2),
+        "dead": round(statistics.mean(each["dead"] for each in found), 4),
+        "train_s": round(statistics.mean(each["train_s"] for each in found), 1),
+        "seeds": [each["seed"] for each in found],
+    }
 
 
-def sparsify(task: Task, seed: int) -> Model:
-    """`eai-sparsify`: its sparse coder with its trainer's defaults (schedule-free sign descent)."""
-    from schedulefree import ScheduleFreeWrapper  # pyright: ignore
-    from sparsify import SparseCoder, SparseCoderConfig  # pyright: ignore
-    from sparsify.sign_sgd import SignSGD  # pyright: ignore
-
-    torch.manual_seed(seed)
-    config = SparseCoderConfig(num_latents=task.n_latents, k=task.k)
-    sae = SparseCoder(task.d_model, config, device=task.device)
-    rate = 5e-3 / (task.n_latents / 2**14) ** 0.5
-    optimizer = ScheduleFreeWrapper(SignSGD(sae.parameters(), lr=rate), momentum=0.95)
-    optimizer.train()
-    for step, x in enumerate(task.batches()):
-        if step == 0:
-            sae.b_dec.data = x.mean(0)
-        sae.set_decoder_norm_to_unit_norm()
-        sae(x).fvu.backward()
-        sae.remove_gradient_parallel_to_decoder_directions()
-        optimizer.step()
-        optimizer.zero_grad()
-    optimizer.eval()
-
-    def model(x: Tensor) -> tuple[Tensor, Tensor]:
-        values, indices, _ = sae.encode(x)
-        return sae.decode(values, indices), scatter(values > 0, indices, task.n_latents)
-
-    return model
+def compare(
+    args: argparse.Namespace, task: Task, held_out: HeldOut, cache: Cache
+) -> dict[str, dict[str, Any]]:
+    """Return the row of SAINT's default, and of each contender at its best setting."""
+    tried: dict[str, list[tuple[float, Setting | None]]] = {}
+    for name, setting, found in search(args, task, held_out, cache):
+        tried.setdefault(name, []).append((found["choose"]["fvu_at_k"], setting))
+    best = {name: min(each, key=lambda pair: pair[0])[1] for name, each in tried.items()}
+    plan = [(name, name if name != "saint" else "saint_tuned", best[name]) for name in best]
+    if "saint" in args.contenders:
+        plan.insert(0, ("saint", "saint", None))
+    results: dict[str, list[dict[str, Any]]] = {row: [] for _, row, _ in plan}
+    for seed in args.seeds:
+        for name, row, setting in plan:
+            results[row].append(_made(task, held_out, cache, name, setting, seed, final=True))
+    return {row: final_row(results[row], setting) for _, row, setting in plan}
 
 
-METHODS = {f.__name__: f for f in (saint, first_version, sae_lens, sparsify)}
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """Return the rows as a Markdown table, best first."""
+    keys = ("setting", "fvu_at_k", "spread", "fvu", "l0", "dead", "train_s")
+    lines = [f"| contender | {' | '.join(keys)} |", "|---" * (len(keys) + 1) + "|"]
+    for name, row in sorted(rows.items(), key=lambda pair: pair[1]["fvu_at_k"]):
+        lines.append(f"| {name} | {' | '.join(str(row[key]) for key in keys)} |")
+    return "\n".join(lines)
+
+
+def summary(rows: dict[str, dict[str, Any]], args: argparse.Namespace) -> dict[str, Any]:
+    """Return the last line's object."""
+    peers = {name: row for name, row in rows.items() if not name.startswith("saint")}
+    found: dict[str, Any] = {"n_settings": args.n_settings, "seeds": args.seeds}
+    if peers:
+        name, best = min(peers.items(), key=lambda pair: pair[1]["fvu_at_k"])
+        found |= {"best_peer": best["fvu_at_k"], "best_peer_name": name}
+    if "saint" in rows:
+        own = rows["saint"]
+        found |= {"saint": own["fvu_at_k"], "saint_tuned": rows["saint_tuned"]["fvu_at_k"]}
+        found |= {"dead": own["dead"], "l0": own["l0"]}
+    found["spread"] = max(row["spread"] for row in rows.values())
+    return found
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--run_dir", type=Path, default=Path("runs/quickstart"))
+    parser.add_argument("--cache_dir", type=Path, default=Path("runs/sae_quality"))
     parser.add_argument("--n_latents", type=int, default=4096)
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--batch_size", type=int, default=1024)
-    parser.add_argument("--num_epochs", type=int, default=6)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--n_steps", type=int, default=557)
+    parser.add_argument("--dead_tokens", type=int, default=190_000, help="the same for all")
+    parser.add_argument("--n_settings", type=int, default=len(SETTINGS), help="of 16, for each")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="first: searched")
+    parser.add_argument(
+        "--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), metavar="NAME"
+    )
+    parser.add_argument("--quick", action="store_true", help="4 settings, 150 steps, 2 seeds")
     parser.add_argument("--device", default="auto")
     return parser
 
 
-@torch.no_grad()
-def evaluate(model: Model, task: Task) -> dict[str, float]:
-    """Return the FVU and L0 on held-out rows, and the share of latents that no row activates."""
-    fired = torch.zeros(task.n_latents, dtype=torch.bool, device=task.device)
-    error, active = 0.0, 0
-    total = torch.zeros(task.d_model, dtype=torch.float64, device=task.device)
-    squares = torch.zeros_like(total)
-    splits: tuple[Split, ...] = ("val", "train")
-    for split in splits:
-        for start in range(0, task.rows.n_rows(split), 2048):
-            stop = min(start + 2048, task.rows.n_rows(split))
-            x = standardise(task.rows.read(split, start, stop).to(task.device))[0]
-            reconstruction, on = model(x)
-            fired |= on.any(0)
-            if split == "val":
-                error += float((reconstruction - x).double().square().sum())
-                active += int(on.sum())
-                total += x.double().sum(0)
-                squares += x.double().square().sum(0)
-    n = task.rows.n_rows("val")
-    variance = float((squares - total.square() / n).sum())
-    return {
-        "fvu": error / variance,
-        "l0": active / n,
-        "dead_share": 1 - float(fired.float().mean()),
-    }
-
-
 def load_task(args: argparse.Namespace) -> Task:
-    """Open the rows; the raw mean is that of at most 65,536 training rows."""
+    """Open the rows."""
     rows = open_batched_rows(args.run_dir / "activation_outputs_batched")
     device = pick_device(args.device)
-    mean = torch.load(args.run_dir / "activation_outputs_mean.pt", weights_only=True)
-    raw = rows.read("train", 0, min(65_536, rows.n_rows("train"))).float().mean(0)
-    size = (args.n_latents, args.k, args.batch_size, args.num_epochs)
-    return Task(rows, mean.to(device), raw.to(device), *size, device, args.run_dir)
+    mean = torch.load(args.run_dir / "activation_outputs_mean.pt", weights_only=True).to(device)
+    return Task(
+        rows,
+        mean,
+        n_latents=args.n_latents,
+        k=args.k,
+        batch_size=args.batch_size,
+        n_steps=args.n_steps,
+        dead_tokens=args.dead_tokens,
+        device=device,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
+    if args.quick:
+        args.n_settings, args.n_steps, args.seeds = len(QUICK), 150, args.seeds[:2]
+        args.dead_tokens = min(args.dead_tokens, 150 * args.batch_size // 3)
     task = load_task(args)
-    results: dict[str, dict[str, list[float]]] = {}
-    for seed in args.seeds:
-        for name in args.methods:
-            started = time.perf_counter()
-            with contextlib.redirect_stdout(sys.stderr):
-                model = METHODS[name](task, seed)
-            seconds = time.perf_counter() - started
-            found = evaluate(model, task) | {"train_s": seconds}
-            print(name, "seed", seed, {key: round(value, 4) for key, value in found.items()})
-            for key, value in found.items():
-                results.setdefault(name, {}).setdefault(key, []).append(round(value, 4))
-    medians = {
-        f"{name}_{key}": statistics.median(values)
-        for name, found in results.items()
-        for key, values in found.items()
-    }
+    held_out = held_out_halves(args.run_dir, task.device)
+    rows = compare(args, task, held_out, Cache(args.cache_dir, task))
+    print(table(rows))
     settings = {"n_latents": args.n_latents, "k": args.k, "batch_size": args.batch_size}
-    settings |= {"n_tokens": task.n_steps * task.batch_size, "seeds": args.seeds}
-    settings |= {"threads": torch.get_num_threads(), "device": str(task.device)}
-    print(json.dumps(settings | medians | {"each": results}))
+    settings |= {"n_steps": args.n_steps, "threads": torch.get_num_threads()}
+    print(json.dumps(summary(rows, args) | settings | {"rows": rows}))
 
 
 if __name__ == "__main__":

@@ -157,23 +157,28 @@ class Llama(nn.Module):
         seq_lens: Sequence[int] | None = None,
         edits: Edits = None,
         layout: Layout | None = None,
+        start: tuple[int, Tensor] | None = None,
     ) -> dict[HookPoint, Tensor]:
         """Activations at `hooks`, (batch, seq, d_model) each, or (n_tokens, d_model) if packed.
 
         tokens: int64, right-padded (batch, seq), or packed (n_tokens,), one sequence after another.
         seq_lens: tokens per sequence; needed for packed tokens, and with padded ones it tells edits
-        which positions are padding. layout: made by the caller, instead of seq_lens. Computation
-        stops after the last hook. Where a hook is edited too, the edited value is captured.
-        Raises ValueError for a hook that is not there.
+        which positions are padding. layout: made by the caller, instead of seq_lens. start: a layer
+        and its resid_pre as it was captured from the same tokens: the layers below are not run
+        again. Computation stops after the last hook. Where a hook is edited too, the edited value
+        is captured. Raises ValueError for a hook that is not there, or lies below start.
         """
+        first = 0 if start is None else start[0]
         for layer, name in (*hooks, *(edits or ())):
             if name not in HOOK_NAMES:
                 raise ValueError(f"unknown hook point {name!r}, expected one of {HOOK_NAMES}")
             if not 0 <= layer < len(self.layers):
                 raise ValueError(f"no layer {layer}: {len(self.layers)} layers are loaded")
+            if layer < first:
+                raise ValueError(f"layer {layer} lies below layer {first}, where the pass starts")
         layout = layout or self.layout(tokens, seq_lens)
         captured: dict[HookPoint, Tensor] = {}
-        steps = self._steps(tokens.view(layout.positions.shape), layout)
+        steps = self._steps(tokens.view(layout.positions.shape), layout, start)
         hook, x = next(steps)
         while True:
             if edits and hook in edits:
@@ -207,10 +212,13 @@ class Llama(nn.Module):
         lengths = torch.tensor(seq_lens or [len(row[0])] * len(tokens), device=self.device)
         return Layout(torch.where(row < lengths[:, None], row, -1), self.rotation(row))
 
-    def _steps(self, tokens: Tensor, layout: Layout) -> Generator[tuple, Tensor]:
+    def _steps(
+        self, tokens: Tensor, layout: Layout, start: tuple[int, Tensor] | None
+    ) -> Generator[tuple, Tensor]:
         """Yields (hook point, value) in order of computation; is sent the value to go on with."""
-        x = self._embed(tokens)
-        for i, block in enumerate(self.layers):
+        first, x = start or (0, self._embed(tokens))
+        x = x.view(*tokens.shape, -1)
+        for i, block in enumerate(self.layers[first:], first):
             assert isinstance(block, Block)
             x = yield HookPoint(i, "resid_pre"), x
             h = yield HookPoint(i, "attn_norm"), block.attention_norm(x)

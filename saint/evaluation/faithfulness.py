@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 
@@ -13,7 +15,7 @@ from torch.nn import functional as F
 
 from llama_3 import HookPoint, Llama
 from llama_3.tokenizer import Tokenizer
-from sae import SAEConfig, TopKSparseAutoencoder
+from sae import SAEConfig, TopKSparseAutoencoder, denormalise
 from saint.capture.packing import Pack, batches_by_length, pack
 from saint.stage.errors import UserError
 from saint.stage.program import progress
@@ -54,37 +56,151 @@ def count_tokens(packs: Sequence[Pack]) -> int:
     return sum(int(packed.own.sum()) for packed in packs)
 
 
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated: an SAE where it reads in its language model; and how.
+
+    batch_tokens: of one pass. seed: of every draw.
+    """
+
+    model: Llama
+    tokenizer: Tokenizer
+    sae: TopKSparseAutoencoder
+    hook: HookPoint
+    batch_tokens: int
+    seed: int
+
+    def bos(self) -> list[int]:
+        """Return what goes before each sentence."""
+        return [self.tokenizer.bos_id] if self.sae.config.prepend_bos else []
+
+
+@dataclass(frozen=True)
+class Captured:
+    """What one pass up to the hook leaves for the passes above it.
+
+    residuals: per pack (n_tokens, d_model), what enters the hook's layer, on the CPU: these and
+    `tokens`, (n_own,) float32 each, are all of it that grows with the sample. density:
+    (n_latents,), the share of tokens on which a latent fires. mean: (d_model,) of the raw
+    activations at the hook.
+    """
+
+    residuals: list[Tensor]
+    tokens: dict[str, Tensor]
+    density: Tensor
+    mean: Tensor
+    metrics: dict[str, float]
+
+
 @torch.inference_mode()
-def reconstruction_metrics(
-    model: Llama, sae: TopKSparseAutoencoder, hook: HookPoint, packs: Sequence[Pack]
-) -> tuple[dict[str, float], Tensor, Tensor]:
-    """Return metrics in the SAE's input space, latents' densities and the mean raw activation."""
-    device, config = model.device, sae.config
-    sums = torch.zeros(3, dtype=torch.float64, device=device)
-    moments = torch.zeros(3, config.d_model, dtype=torch.float64, device=device)
-    fired = torch.zeros(config.n_latents, dtype=torch.int64, device=device)
+def capture_to_hook(subject: Subject, packs: Sequence[Pack]) -> Captured:
+    """Run the layers below the hook once, and say how well the SAE reconstructs what is there."""
+    model, sae, hook = subject.model, subject.sae, subject.hook
+    below = HookPoint(hook.layer, "resid_pre")
+    density = torch.zeros(sae.config.n_latents, dtype=torch.int64, device=model.device)
+    raw_sum = torch.zeros(sae.config.d_model, dtype=torch.float64, device=model.device)
+    sums = Sums(sae.config.d_model, model.device)
+    residuals, columns = [], []
     n = count_tokens(packs)
     with progress(n, unit="tok", description="reconstruct") as bar:
         for packed in packs:
-            tokens = packed.tokens.to(device)
-            raw = model.capture(tokens, [hook], seq_lens=packed.seq_lens)[hook][packed.own]
-            x = sae.normalise(raw)[0]
+            tokens = packed.tokens.to(model.device)
+            found = model.capture(tokens, {below, hook}, seq_lens=packed.seq_lens)
+            residuals.append(found[below].cpu())
+            raw = found[hook][packed.own]
+            x, mean, scale = sae.normalise(raw)
             active = sae.encode(x)
-            error = (sae.decode(active) - x).square().sum(dim=1).double()
-            relative = error / x.square().sum(dim=1).clamp_min(1e-12)
-            sums += torch.stack([error.sum(), relative.sum(), (active.values > 0).sum().double()])
-            wide = x.double()
-            moments += torch.stack([wide.sum(0), wide.square().sum(0), raw.double().sum(0)])
-            fired += torch.bincount(active.indices[active.values > 0], minlength=config.n_latents)
+            fires, decoded = active.values > 0, sae.decode(active)
+            sums.add(x, decoded, raw.float(), denormalise(decoded, mean, scale))
+            raw_sum += raw.double().sum(0)
+            density += torch.bincount(active.indices[fires], minlength=len(density))
+            figures = {
+                "norm": torch.linalg.vector_norm(raw.float(), dim=1),
+                "relative_error": relative_error(x, decoded),
+                "n_active": torch.bincount(active.tokens()[fires], minlength=len(x)),
+            }
+            columns.append({name: column.float().cpu() for name, column in figures.items()})
             bar.update(len(x))
-    variance = float((moments[1] - moments[0].square() / n).sum())
-    error, relative, n_active = sums.tolist()
-    metrics = {
-        "fvu": error / max(variance, 1e-12),
-        "normalized_mse": relative / n,
-        "l0": n_active / n,
+    table = {name: torch.cat([c[name] for c in columns]) for name in columns[0]}
+    metrics = sums.metrics() | {
+        "normalized_mse": float(table["relative_error"].double().mean()),
+        "l0": float(table["n_active"].double().mean()),
     }
-    return metrics, (fired / n).cpu(), (moments[2] / n).float()
+    table |= positions(packs)
+    return Captured(residuals, table, (density / n).cpu(), (raw_sum / n).float(), metrics)
+
+
+def relative_error(x: Tensor, decoded: Tensor) -> Tensor:
+    """Return (n_tokens,) squared errors as shares of the tokens' squared norms."""
+    return (decoded - x).square().sum(1) / x.square().sum(1).clamp_min(1e-12)
+
+
+def positions(packs: Sequence[Pack]) -> dict[str, Tensor]:
+    """Return for each own token, in the order of the packs, its sentence, position and id."""
+    columns: dict[str, list[Tensor]] = {"sentence": [], "position": [], "token_id": []}
+    first = 0
+    for packed in packs:
+        lengths = torch.tensor(packed.seq_lens)
+        sentence = torch.arange(len(lengths)).repeat_interleave(lengths)[packed.own]
+        counts = torch.bincount(sentence, minlength=len(lengths))
+        starts = (counts.cumsum(0) - counts).repeat_interleave(counts)
+        columns["sentence"].append(sentence + first)
+        columns["position"].append(torch.arange(len(sentence)) - starts)
+        columns["token_id"].append(packed.tokens[packed.own])
+        first += len(lengths)
+    return {name: torch.cat(parts) for name, parts in columns.items()}
+
+
+class Sums:
+    """Sums over tokens, from which the usual measures of reconstruction are made.
+
+    explained_variance and explained_variance_raw are 1 − E‖x − x̂‖² / E‖x − E x‖² (SAELens's
+    `explained_variance`; sparsify's 1 − `fvu`) of standardised and of raw activations: those that
+    peers without a per-token normalisation give are to be compared with the latter.
+    cosine_similarity and l2_ratio = E(‖x̂‖ / ‖x‖) are means over standardised tokens;
+    relative_reconstruction_bias = E‖x̂‖² / E(x · x̂) (arXiv:2404.16014, eq. 10) is 1 where nothing
+    shrinks.
+    """
+
+    def __init__(self, d_model: int, device: torch.device):
+        zeros = partial(torch.zeros, dtype=torch.float64, device=device)
+        self.n, self.moments, self.scalars = 0, zeros(4, d_model), zeros(6)
+
+    def add(self, x: Tensor, decoded: Tensor, raw: Tensor, raw_decoded: Tensor) -> None:
+        """Take (n_tokens, d_model) activations and reconstructions, standardised and raw."""
+        self.n += len(x)
+        wide, raw_wide = x.double(), raw.double()
+        self.moments += torch.stack(
+            [wide.sum(0), wide.square().sum(0), raw_wide.sum(0), raw_wide.square().sum(0)]
+        )
+        own, other = torch.linalg.vector_norm(x, dim=1), torch.linalg.vector_norm(decoded, dim=1)
+        product = (x * decoded).sum(dim=1)
+        self.scalars += torch.stack(
+            [
+                (decoded - x).double().square().sum(),
+                (raw_decoded - raw).double().square().sum(),
+                (product / (own * other).clamp_min(1e-12)).double().sum(),
+                (other / own.clamp_min(1e-12)).double().sum(),
+                other.double().square().sum(),
+                product.double().sum(),
+            ]
+        )
+
+    def metrics(self) -> dict[str, float]:
+        """Return the measures."""
+        total, squares, raw_total, raw_squares = self.moments
+        variance = float((squares - total.square() / self.n).sum())
+        raw_variance = float((raw_squares - raw_total.square() / self.n).sum())
+        error, raw_error, cosine, ratio, norm, product = self.scalars.tolist()
+        fvu = error / max(variance, 1e-12)
+        return {
+            "fvu": fvu,
+            "explained_variance": 1 - fvu,
+            "explained_variance_raw": 1 - raw_error / max(raw_variance, 1e-12),
+            "cosine_similarity": cosine / self.n,
+            "l2_ratio": ratio / self.n,
+            "relative_reconstruction_bias": norm / product if product else math.nan,
+        }
 
 
 def dead_share(sae: TopKSparseAutoencoder, density: Tensor) -> tuple[float, str]:
@@ -104,48 +220,99 @@ def predicting(packed: Pack) -> Tensor:
     return packed.own & ~last
 
 
-def log_probabilities(
-    model: Llama, hook: HookPoint, packed: Pack, replace: Callable[[Tensor], Tensor] | None
-) -> Tensor:
-    """Return (n_predicting, vocab) log-probabilities, the activation replaced (not BOS's)."""
-    own, edits = packed.own.to(model.device), None
-    if replace is not None:
-        edits = {hook: lambda x, _: torch.where(own.unsqueeze(-1), replace(x), x)}
-    logits = model(packed.tokens.to(model.device), edits=edits, seq_lens=packed.seq_lens)
-    return logits[predicting(packed).to(model.device)].log_softmax(dim=-1)
+LOSSES = ("clean", "sae", "mean_ablated", "zero_ablated")
+_BLOCK_LOGITS = 1 << 25  # of float32: 128 MB
 
 
 @torch.inference_mode()
-def cross_entropies(
-    model: Llama,
-    sae: TopKSparseAutoencoder,
-    hook: HookPoint,
-    packs: Sequence[Pack],
-    mean_activation: Tensor,
-) -> dict[str, float]:
-    """Return next-token cross-entropies (nats) clean, with the SAE, mean-ablated; and KL.
+def next_token_losses(
+    subject: Subject, packs: Sequence[Pack], captured: Captured
+) -> dict[str, Tensor]:
+    """Return each own token's loss (nats) on predicting the next one, and the KL divergence.
 
-    Predictions from the sentences' own positions count, those from BOS do not.
+    Clean, with the SAE's reconstruction in place of the activation, with the mean activation, and
+    with zeros; BOS and padding are never replaced. (n_own,) each, NaN for a sentence's last token.
+    The layers from the hook on run four times; logits are made of predicting tokens alone, in
+    blocks, about four of 128 MB at a time.
     """
-    sums, n = torch.zeros(4, dtype=torch.float64), 0
+    model, mean = subject.model, captured.mean.to(subject.model.device)
+    edits: tuple[Callable[[Tensor], Tensor] | None, ...] = (
+        None,
+        subject.sae.reconstruct,
+        lambda x: mean.to(x.dtype).expand_as(x),
+        torch.zeros_like,
+    )
+    parts: list[Tensor] = []
     with progress(count_tokens(packs), unit="tok", description="language model") as bar:
-        for packed in packs:
-            run = partial(log_probabilities, model, hook, packed)
-            clean, with_sae = run(None), run(sae.reconstruct)
-            ablated = run(lambda x: mean_activation.to(x.dtype).expand_as(x))
-            targets = packed.tokens.roll(-1)[predicting(packed)].to(model.device)
-            losses = [F.nll_loss(p, targets, reduction="sum") for p in (clean, with_sae, ablated)]
-            kl = F.kl_div(with_sae, clean, log_target=True, reduction="sum")
-            sums += torch.stack([*losses, kl]).double().cpu()
-            n += len(targets)
-            bar.update(int(packed.own.sum()))
-    clean, with_sae, ablated, kl = (sums / n).tolist()
+        for packed, residual in zip(packs, captured.residuals, strict=True):
+            own, wanted = packed.own, predicting(packed)
+            rows = wanted.to(model.device)
+            finals = [_final(subject, packed, residual, edit)[rows] for edit in edits]
+            targets = packed.tokens.roll(-1)[wanted].to(model.device)
+            losses = torch.full((len(LOSSES) + 1, len(own)), math.nan)
+            losses[:, wanted] = losses_of_residuals(model, finals, targets).cpu()
+            parts.append(losses[:, own])
+            bar.update(int(own.sum()))
+    names = [*(f"loss_{name}" for name in LOSSES), "kl_divergence"]
+    return dict(zip(names, torch.cat(parts, dim=1), strict=True))
+
+
+def _final(
+    subject: Subject,
+    packed: Pack,
+    residual: Tensor,
+    replace: Callable[[Tensor], Tensor] | None,
+) -> Tensor:
+    """Return what leaves the last layer, (n_tokens, d_model), from the hook's layer on."""
+    model, hook = subject.model, subject.hook
+    own, edits = packed.own.to(model.device), None
+    if replace is not None:
+        edits = {hook: lambda x, _: torch.where(own.unsqueeze(-1), replace(x), x)}
+    last = HookPoint(len(model.layers) - 1, "resid_post")
+    return model.capture(
+        packed.tokens.to(model.device),
+        [last],
+        seq_lens=packed.seq_lens,
+        edits=edits,
+        start=(hook.layer, residual.to(model.device)),
+    )[last]
+
+
+def losses_of_residuals(model: Llama, finals: Sequence[Tensor], targets: Tensor) -> Tensor:
+    """Return (n_runs + 1, n_tokens) float32: every run's losses, and KL(first run ‖ second run).
+
+    finals: what leaves the last layer, (n_tokens, d_model) each. targets: (n_tokens,) token ids.
+    """
+    losses = torch.empty(len(finals) + 1, len(targets), device=targets.device)
+    step = max(1, _BLOCK_LOGITS // model.args.vocab_size)
+    for start in range(0, len(targets), step):
+        rows = slice(start, start + step)
+        clean = model.unembed(finals[0][rows]).log_softmax(dim=-1)
+        losses[0, rows] = F.nll_loss(clean, targets[rows], reduction="none")
+        for run, final in enumerate(finals[1:], 1):
+            changed = model.unembed(final[rows]).log_softmax(dim=-1)
+            losses[run, rows] = F.nll_loss(changed, targets[rows], reduction="none")
+            if run == 1:
+                divergence = F.kl_div(changed, clean, log_target=True, reduction="none")
+                losses[-1, rows] = divergence.sum(dim=-1)
+    return losses
+
+
+def cross_entropies(losses: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return the means of `next_token_losses`, and the shares of the damage that are recovered.
+
+    loss_recovered compares with mean ablation, loss_recovered_zero with zero ablation (SAEBench's).
+    """
+    mean = {name: float(loss.double().nanmean()) for name, loss in losses.items()}
+    clean, sae, ablated, zero = (mean[f"loss_{name}"] for name in LOSSES)
     return {
         "ce_clean": clean,
-        "ce_sae": with_sae,
+        "ce_sae": sae,
         "ce_mean_ablated": ablated,
-        "loss_recovered": (ablated - with_sae) / (ablated - clean),
-        "kl_divergence": kl,
+        "ce_zero_ablated": zero,
+        "loss_recovered": (ablated - sae) / (ablated - clean),
+        "loss_recovered_zero": (zero - sae) / (zero - clean),
+        "kl_divergence": mean["kl_divergence"],
     }
 
 

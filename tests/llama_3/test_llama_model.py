@@ -246,3 +246,16 @@ def test_wrong_requests_are_refused(model):
     for seq_lens in (None, [2, 2], [3, 0]):
         with pytest.raises(ValueError, match="seq_lens"):
             model.capture(random_tokens(3), [HookPoint(0, "mlp_out")], seq_lens=seq_lens)
+
+
+def test_a_pass_that_starts_at_a_layer_goes_on_as_the_whole_one(model):
+    tokens, seq_lens = random_tokens(12), [5, 7]
+    hooks = all_hooks(model)
+    whole = model.capture(tokens, hooks, seq_lens=seq_lens)
+    for layer in range(model.args.n_layers):
+        start = layer, whole[HookPoint(layer, "resid_pre")]
+        above = [hook for hook in hooks if hook.layer >= layer]
+        found = model.capture(tokens, above, seq_lens=seq_lens, start=start)
+        assert all(torch.equal(found[hook], whole[hook]) for hook in above)
+    with pytest.raises(ValueError, match="lies below"):
+        model.capture(tokens, [hooks[0]], seq_lens=seq_lens, start=(1, whole[hooks[5]]))

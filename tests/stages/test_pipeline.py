@@ -328,7 +328,7 @@ def test_the_evaluation_reports_what_dense_formulas_give(root):
     assert wanted <= report.keys()
     assert sum(report["density_histogram"]["n_latents"]) > 0
     page = (root / "sae_evaluation.html").read_text()
-    assert page.count("<svg") == 2 and "src=" not in page
+    assert page.count("<svg") == 5 and "src=" not in page
     sae = load_sae(root / "trained_sae.pt", device="cpu")
     model, tokenizer = load_llama(root / "model", device=torch.device("cpu"), dtype=torch.float32)
     hook, sums, xs, errors = HookPoint(2, "resid_pre"), np.zeros(3), [], []
