@@ -1,4 +1,4 @@
-"""Stage 3: train a TopK sparse autoencoder on the shuffled activations.
+"""Stage 3: train a sparse autoencoder on the shuffled activations.
 
     torchrun --nproc_per_node=1 sae_training.py --data_dir ./activation_outputs_batched \
         --b_pre_path ./activation_outputs_mean.pt --model_save_path ./trained_sae.pt
@@ -32,13 +32,13 @@ from saint.stage.manifests import Output, State, file_checksum
 from saint.stage.program import log_arguments, progress, run_stage
 from saint.stage.workers import Workers, start_workers
 from saint.store.shuffled_rows import BatchedRows, open_batched_rows
-from saint.training.metrics import LossMeter, validate
+from saint.training.metrics import LossMeter, calibrate, validate
 from saint.training.recipe import Recipe, add_recipe_flags, resolve_recipe
 from saint.training.report import Report
 from saint.training.run_files import RunFiles
 from saint.training.steps import KERNELS
 from saint.training.trainer import Trainer
-from saint.training.weights import first_sae, leave_saes, read_mean, refuse_another_mean
+from saint.training.weights import first_sae, leave_saes, make_basis, read_mean, refuse_another_mean
 
 STAGE = "sae_training"
 _LEAST_VAL_ROWS = 8192
@@ -47,7 +47,7 @@ _LEAST_VAL_ROWS = 8192
 def build_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     parser = argparse.ArgumentParser(
-        description="Train a TopK sparse autoencoder on the shuffled activations.",
+        description="Train a sparse autoencoder on the shuffled activations.",
         epilog="Run it again to resume from the last checkpoint. Ctrl-C checkpoints and exits.",
     )
     files = parser.add_argument_group("files")
@@ -155,7 +155,9 @@ class Run:
         """Return a trainer at the first weights, or at the newest checkpoint if there is one."""
         paths = (self.args.b_pre_path, self.args.model_load_path)
         sae = first_sae(self.recipe, self.rows, *paths, self.workers)
-        trainer = Trainer(sae, self.recipe, self.plan.n_steps, self.workers, self.args.kernels)
+        basis = make_basis(self.recipe, self.rows, self.workers)
+        n_steps, kernels = self.plan.n_steps, self.args.kernels
+        trainer = Trainer(sae, self.recipe, n_steps, self.workers, kernels, basis)
         checkpoints = self.files.checkpoints()
         if checkpoints:
             trainer.restore(checkpoints[-1])
@@ -209,6 +211,8 @@ def train(run: Run, trainer: Trainer) -> int | None:
                 continue
             if int(meter.first_bad_step) >= 0:
                 return int(meter.first_bad_step)
+            if ended:
+                calibrate(trainer, run.rows)
             if workers.is_main:
                 measured = measure(run, trainer) if validating else None
                 run.report.write(trainer, meter, measured, bar)
@@ -224,15 +228,15 @@ def train(run: Run, trainer: Trainer) -> int | None:
 
 def measure(run: Run, trainer: Trainer) -> tuple[dict[str, float], torch.Tensor] | None:
     """Validate on the sample, keep the SAE if it is the best there; at the end, on all rows."""
-    n_all, n_sample, encode = run.rows.n_rows("val"), run.plan.n_val_rows, trainer.kernels.encode
+    n_all, n_sample = run.rows.n_rows("val"), run.plan.n_val_rows
     if not n_all:
         return None
-    measured = validate(trainer.sae, run.rows, encode, n_sample)
+    measured = validate(trainer, run.rows, n_sample)
     if measured[0]["val/loss"] < trainer.best_val_loss:
         trainer.best_val_loss = measured[0]["val/loss"]
-        save_sae(run.files.best, trainer.sae)
+        save_sae(run.files.best, trainer.plain_sae())
     if trainer.step == run.plan.n_steps and n_sample < n_all:
-        measured = validate(trainer.sae, run.rows, encode)
+        measured = validate(trainer, run.rows)
     return measured
 
 
