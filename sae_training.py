@@ -4,10 +4,8 @@
         --b_pre_path ./activation_outputs_mean.pt --model_save_path ./trained_sae.pt
 
 Recipe: Gao et al., arXiv:2406.04093. Data-parallel ranks each take an equal share of every batch
-and average their gradients, so N ranks do what one does. Everything goes by steps; a checkpoint
-holds all there is, and an interrupted run continues with the same bits.
-
-`train` below is the loop; the step is `Trainer.train_step`.
+and average their gradients, so N ranks do what one does. A checkpoint holds all there is: an
+interrupted run continues with the same bits. The loop is `train`, the step `Trainer.train_step`.
 """
 
 from __future__ import annotations
@@ -19,7 +17,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 
 import torch
 import torch.distributed as dist
@@ -130,9 +127,8 @@ class Stop:
 
     signal = 0
 
-    def request(self, signum: int, frame: FrameType | None) -> None:
+    def request(self, signum: int, frame: object) -> None:
         """Handle the signal."""
-        del frame
         if self.signal:
             raise KeyboardInterrupt
         self.signal = signum
