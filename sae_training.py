@@ -1,13 +1,11 @@
-"""Stage 3: train a TopK sparse autoencoder on the shuffled activations.
+"""Stage 3: train a sparse autoencoder on the shuffled activations.
 
     torchrun --nproc_per_node=1 sae_training.py --data_dir ./activation_outputs_batched \
         --b_pre_path ./activation_outputs_mean.pt --model_save_path ./trained_sae.pt
 
 Recipe: Gao et al., arXiv:2406.04093. Data-parallel ranks each take an equal share of every batch
-and average their gradients, so N ranks do what one does. Everything goes by steps; a checkpoint
-holds all there is, and an interrupted run continues with the same bits.
-
-`train` below is the loop; the step is `Trainer.train_step`.
+and average their gradients, so N ranks do what one does. A checkpoint holds all there is: an
+interrupted run continues with the same bits. The loop is `train`, the step `Trainer.train_step`.
 """
 
 from __future__ import annotations
@@ -19,7 +17,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 
 import torch
 import torch.distributed as dist
@@ -38,13 +35,13 @@ from saint.stage.manifests import Output, State, file_checksum
 from saint.stage.program import log_arguments, progress, run_stage
 from saint.stage.workers import Workers, start_workers
 from saint.store.shuffled_rows import BatchedRows, open_batched_rows
-from saint.training.metrics import LossMeter, validate
+from saint.training.metrics import LossMeter, calibrate, validate
 from saint.training.recipe import Recipe, add_recipe_flags, resolve_recipe
 from saint.training.report import Report
 from saint.training.run_files import RunFiles
 from saint.training.steps import KERNELS
 from saint.training.trainer import Trainer
-from saint.training.weights import first_sae, leave_saes, read_mean, refuse_another_mean
+from saint.training.weights import first_sae, leave_saes, make_basis, read_mean, refuse_another_mean
 
 STAGE = "sae_training"
 _LEAST_VAL_ROWS = 8192
@@ -53,7 +50,7 @@ _LEAST_VAL_ROWS = 8192
 def build_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     parser = argparse.ArgumentParser(
-        description="Train a TopK sparse autoencoder on the shuffled activations.",
+        description="Train a sparse autoencoder on the shuffled activations.",
         epilog="Run it again to resume from the last checkpoint. Ctrl-C checkpoints and exits.",
     )
     files = parser.add_argument_group("files")
@@ -139,9 +136,8 @@ class Stop:
 
     signal = 0
 
-    def request(self, signum: int, frame: FrameType | None) -> None:
+    def request(self, signum: int, frame: object) -> None:
         """Handle the signal."""
-        del frame
         if self.signal:
             raise KeyboardInterrupt
         self.signal = signum
@@ -164,7 +160,9 @@ class Run:
         """Return a trainer at the first weights, or at the newest checkpoint if there is one."""
         paths = (self.args.b_pre_path, self.args.model_load_path)
         sae = first_sae(self.recipe, self.rows, *paths, self.workers)
-        trainer = Trainer(sae, self.recipe, self.plan.n_steps, self.workers, self.args.kernels)
+        basis = make_basis(self.recipe, self.rows, self.workers)
+        n_steps, kernels = self.plan.n_steps, self.args.kernels
+        trainer = Trainer(sae, self.recipe, n_steps, self.workers, kernels, basis)
         self.files.restore_newest(trainer)
         if trainer.step:
             log.info("continuing at step %d of %d", trainer.step, self.plan.n_steps)
@@ -219,6 +217,8 @@ def train(run: Run, trainer: Trainer) -> int | None:
                 continue
             if int(meter.first_bad_step) >= 0:
                 return int(meter.first_bad_step)
+            if ended:
+                calibrate(trainer, run.rows)
             if logging and workers.is_main:
                 measured = measure(run, trainer) if validating else None
                 run.report.write(trainer, meter, measured, bar)
@@ -234,15 +234,15 @@ def train(run: Run, trainer: Trainer) -> int | None:
 
 def measure(run: Run, trainer: Trainer) -> tuple[dict[str, float], torch.Tensor] | None:
     """Validate on the sample, keep the SAE if it is the best there; at the end, on all rows."""
-    n_all, n_sample, encode = run.rows.n_rows("val"), run.plan.n_val_rows, trainer.kernels.encode
+    n_all, n_sample = run.rows.n_rows("val"), run.plan.n_val_rows
     if not n_all:
         return None
-    measured = validate(trainer.sae, run.rows, encode, n_sample)
+    measured = validate(trainer, run.rows, n_sample)
     if measured[0]["val/loss"] < trainer.best_val_loss:
         trainer.best_val_loss = measured[0]["val/loss"]
-        save_sae(run.files.best, trainer.sae)
+        save_sae(run.files.best, trainer.plain_sae())
     if trainer.step == run.plan.n_steps and n_sample < n_all:
-        measured = validate(trainer.sae, run.rows, encode)
+        measured = validate(trainer, run.rows)
     return measured
 
 

@@ -33,7 +33,7 @@ from saint.store.activation_store import (
 )
 from saint.store.row_format import STORE_DTYPES, decode_rows, encode_rows, row_bytes
 from saint.store.shuffled_rows import open_batched_rows
-from saint.training.metrics import validate
+from saint.training.metrics import held_out_metrics
 
 _ROWS = 8192
 
@@ -111,7 +111,8 @@ def main() -> None:
             sae = load_sae(work / f"{store_dtype}.pt", device="cpu")
             exact = open_batched_rows(work / "bfloat16_batched")
             with torch.no_grad():
-                metrics, _ = validate(sae, exact)
+                x = sae.normalise(exact.read("val", 0, exact.n_rows("val")))[0]
+                metrics, _ = held_out_metrics(sae, sae.encode, [x])
             result[store_dtype] = {
                 "bytes_per_token": row_bytes(store.facts["d_model"], store_dtype),
                 "relative_error": round(error, 6),

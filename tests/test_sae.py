@@ -47,7 +47,7 @@ def test_encode_keeps_the_k_largest_and_blocks_do_not_matter(monkeypatch):
     monkeypatch.setattr(sae_module, "BLOCK_ELEMENTS", 64 * 4)
     torch.testing.assert_close(sae.encode(x).matrices()[0].sort().values, values.sort().values)
     torch.testing.assert_close(
-        torch_ops.gather_dot(x, indices, sae.W_dec.detach()),
+        torch_ops.gather_dot(x, sae.encode(x), sae.W_dec.detach()).view(33, 6),
         torch.einsum("nd,nkd->nk", x, sae.W_dec[indices].detach()),
     )
 

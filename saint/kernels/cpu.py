@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sae import ActiveLatents
 from saint.stage.errors import UserError
 from saint.stage.files import atomic_path
 
@@ -111,7 +112,7 @@ def _call(name: str, *arguments: Tensor | np.ndarray | int | float | ctypes.Stru
     return getattr(library(), name)(*converted, ctypes.c_int64(torch.get_num_threads()))
 
 
-_TYPES = (torch.float32, torch.int32, torch.int8, torch.uint8, torch.bool)
+_TYPES = (torch.float32, torch.int64, torch.int32, torch.int8, torch.uint8, torch.bool)
 
 
 def _pointer(tensor: Tensor) -> int:
@@ -239,16 +240,14 @@ class Encoder:
 
 
 def reconstruct(
-    x: Tensor, values: Tensor, indices: Tensor, w_dec: Tensor, b_pre: Tensor, factor: float
+    x: Tensor, active: ActiveLatents, w_dec: Tensor, b_pre: Tensor, factor: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As `torch_ops.reconstruct`, with int32 indices."""
-    n_tokens, d_model = x.shape
-    g, g_values = torch.empty_like(x), torch.empty_like(values)
-    squared, normaliser = torch.empty(n_tokens), torch.empty(n_tokens)
+    g, g_values = torch.empty_like(x), torch.empty_like(active.values)
+    squared, normaliser = torch.empty(len(x)), torch.empty(len(x))
     fired = torch.zeros(w_dec.shape[0], dtype=torch.bool)
-    sizes = (n_tokens, d_model, values.shape[1])
-    inputs = (x, w_dec, b_pre, factor, values, indices)
-    _call("saint_reconstruct", *sizes, *inputs, g, g_values, squared, normaliser, fired)
+    inputs = (x, w_dec, b_pre, factor, active.values, active.indices, active.offsets)
+    _call("saint_reconstruct", *x.shape, *inputs, g, g_values, squared, normaliser, fired)
     return g, g_values, squared, normaliser, fired
 
 
@@ -267,8 +266,7 @@ class Gradient(ctypes.Structure):
 
 def group_by_latent(
     n_latents: int,
-    indices: Tensor,
-    values: Tensor,
+    active: ActiveLatents,
     g_values: Tensor,
     a: Tensor,
     g: Tensor,
@@ -276,16 +274,15 @@ def group_by_latent(
 ) -> Gradient:
     """Sort a batch's active entries by latent; the result keeps the tensors that it points to.
 
-    indices, values, g_values: (n_tokens, k). a, g: (n_tokens, d_model). aux: dead (n_dead,) and
-    AuxK's gradients of those decoder and encoder rows (n_dead, d_model) and of b_enc (n_dead,).
+    g_values: (n_active,). a, g: (n_tokens, d_model). aux: dead (n_dead,) and AuxK's gradients of
+    those decoder and encoder rows (n_dead, d_model) and of b_enc (n_dead,).
     """
+    values, indices, offsets = active.values, active.indices, active.offsets
     starts = torch.empty(n_latents + 1, dtype=torch.int32)
-    tokens = torch.empty(indices.numel(), dtype=torch.int32)
-    sorted_values, sorted_g_values = torch.empty(values.numel()), torch.empty(values.numel())
-    n_tokens, k = indices.shape
-    inputs = (indices, values, g_values)
-    outputs = (starts, tokens, sorted_values, sorted_g_values)
-    _call("saint_group", n_tokens, k, n_latents, *inputs, *outputs)
+    tokens = torch.empty(len(indices), dtype=torch.int32)
+    outputs = (starts, tokens, torch.empty_like(values), torch.empty_like(values))
+    inputs = (offsets, indices, values, g_values)
+    _call("saint_group", len(offsets) - 1, n_latents, *inputs, *outputs)
     tensors: tuple[Tensor, ...] = (*outputs, a, g)
     if aux is not None:
         position = torch.full((n_latents,), -1, dtype=torch.int32)
@@ -317,11 +314,15 @@ def point_to(*parameters: tuple[Tensor, Tensor, Tensor, Tensor | None]) -> Param
 
 
 class AdamStep(ctypes.Structure):
-    """Adam's constants at step n_steps, the first being 1: step_size is lr / (1 − β₁ᵗ)."""
+    """Adam's constants at step n_steps, the first being 1: step_size is lr / (1 − β₁ᵗ).
+
+    lazy: 1 leaves latents without a gradient as they are, weights and moments.
+    """
 
     _fields_ = [
-        (name, ctypes.c_uint32 if name == "n_steps" else ctypes.c_float)
-        for name in ("beta1", "beta2", "step_size", "inverse_root_correction2", "eps", "n_steps")
+        *((name, ctypes.c_float) for name in ("beta1", "beta2", "step_size")),
+        *((name, ctypes.c_float) for name in ("inverse_root_correction2", "eps")),
+        *((name, ctypes.c_uint32) for name in ("n_steps", "lazy")),
     ]
 
 

@@ -1,7 +1,7 @@
 // The TopK autoencoder's training step on a CPU, around the one dense product (which torch does).
-// Compiled at first use and called through ctypes by saint/cpu_kernels.py; all arrays are
-// contiguous float32 or int32 (moments also 8-bit codes), row-major. Every sum has one fixed order, whatever the number of
-// threads: a step gives the same bits each time.
+// Compiled at first use and called through ctypes by cpu.py; all arrays are contiguous
+// float32 or int32 (offsets int64, moments also 8-bit codes), row-major. Every sum has one fixed
+// order, whatever the number of threads: a step gives the same bits each time.
 
 #include <cstring>
 #include <vector>
@@ -80,7 +80,7 @@ struct Parameters {
 
 struct AdamStep {
   float beta1, beta2, step_size, inverse_root_correction2, eps;
-  uint32_t n_steps;
+  uint32_t n_steps, lazy;  // lazy: latents without a gradient stay as they are
 };
 
 }  // extern "C"
@@ -163,10 +163,11 @@ extern "C" {
 
 // Decode n tokens and go back: squared error and Σx² per token, g = ∂loss/∂reconstruction for the
 // loss factor/2 · Σ_tokens ‖error‖² / ‖x‖², g_values = ∂loss/∂activation. While a token's
-// decoder rows are in the cache they serve both directions.
-void saint_reconstruct(int64_t n, int64_t d, int64_t k, const float* x, const float* w_dec,
+// decoder rows are in the cache they serve both directions. Token t's entries are offsets[t] to
+// offsets[t + 1].
+void saint_reconstruct(int64_t n, int64_t d, const float* x, const float* w_dec,
                        const float* b_pre, double factor, const float* values,
-                       const int32_t* indices, float* g, float* g_values, float* squared,
+                       const int32_t* indices, const int64_t* offsets, float* g, float* g_values, float* squared,
                        float* normaliser, uint8_t* fired, int64_t threads) {
 #pragma omp parallel num_threads(threads)
   {
@@ -174,8 +175,9 @@ void saint_reconstruct(int64_t n, int64_t d, int64_t k, const float* x, const fl
 #pragma omp for schedule(dynamic, 8)
     for (int64_t t = 0; t < n; t++) {
       float* error = g + t * d;
-      const float *token = x + t * d, *v = values + t * k;
-      const int32_t* index = indices + t * k;
+      const int64_t first = offsets[t], k = offsets[t + 1] - first;
+      const float *token = x + t * d, *v = values + first;
+      const int32_t* index = indices + first;
       weighted_sum(error, w_dec, index, v, k, d);
 #pragma omp simd
       for (int64_t i = 0; i < d; i++) error[i] += b_pre[i] - token[i];
@@ -186,30 +188,31 @@ void saint_reconstruct(int64_t n, int64_t d, int64_t k, const float* x, const fl
       for (int64_t i = 0; i < d; i++) error[i] *= scale;
       for (int64_t j = 0; j < k; j++) {
         const bool active = v[j] > 0;
-        g_values[t * k + j] = active ? dot(error, w_dec + index[j] * d, d) : 0;
+        g_values[first + j] = active ? dot(error, w_dec + index[j] * d, d) : 0;
         if (active) __atomic_store_n(fired + index[j], 1, __ATOMIC_RELAXED);
       }
     }
   }
 }
 
-// Sort the active entries of (n_tokens, k) matrices by latent, tokens ascending (counting sort).
-// starts: (n_latents + 1); the others have room for n_tokens · k entries.
-void saint_group(int64_t n_tokens, int64_t k, int64_t n_latents, const int32_t* indices,
-                 const float* values, const float* g_values, int32_t* starts, int32_t* tokens,
-                 float* values_by_latent, float* g_values_by_latent, int64_t /* threads */) {
-  const int64_t n = n_tokens * k;
+// Sort the active entries by latent, tokens ascending (counting sort); token t's entries are
+// offsets[t] to offsets[t + 1]. starts: (n_latents + 1); the others have room for every entry.
+void saint_group(int64_t n_tokens, int64_t n_latents, const int64_t* offsets,
+                 const int32_t* indices, const float* values, const float* g_values,
+                 int32_t* starts, int32_t* tokens, float* values_by_latent,
+                 float* g_values_by_latent, int64_t /* threads */) {
   std::fill(starts, starts + n_latents + 1, 0);
-  for (int64_t e = 0; e < n; e++) starts[indices[e] + 1] += values[e] > 0;
+  for (int64_t e = 0; e < offsets[n_tokens]; e++) starts[indices[e] + 1] += values[e] > 0;
   for (int64_t l = 0; l < n_latents; l++) starts[l + 1] += starts[l];
   std::vector<int32_t> next(starts, starts + n_latents);
-  for (int64_t e = 0; e < n; e++) {
-    if (!(values[e] > 0)) continue;
-    const int32_t to = next[indices[e]]++;
-    tokens[to] = (int32_t)(e / k);
-    values_by_latent[to] = values[e];
-    g_values_by_latent[to] = g_values[e];
-  }
+  for (int64_t t = 0; t < n_tokens; t++)
+    for (int64_t e = offsets[t]; e < offsets[t + 1]; e++) {
+      if (!(values[e] > 0)) continue;
+      const int32_t to = next[indices[e]]++;
+      tokens[to] = (int32_t)t;
+      values_by_latent[to] = values[e];
+      g_values_by_latent[to] = g_values[e];
+    }
 }
 
 // Return the squared norm of the whole gradient (decoder's projected). grad_b_pre: Σ_tokens g, from
@@ -263,6 +266,7 @@ void saint_update(const Gradient* gradient, const Parameters* at, const AdamStep
       const Parameter &dec = at->w_dec, &enc = at->w_enc, &b = at->b_enc;
       float* direction = dec.p + l * d;
       const bool active = rows.build(x, l, direction);
+      if (step->lazy && !active) continue;
       adam_row(dec, l, x.n_latents, active ? rows.dec.data() : nullptr, d, (float)scale, *step, 1,
                moments);
       const float length = std::sqrt(dot(direction, direction, d));

@@ -1,8 +1,9 @@
-"""The fastest exact encoder that this machine has."""
+"""The fastest encoder and kernels that this machine has."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -11,11 +12,11 @@ from torch import Tensor
 from sae import ActiveLatents, TopKSparseAutoencoder
 from saint.kernels import cpu
 from saint.kernels.pieces import CpuKernels, Pieces
+from saint.kernels.torch_ops import at_least
 from saint.stage.errors import UserError, log
 
 Encode = Callable[[Tensor], ActiveLatents]
 """As `TopKSparseAutoencoder.encode`."""
-
 
 _LEAST_ROUNDED_D_MODEL = 256  # for shorter rows the error bound is wide, and there is little to win
 
@@ -28,14 +29,31 @@ def fastest_cpu_kernels(d_model: int) -> CpuKernels:
 
 @torch.no_grad()
 def encode(sae: TopKSparseAutoencoder, pieces: Pieces, x: Tensor) -> ActiveLatents:
-    """As `TopKSparseAutoencoder.encode` of a topk, by the given pieces."""
-    return sae.of_topk(*pieces.encode(x - sae.b_pre, sae.W_enc, sae.b_enc, sae.config.k))
+    """As `TopKSparseAutoencoder.encode`, by the given pieces."""
+    config, a = sae.config, x - sae.b_pre
+    if config.activation == "topk":
+        return sae.of_topk(*pieces.encode(a, sae.W_enc, sae.b_enc, config.k))
+    if config.activation == "gated" or (config.activation, config.threshold) == ("batchtopk", None):
+        return sae.encode(x)
+    # Latents above a threshold are those above 0 once it is taken off the bias.
+    threshold = sae.b_enc.new_tensor(config.threshold or 0.0)
+    if sae.threshold is not None:
+        threshold = sae.threshold.detach()
+    threshold = threshold.clamp_min(0).expand(config.n_latents)
+    bias = sae.b_enc - threshold
+
+    def top(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        values, indices = pieces.encode(rows, sae.W_enc, bias, k)
+        return values, indices.long()
+
+    k = 2 * max(1, config.k)
+    above = at_least(top, a, a.new_zeros(()), k, config.n_latents)
+    return replace(above, values=above.values + threshold[above.indices])
 
 
 def fastest_encode(sae: TopKSparseAutoencoder) -> Encode:
     """Return the `sae.encode` of `make_step("auto", …)`, for weights that stay as they are."""
-    fixed = sae.config.activation == "topk" and sae.W_enc.dtype == torch.float32
-    if sae.W_enc.device.type != "cpu" or not fixed:
+    if sae.W_enc.device.type != "cpu" or sae.W_enc.dtype != torch.float32:
         return sae.encode
     try:
         return partial(encode, sae, fastest_cpu_kernels(sae.config.d_model))

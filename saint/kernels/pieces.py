@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from sae import encode
+from sae import ActiveLatents, encode
 from saint.kernels import cpu, torch_ops
 
 
@@ -25,15 +25,17 @@ class AuxGradient:
 class SparseGradient:
     """A batch's gradient before any sum over tokens: what the weights' gradients are made of.
 
-    values, g_values, indices: (n_tokens, k), the activations and ∂loss/∂activation.
-    a, g: (n_tokens, d_model), the encoder's input x − b_pre, and ∂loss/∂x̂.
+    active: the activations. g_values: (n_active,) ∂loss/∂activation. a, g: (n_tokens, d_model), the
+    encoder's input x − b_pre, and ∂loss/∂x̂ as the entries' decoder rows see it. g_b_pre:
+    (d_model,) what reaches b_pre through x̂. A token may stand there several times, each with some
+    of its latents.
     """
 
-    values: Tensor
+    active: ActiveLatents
     g_values: Tensor
-    indices: Tensor
     a: Tensor
     g: Tensor
+    g_b_pre: Tensor
     aux: AuxGradient | None
 
 

@@ -1,59 +1,129 @@
-"""Sparse pieces of the TopK autoencoder: only the encoder's product touches every latent.
+"""Sparse pieces of the autoencoder: only the encoder's product touches every latent.
 
-Activations are kept as values (n_tokens, k) and indices (n_tokens, k). Nothing here has the size
-(n_tokens, n_latents) beyond one block of rows, nor (n_tokens · k, d_model).
+Activations are kept as `sae.ActiveLatents`. Nothing here has the size (n_tokens, n_latents) beyond
+one block of rows, nor (n_active, d_model).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from sae import decode
+from sae import ActiveLatents
 
 MIN_NORMALISER = 1e-12
+TopK = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+"""The k largest pre-activations of rows (n, d_model), after ReLU, and their latents: (n, k)."""
 
 
-def gather_dot(g: Tensor, indices: Tensor, w_dec: Tensor) -> Tensor:
-    """Return (n_tokens, k) dot products of g's rows with the decoder rows of their latents."""
-    n_tokens, k = indices.shape
+def decode(active: ActiveLatents, w_dec: Tensor) -> Tensor:
+    """Return (n_tokens, d_model) sums of values · decoder rows; w_dec: (n_latents, d_model)."""
+    return F.embedding_bag(
+        active.indices,
+        w_dec,
+        active.offsets.to(active.indices.dtype),
+        per_sample_weights=active.values,
+        mode="sum",
+        include_last_offset=True,
+    )
+
+
+def keep(values: Tensor, indices: Tensor, kept: Tensor) -> ActiveLatents:
+    """Return the entries of (n_tokens, m) matrices that a bool mask keeps."""
+    offsets = F.pad(kept.sum(dim=1).cumsum(0), (1, 0))
+    return ActiveLatents(values[kept], indices[kept], offsets)
+
+
+def concatenate(parts: Sequence[ActiveLatents]) -> ActiveLatents:
+    """Return the tokens of several one after the other."""
+    if len(parts) == 1:
+        return parts[0]
+    values = torch.cat([part.values for part in parts])
+    indices = torch.cat([part.indices for part in parts])
+    counts = torch.cat([part.offsets.diff() for part in parts])
+    (k, *others) = {part.k for part in parts}
+    offsets = F.pad(counts.cumsum(0), (1, 0))
+    return ActiveLatents(values, indices, offsets, None if others else k)
+
+
+def at_least(top: TopK, a: Tensor, cut: Tensor, k: int, n_latents: int) -> ActiveLatents:
+    """Return all latents whose pre-activation is at least a cut () and above 0.
+
+    a: (n_tokens, d_model). k: how many of each token to look at first.
+    """
+    return complete(top, a, cut, top(a, min(k, n_latents)), n_latents)
+
+
+def complete(
+    top: TopK, a: Tensor, cut: Tensor, found: tuple[Tensor, Tensor], n_latents: int
+) -> ActiveLatents:
+    """As `at_least`, given what `top` found first.
+
+    Where all that was found of a token is active there may be more: it is looked at again.
+    """
+    values, indices = found
+    kept = (values >= cut) & (values > 0)
+    k = values.shape[1]
+    full = kept.all(dim=1) if k < n_latents else kept.new_zeros(len(kept))
+    rest = torch.nonzero(full).squeeze(1)
+    if not len(rest):
+        return keep(values, indices, kept)
+    kept[rest] = False
+    again = at_least(top, a[rest], cut, 4 * k, n_latents)
+    both = concatenate([keep(values, indices, kept), again])
+    tokens = torch.cat([torch.arange(len(a), device=a.device), rest])[both.tokens()]
+    order = torch.argsort(tokens, stable=True)
+    counts = torch.bincount(tokens, minlength=len(a))
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return ActiveLatents(both.values[order], both.indices[order], offsets)
+
+
+def gather_dot(g: Tensor, active: ActiveLatents, w_dec: Tensor) -> Tensor:
+    """Return (n_active,) dot products of g's rows with the decoder rows of their latents."""
     wanted = torch.sparse_csr_tensor(
-        torch.arange(0, n_tokens * k + 1, k, device=g.device),
-        indices.reshape(-1),
-        g.new_zeros(n_tokens * k),
-        size=(n_tokens, w_dec.shape[0]),
+        active.offsets,
+        active.indices.to(active.offsets.dtype),
+        g.new_zeros(len(active.values)),
+        size=(len(active.offsets) - 1, w_dec.shape[0]),
         check_invariants=False,
     )
-    return torch.sparse.sampled_addmm(wanted, g, w_dec.T, beta=0.0).values().view(n_tokens, k)
+    return torch.sparse.sampled_addmm(wanted, g, w_dec.T, beta=0.0).values()
 
 
 def reconstruct(
-    x: Tensor, values: Tensor, indices: Tensor, w_dec: Tensor, b_pre: Tensor, factor: float
+    x: Tensor, active: ActiveLatents, w_dec: Tensor, b_pre: Tensor, factor: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Decode, and go back to the activations.
 
     x: (n_tokens, d_model), the wanted outputs. The loss is factor / 2 · Σ_tokens ‖x̂ − x‖² / ‖x‖².
-    Returns ∂loss/∂x̂ (n_tokens, d_model), ∂loss/∂values (n_tokens, k), 0 where inactive, ‖x̂ − x‖²
-    and ‖x‖² (n_tokens,), and which latents are active on any token (n_latents,) bool.
+    Returns ∂loss/∂x̂ (n_tokens, d_model), ∂loss/∂values (n_active,), 0 at rest, ‖x̂ − x‖² and ‖x‖²
+    (n_tokens,), and which latents are active on any token (n_latents,) bool.
     """
-    g = decode(values, indices, w_dec).add_(b_pre).sub_(x)
+    g = decode(active, w_dec).add_(b_pre).sub_(x)
     squared = g.square().sum(dim=1)
     normaliser = x.square().sum(dim=1).clamp_min(MIN_NORMALISER * x.shape[1])
     g.mul_((factor / normaliser).unsqueeze(1))
-    g_values = gather_dot(g, indices, w_dec) * (values > 0)
-    fired = torch.zeros(w_dec.shape[0], dtype=torch.bool, device=x.device)
-    fired[indices[values > 0]] = True
-    return g, g_values, squared, normaliser, fired
+    g_values = gather_dot(g, active, w_dec) * (active.values > 0)
+    return g, g_values, squared, normaliser, fired_latents(active, w_dec.shape[0])
+
+
+def fired_latents(active: ActiveLatents, n_latents: int) -> Tensor:
+    """Return which latents are active on any token: (n_latents,) bool."""
+    fired = torch.zeros(n_latents, dtype=torch.bool, device=active.values.device)
+    fired[active.indices[active.values > 0].long()] = True
+    return fired
 
 
 @dataclass(frozen=True)
 class ByLatent:
-    """The entries of an (n_tokens, k) index matrix, sorted by latent.
+    """Entries of `ActiveLatents`, sorted by latent.
 
-    order: (n_tokens · k,) positions in the flattened matrix. tokens: their rows.
-    row_starts: (n_latents + 1,) where each latent's entries begin.
+    order: (n_active,) their positions. tokens: (n_active,). row_starts: (n_latents + 1,) where
+    each latent's entries begin.
     """
 
     order: Tensor
@@ -62,26 +132,26 @@ class ByLatent:
     n_tokens: int
 
 
-def group_by_latent(indices: Tensor, n_latents: int) -> ByLatent:
-    """Sort the entries of indices (n_tokens, k) by latent, stably: sums are deterministic."""
-    flat = indices.reshape(-1)
-    order = torch.argsort(flat, stable=True)
-    counts = torch.bincount(flat, minlength=n_latents)
+def group_by_latent(active: ActiveLatents, n_latents: int) -> ByLatent:
+    """Sort entries by latent, stably: sums are deterministic."""
+    indices = active.indices.long()
+    order = torch.argsort(indices, stable=True)
+    counts = torch.bincount(indices, minlength=n_latents)
     row_starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    tokens = torch.div(order, indices.shape[1], rounding_mode="floor")
-    return ByLatent(order, tokens, row_starts, indices.shape[0])
+    tokens = active.tokens()[order]
+    return ByLatent(order, tokens, row_starts, len(active.offsets) - 1)
 
 
 def outer_by_latent(by_latent: ByLatent, values: Tensor, rows: Tensor) -> Tensor:
     """Return (n_latents, d_model): for each latent, the sum of value · rows[token].
 
-    values: (n_tokens, k), in the order of the indices that were grouped. rows: (n_tokens, d_model).
+    values: (n_active,), in the order that was grouped. rows: (n_tokens, d_model).
     """
     n_latents = len(by_latent.row_starts) - 1
     matrix = torch.sparse_csr_tensor(
         by_latent.row_starts,
         by_latent.tokens,
-        values.reshape(-1)[by_latent.order],
+        values[by_latent.order],
         size=(n_latents, by_latent.n_tokens),
         check_invariants=False,
     )
@@ -89,8 +159,8 @@ def outer_by_latent(by_latent: ByLatent, values: Tensor, rows: Tensor) -> Tensor
 
 
 def sum_by_latent(by_latent: ByLatent, values: Tensor) -> Tensor:
-    """Return (n_latents,): for each latent, the sum of its values (n_tokens, k)."""
-    flat = values.reshape(-1)[by_latent.order]
+    """Return (n_latents,): for each latent, the sum of its values (n_active,)."""
+    flat = values[by_latent.order]
     latents = torch.repeat_interleave(
         torch.arange(len(by_latent.row_starts) - 1, device=flat.device), by_latent.row_starts.diff()
     )

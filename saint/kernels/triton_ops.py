@@ -7,7 +7,7 @@ the kernels run on CPU tensors, slowly, for tests.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sae import ActiveLatents
 from saint.kernels import torch_ops
 from saint.kernels.pieces import SparseGradient
 
@@ -109,9 +110,10 @@ def _reconstruct(
 
 
 def reconstruct(
-    x: Tensor, values: Tensor, indices: Tensor, w_dec: Tensor, b_pre: Tensor, factor: float
+    x: Tensor, active: ActiveLatents, w_dec: Tensor, b_pre: Tensor, factor: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As `torch_ops.reconstruct`, with int32 indices."""
+    values, indices = active.matrices()
     (n_tokens, d_model), k = x.shape, values.shape[1]
     g, g_values = torch.empty_like(x), torch.empty_like(values)
     squared, normaliser = x.new_empty(n_tokens), x.new_empty(n_tokens)
@@ -122,7 +124,9 @@ def reconstruct(
         *(factor, torch_ops.MIN_NORMALISER * d_model, d_model, k),
         **row_shape(d_model),
     )
-    return g, g_values, squared, normaliser, fired.view(torch.bool)
+    if active.k is None:  # leave out what only fills the rows up
+        g_values = g_values[torch.arange(k, device=x.device) < active.offsets.diff().unsqueeze(1)]
+    return g, g_values.reshape(-1), squared, normaliser, fired.view(torch.bool)
 
 
 @dataclass(frozen=True)
@@ -154,9 +158,10 @@ class LatentGradient:
 
 def group_by_latent(n_latents: int, whole: SparseGradient, dead: Tensor | None) -> LatentGradient:
     """Sort a batch's active entries by latent, tokens ascending; dead: (n_dead,) AuxK's latents."""
-    indices = torch.where(whole.values > 0, whole.indices, n_latents)  # the inactive ones come last
-    by_latent = torch_ops.group_by_latent(indices, n_latents + 1)
-    values, g_values = (v.reshape(-1)[by_latent.order] for v in (whole.values, whole.g_values))
+    active = whole.active
+    indices = torch.where(active.values > 0, active.indices, n_latents)  # those at rest come last
+    by_latent = torch_ops.group_by_latent(replace(active, indices=indices), n_latents + 1)
+    values, g_values = (v[by_latent.order] for v in (active.values, whole.g_values))
     counts = by_latent.row_starts.diff()[:n_latents]
     order = torch.argsort(counts, descending=True, stable=True)
     aux = (counts, whole.g, whole.g, whole.g)
@@ -318,6 +323,7 @@ def _update(
     BETA1: tl.constexpr,
     BETA2: tl.constexpr,
     EPS: tl.constexpr,
+    LAZY: tl.constexpr,
     HAS_AUX: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -327,54 +333,59 @@ def _update(
     position = start * 0 - 1
     if HAS_AUX:
         position = tl.load(aux_positions + latent)
-    columns = tl.arange(0, BLOCK_D)
-    at, inside = latent * d_model + columns, columns < d_model
-    weight = tl.load(w_dec + at, inside, other=0.0)
-    grad = _gradient_row(
-        tokens, values, g, start, end, aux_dec, position, d_model, HAS_AUX, ROWS, BLOCK_D
-    )
-    grad = scale * _project(grad, weight)
-    weight = _adam(
-        weight, grad, m_dec + at, v_dec + at, inside, step_size, inverse_root, BETA1, BETA2, EPS
-    )
-    weight = weight / tl.maximum(tl.sqrt(tl.sum(weight * weight, axis=0)), 1e-12)
-    tl.store(w_dec + at, weight, inside)
+    if (end > start) | (position >= 0) | (not LAZY):
+        columns = tl.arange(0, BLOCK_D)
+        at, inside = latent * d_model + columns, columns < d_model
+        weight = tl.load(w_dec + at, inside, other=0.0)
+        grad = _gradient_row(
+            tokens, values, g, start, end, aux_dec, position, d_model, HAS_AUX, ROWS, BLOCK_D
+        )
+        grad = scale * _project(grad, weight)
+        weight = _adam(
+            weight, grad, m_dec + at, v_dec + at, inside, step_size, inverse_root, BETA1, BETA2, EPS
+        )
+        weight = weight / tl.maximum(tl.sqrt(tl.sum(weight * weight, axis=0)), 1e-12)
+        tl.store(w_dec + at, weight, inside)
 
-    weight = tl.load(w_enc + at, inside, other=0.0)
-    grad = scale * _gradient_row(
-        tokens, g_values, a, start, end, aux_enc, position, d_model, HAS_AUX, ROWS, BLOCK_D
-    )
-    weight = _adam(
-        weight, grad, m_enc + at, v_enc + at, inside, step_size, inverse_root, BETA1, BETA2, EPS
-    )
-    tl.store(w_enc + at, weight, inside)
-    round_row(weight, rounded, norms, latent, d_model, BLOCK_D)
+        weight = tl.load(w_enc + at, inside, other=0.0)
+        grad = scale * _gradient_row(
+            tokens, g_values, a, start, end, aux_enc, position, d_model, HAS_AUX, ROWS, BLOCK_D
+        )
+        weight = _adam(
+            weight, grad, m_enc + at, v_enc + at, inside, step_size, inverse_root, BETA1, BETA2, EPS
+        )
+        tl.store(w_enc + at, weight, inside)
+        round_row(weight, rounded, norms, latent, d_model, BLOCK_D)
 
-    bias, grad_bias = tl.load(b_enc + latent), scale * tl.load(grad_b + latent)
-    bias = _adam(
-        bias,
-        grad_bias,
-        m_b + latent,
-        v_b + latent,
-        latent >= 0,
-        step_size,
-        inverse_root,
-        BETA1,
-        BETA2,
-        EPS,
-    )
-    tl.store(b_enc + latent, bias)
+        bias, grad_bias = tl.load(b_enc + latent), scale * tl.load(grad_b + latent)
+        bias = _adam(
+            bias,
+            grad_bias,
+            m_b + latent,
+            v_b + latent,
+            latent >= 0,
+            step_size,
+            inverse_root,
+            BETA1,
+            BETA2,
+            EPS,
+        )
+        tl.store(b_enc + latent, bias)
 
 
 @dataclass(frozen=True)
 class AdamStep:
-    """Adam's constants at one step: step_size is lr / (1 − β₁ᵗ), inverse_root 1 / √(1 − β₂ᵗ)."""
+    """Adam's constants at one step: step_size is lr / (1 − β₁ᵗ), inverse_root 1 / √(1 − β₂ᵗ).
+
+    lazy: latents without a gradient stay as they are, weights and moments.
+    """
 
     beta1: float
     beta2: float
     eps: float
     step_size: float
     inverse_root: float
+    lazy: bool = False
 
     def move(self, weight: Tensor, first: Tensor, second: Tensor, gradient: Tensor) -> None:
         """Take the step on a small parameter, with torch."""
@@ -406,6 +417,7 @@ def update(
         BETA1=step.beta1,
         BETA2=step.beta2,
         EPS=step.eps,
+        LAZY=step.lazy,
         HAS_AUX=gradient.has_aux,
         **row_shape(d_model),
     )

@@ -7,12 +7,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sae import ActiveLatents, TopKSparseAutoencoder
-from saint.kernels import cpu
+from saint.kernels import cpu, torch_ops
 from saint.kernels.fastest import encode
 from saint.kernels.pieces import AuxGradient, CpuKernels, Pieces, SparseGradient
 from saint.stage.workers import Workers
 from saint.training.losses import AuxK, Losses, sparse_gradient
-from saint.training.moments import BETAS, EPS, Moments
+from saint.training.moments import EPS, Moments
 
 
 class FusedStep:
@@ -29,9 +29,22 @@ class FusedStep:
         self._parts: list[SparseGradient] = []
         self._dead: Tensor | None = None
 
-    def accumulate(self, x: Tensor, k: int, aux: AuxK | None, weight: float) -> Losses:
+    def top(self, a: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """See `Step`."""
-        losses, gradient = sparse_gradient(self.sae, x, k, aux, self.pieces, weight=weight)
+        return self.pieces.encode(a, self.sae.W_enc, self.sae.b_enc, k)
+
+    def accumulate(
+        self,
+        x: Tensor,
+        chosen: ActiveLatents | int,
+        aux: AuxK | None,
+        weight: float,
+        prefixes: tuple[int, ...] = (),
+    ) -> Losses:
+        """See `Step`."""
+        losses, gradient = sparse_gradient(
+            self.sae, x, chosen, aux, self.pieces, prefixes=prefixes, weight=weight
+        )
         self._parts.append(gradient)
         self._dead = aux.dead if aux is not None else None
         return losses
@@ -43,15 +56,26 @@ class FusedStep:
     def _sum_of_parts(self) -> SparseGradient:
         """Put the micro-batches' and then the ranks' tokens one after the other."""
         parts, self._parts = self._parts, []
-        names = ("values", "g_values", "indices", "a", "g")
-        whole = [_concatenate([getattr(part, name) for part in parts]) for name in names]
+        active = torch_ops.concatenate([part.active for part in parts])
+        names = ("g_values", "a", "g")
+        g_values, a, g = (_concatenate([getattr(part, name) for part in parts]) for name in names)
+        g_b_pre = torch.stack([part.g_b_pre for part in parts]).sum(dim=0)
         aux = _add([part.aux for part in parts if part.aux is not None])
         if self.workers.world_size > 1:
-            whole = [_gather(tensor, self.workers.world_size) for tensor in whole]
+            n_ranks = self.workers.world_size
+            a, g = (torch.cat(_gather(tensor, n_ranks)) for tensor in (a, g))
+            values, indices, g_values = (
+                torch.cat(_gather_uneven(tensor, n_ranks))
+                for tensor in (active.values, active.indices, g_values)
+            )
+            counts = _gather(active.offsets.diff(), n_ranks)
+            offsets = torch.cat([active.offsets[:1], torch.cat(counts).cumsum(0)])
+            active = ActiveLatents(values, indices, offsets, active.k)
+            dist.all_reduce(g_b_pre)
             if aux is not None:
                 for tensor in (aux.dec, aux.enc, aux.b):
                     dist.all_reduce(tensor)
-        return SparseGradient(**dict(zip(names, whole, strict=True)), aux=aux)
+        return SparseGradient(active, g_values, a, g, g_b_pre, aux)
 
     def _weight_and_moments(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
         """Return a weight and Adam's two moments of it."""
@@ -61,7 +85,7 @@ class FusedStep:
     def _adam_constants(self, learning_rate: float) -> tuple[float, float]:
         """Count a step; return lr / (1 − β₁ᵗ) and 1 / √(1 − β₂ᵗ)."""
         self.moments.n_steps += 1
-        correction1, correction2 = (1 - beta**self.moments.n_steps for beta in BETAS)
+        correction1, correction2 = (1 - beta**self.moments.n_steps for beta in self.moments.betas)
         return learning_rate / correction1, correction2**-0.5
 
 
@@ -84,18 +108,18 @@ class CppStep(FusedStep):
         if whole.aux is not None and self._dead is not None:
             aux = (self._dead, whole.aux.dec, whole.aux.enc, whole.aux.b)
         gradient = cpu.group_by_latent(
-            self.sae.config.n_latents,
-            *(whole.indices, whole.values, whole.g_values, whole.a, whole.g, aux),
+            self.sae.config.n_latents, whole.active, whole.g_values, whole.a, whole.g, aux
         )
         names = ("W_enc", "b_enc", "W_dec", "b_pre")
         parameters = cpu.point_to(
             *((*self._weight_and_moments(name), self.moments.scales.get(name)) for name in names)
         )
-        grad_b_pre = whole.g.sum(dim=0)
+        grad_b_pre = whole.g_b_pre
         norm = cpu.gradient_norm(gradient, parameters, grad_b_pre)
         scale = min(1.0, grad_clip / (norm + 1e-6))
         constants = self._adam_constants(learning_rate)
-        step = cpu.AdamStep(*BETAS, *constants, EPS, self.moments.n_steps)
+        betas, lazy = self.moments.betas, int(self.moments.lazy)
+        step = cpu.AdamStep(*betas, *constants, EPS, self.moments.n_steps, lazy)
         cpu.update(gradient, parameters, step, scale, grad_b_pre)
         self.pieces.encode.forget_weights()
         return torch.tensor(norm)
@@ -109,10 +133,19 @@ def _concatenate(tensors: list[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
-def _gather(tensor: Tensor, world_size: int) -> Tensor:
-    pieces = [torch.empty_like(tensor) for _ in range(world_size)]
+def _gather(tensor: Tensor, n_ranks: int) -> list[Tensor]:
+    pieces = [torch.empty_like(tensor) for _ in range(n_ranks)]
     dist.all_gather(pieces, tensor)
-    return torch.cat(pieces)
+    return pieces
+
+
+def _gather_uneven(tensor: Tensor, n_ranks: int) -> list[Tensor]:
+    """Gather tensors (n,) whose lengths differ from rank to rank."""
+    lengths = _gather(torch.tensor([len(tensor)], device=tensor.device), n_ranks)
+    sizes = [int(length) for length in lengths]
+    padded = tensor.new_zeros(max(sizes))
+    padded[: len(tensor)] = tensor
+    return [piece[:n] for piece, n in zip(_gather(padded, n_ranks), sizes, strict=True)]
 
 
 def _add(parts: list[AuxGradient]) -> AuxGradient | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -11,44 +12,54 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sae import TopKSparseAutoencoder, normalise
+from sae import TopKSparseAutoencoder
 from saint.kernels.fastest import Encode
 from saint.store.shuffled_rows import BatchedRows, Split
 from saint.training.losses import Losses
+from saint.training.objectives import largest_of_batch
 from saint.training.trainer import Trainer
 
 _BLOCK_ROWS = 8192
+_CALIBRATION_ROWS = 1 << 18
 DENSITY_PERCENTS = (10, 50, 90)
 
 
 @torch.no_grad()
 def validate(
-    sae: TopKSparseAutoencoder,
-    rows: BatchedRows,
-    encode: Encode | None = None,
-    n_rows: int | None = None,
+    trainer: Trainer, rows: BatchedRows, n_rows: int | None = None
 ) -> tuple[dict[str, float], Tensor]:
     """Return val/ metrics over held-out rows, and each latent's density (n_latents,).
 
-    encode: a faster version of `sae.encode` where there is one. n_rows: of the first so many (they
-    are shuffled, so these are a sample), by default of all.
+    n_rows: of the first so many (they are shuffled, so these are a sample), by default of all.
     """
-    encode = encode or sae.encode
-    n_rows, device = n_rows or rows.n_rows("val"), sae.b_pre.device
-    loss = error_sum = active = torch.zeros((), dtype=torch.float64, device=device)
+    trainer.settle_threshold()
+    n_rows = n_rows or rows.n_rows("val")
+    starts = range(0, n_rows, _BLOCK_ROWS)
+    raw = (rows.read("val", start, min(start + _BLOCK_ROWS, n_rows)) for start in starts)
+    return held_out_metrics(trainer.sae, trainer.kernels.encode, map(trainer.prepare, raw))
+
+
+@torch.no_grad()
+def held_out_metrics(
+    sae: TopKSparseAutoencoder, encode: Encode, blocks: Iterable[Tensor]
+) -> tuple[dict[str, float], Tensor]:
+    """Return val/ metrics over blocks of normalised rows (n, d_model), and latents' density.
+
+    encode: `sae.encode` or a faster version of it.
+    """
+    n_rows, device, n_latents = 0, sae.b_pre.device, sae.config.n_latents
+    loss = error_sum = n_active = torch.zeros((), dtype=torch.float64, device=device)
     total = torch.zeros(sae.config.d_model, dtype=torch.float64, device=device)
-    squares, fired = torch.zeros_like(total), torch.zeros(sae.config.n_latents, device=device)
-    for start in range(0, n_rows, _BLOCK_ROWS):
-        raw = rows.read("val", start, min(start + _BLOCK_ROWS, n_rows)).to(device)
-        x = normalise(raw, sae.config)[0]
-        found = encode(x)
-        error = (sae.decode(found) - x).square().sum(dim=1).double()
+    squares, fired = torch.zeros_like(total), torch.zeros(n_latents, device=device)
+    for x in blocks:
+        n_rows, active = n_rows + len(x), encode(x)
+        error = (sae.decode(active) - x).square().sum(dim=1).double()
         loss = loss + (error / x.square().sum(dim=1).clamp_min(1e-12)).sum()
         error_sum = error_sum + error.sum()
-        active = active + (found.values > 0).sum()
+        n_active = n_active + (active.values > 0).sum()
         total += x.double().sum(dim=0)
         squares += x.double().square().sum(dim=0)
-        fired += torch.bincount(found.indices[found.values > 0], minlength=len(fired))
+        fired += torch.bincount(active.indices[active.values > 0], minlength=n_latents)
     variance = (squares - total.square() / n_rows).sum().clamp_min(1e-12)
     density = (fired / n_rows).cpu()
     metrics = {
@@ -56,7 +67,7 @@ def validate(
         "val/aux_loss": 0.0,  # AuxK trains dead latents; held-out tokens have none of their own
         "val/total_loss": float(loss / n_rows),
         "val/fvu": float(error_sum / variance),
-        "val/l0": float(active / n_rows),
+        "val/l0": float(n_active / n_rows),
         "val/silent_latents_ratio": float((fired == 0).float().mean()),
         **density_quantiles(density),
     }
@@ -85,14 +96,34 @@ def maxima_over_rows(trainer: Trainer, rows: BatchedRows) -> Tensor:
         (s, i) for s in splits for i in range(0, rows.n_rows(s), _BLOCK_ROWS)
     ]
     for split, start in blocks[workers.rank :: workers.world_size]:
-        raw = rows.read(split, start, min(start + _BLOCK_ROWS, rows.n_rows(split))).to(
-            workers.device
-        )
-        found = trainer.kernels.encode(normalise(raw, sae.config)[0])
-        maximum.scatter_reduce_(0, found.indices, found.values, "amax")
+        raw = rows.read(split, start, min(start + _BLOCK_ROWS, rows.n_rows(split)))
+        active = trainer.kernels.encode(trainer.prepare(raw))
+        maximum.scatter_reduce_(0, active.indices.long(), active.values, "amax")
     if workers.world_size > 1:
         dist.all_reduce(maximum, op=dist.ReduceOp.MAX)
     return maximum
+
+
+@torch.no_grad()
+def calibrate(trainer: Trainer, rows: BatchedRows) -> None:
+    """Set the threshold so that k latents per token are active on training rows, on average.
+
+    Over the first 262,144 of them, which are a sample. Does nothing where there is no threshold.
+    """
+    sae, workers = trainer.sae, trainer.workers
+    if sae.config.activation != "batchtopk":
+        return
+    n_rows = min(rows.n_rows("train"), _CALIBRATION_ROWS) // workers.world_size
+    if not n_rows:
+        return
+    first = workers.rank * n_rows
+    starts = range(first, first + n_rows, _BLOCK_ROWS)
+    blocks = (rows.read("train", s, min(s + _BLOCK_ROWS, first + n_rows)) for s in starts)
+    inputs = [trainer.prepare(raw) - sae.b_pre for raw in blocks]
+    n_latents = sae.config.n_latents
+    _, cut = largest_of_batch(trainer.kernels.top, inputs, sae.config.k, n_latents, workers)
+    # Active is what is above the threshold.
+    trainer.settle_threshold(torch.nextafter(cut, cut.new_zeros(())))
 
 
 class LossMeter:

@@ -25,7 +25,7 @@ from torch import Tensor
 from sae import TopKSparseAutoencoder
 
 MOMENT_KINDS = ("float32", "int8")
-BETAS = (0.9, 0.999)
+BETA1 = 0.9
 EPS = 6.25e-10
 MATRICES = ("W_enc", "W_dec")  # the position is the tensor's number in the hash
 _LEAST_SCALE = 1e-30
@@ -38,11 +38,19 @@ class Moments:
 
     kind: one of MOMENT_KINDS. "int8" holds codes of W_enc and W_dec, int8 in `first`, uint8 in
     `second`, and in `scales` their (2, n_latents) scales, the first moment's and the second's; all
-    else is float32, and without codes `scales` is empty.
+    else is float32, and without codes `scales` is empty. lazy: a step leaves latents without a
+    gradient as they are, weights and moments.
     """
 
-    def __init__(self, sae: TopKSparseAutoencoder, kind: str = "float32"):
-        self.n_steps = 0
+    def __init__(
+        self,
+        sae: TopKSparseAutoencoder,
+        kind: str = "float32",
+        *,
+        beta2: float = 0.999,
+        lazy: bool = False,
+    ):
+        self.n_steps, self.betas, self.lazy = 0, (BETA1, beta2), lazy
         self.first: dict[str, Tensor] = {}
         self.second: dict[str, Tensor] = {}
         self.scales: dict[str, Tensor] = {}
@@ -67,18 +75,27 @@ class Moments:
                 assert state[mine][name].dtype == tensor.dtype, f"moments of another kind: {name}"
                 tensor.copy_(state[mine][name])
 
-    def blocks(self, name: str) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Yield a parameter's rows, and both moments of these in float32; changes are kept.
+    def blocks(
+        self, name: str, touched: Tensor | None = None
+    ) -> Iterator[tuple[slice | Tensor, Tensor, Tensor]]:
+        """Yield rows of a parameter, and both moments of these in float32; changes are kept.
 
-        One block where they are float32 anyway.
+        touched: (n_latents,) bool, the rows that are wanted of a parameter that has latents', by
+        default all: then one block where they are float32 anyway.
         """
         first, second = self.first[name], self.second[name]
+        wanted = None if touched is None or name == "b_pre" else touched.nonzero().squeeze(1)
         if name not in self.scales:
-            yield slice(None), first, second
+            if wanted is None:
+                yield slice(None), first, second
+                return
+            m, v = first[wanted], second[wanted]
+            yield wanted, m, v
+            first[wanted], second[wanted] = m, v
             return
         n_rows = max(1, _BLOCK_ELEMENTS // first.shape[1])
-        for start in range(0, len(first), n_rows):
-            rows = slice(start, min(start + n_rows, len(first)))
+        every = torch.arange(len(first), device=first.device) if wanted is None else wanted
+        for rows in every.split(n_rows):
             scales = self.scales[name][:, rows].unsqueeze(2)
             m, v = from_codes(first[rows], second[rows], scales)
             yield rows, m, v
@@ -115,11 +132,11 @@ def _round(share: Tensor, root: Tensor, uniform: Tensor, *, top: int, power: int
     return low + (uniform * (above - below) < share - below)
 
 
-def uniform(step: int, tensor: int, rows: slice, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the (n, d) numbers in (0, 1) that both moments of these rows are rounded with."""
+def uniform(step: int, tensor: int, rows: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the (n, d) numbers in (0, 1) that both moments of rows (n,) are rounded with."""
     device = like.device
     key = _mix(torch.tensor((2 * step + tensor) & _WORD, device=device))
-    row = _mix(key ^ torch.arange(rows.start, rows.stop, device=device))
+    row = _mix(key ^ rows)
     columns = torch.arange(like.shape[1], device=device)
     h = _mix((row.unsqueeze(1) + columns).bitwise_and_(_WORD))
     first, second = (part.float().add_(0.5).div_(1 << 16) for part in (h >> 16, h & 0xFFFF))

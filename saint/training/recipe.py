@@ -15,14 +15,17 @@ from saint.stage.flags import (
     non_negative_float,
     positive_float,
     positive_int,
+    proper_fraction,
     seed_number,
     whole_number,
 )
 from saint.stage.workers import Workers
 from saint.store.shuffled_rows import BatchedRows
 from saint.training.moments import MOMENT_KINDS
+from saint.training.objectives import OBJECTIVES
 
 LEARNING_RATE_CONSTANT = 0.064  # 1e-3 at 4,096 latents
+BASES = ("none", "pca")
 _DEAD_TOKENS = 10_000_000
 _NEVER = object()  # no value equals it
 
@@ -61,6 +64,12 @@ def _field(text: str, kind: Callable[[str], Any], default: Any = MISSING, **how:
     return field(default=default, metadata={"flag": Flag(text, kind, **how)})
 
 
+def _on_or_off(text: str) -> bool:
+    if text not in ("on", "off"):
+        raise argparse.ArgumentTypeError(f"{text} is neither on nor off")
+    return text == "on"
+
+
 def _k_start(given: _Given) -> int:
     flags = given.flags
     if not flags.k_anneal_steps:
@@ -74,6 +83,14 @@ class Recipe:
 
     n_latents: int = _field("latents of the dictionary", positive_int, 65536, group="autoencoder")
     k: int = _field("active latents per token", positive_int, 64, group="autoencoder")
+    objective: str = _field(
+        "which latents are active: each token's k largest, or k per token of the whole batch; "
+        "matryoshka: the latter, of nested dictionaries",
+        str,
+        "topk",
+        choices=tuple(OBJECTIVES),
+        before="topk",
+    )
     num_epochs: int = _field("passes over the training rows", positive_int, 10)
     batch_size: int = _field(
         "tokens a step, over all ranks",
@@ -99,6 +116,22 @@ class Recipe:
     )
     k_start: int = _field(
         "active latents at first, when annealing", positive_int, shown="4 k", automatic=_k_start
+    )
+    beta2: float = _field("of Adam's second moments", proper_fraction, 0.999, before=0.999)
+    lazy: bool = _field(
+        "leave a latent's weights and moments as they are at a step without a gradient for it",
+        _on_or_off,
+        False,
+        shown="off",
+        before=False,
+    )
+    basis: str = _field(
+        "in which Adam works: pca is the eigenbasis of the activations' covariance; the saved "
+        "weights are turned back",
+        str,
+        "none",
+        choices=BASES,
+        before="none",
     )
     grad_clip: float = _field(
         "largest norm of the gradient",

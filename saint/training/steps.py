@@ -12,14 +12,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sae import ActiveLatents, TopKSparseAutoencoder, normalise_decoder
+from sae import ActiveLatents, TopKSparseAutoencoder, encode, normalise_decoder
 from saint.kernels.fastest import fastest_cpu_kernels
 from saint.kernels.pieces import CpuKernels
 from saint.stage.errors import UserError, log
 from saint.stage.workers import Workers
 from saint.training.fused_step import CppStep
 from saint.training.losses import AuxK, Losses, losses_and_gradients
-from saint.training.moments import BETAS, EPS, Moments
+from saint.training.moments import EPS, Moments
 
 KERNELS = ("auto", "cpp", "cpp_float32", "triton", "sparse", "dense")
 
@@ -32,8 +32,22 @@ class Step(Protocol):
         """Which of KERNELS it is, "auto" resolved."""
         ...
 
-    def accumulate(self, x: Tensor, k: int, aux: AuxK | None, weight: float) -> Losses:
-        """Take in a micro-batch: standardised x (n_tokens, d_model), its gradient times weight."""
+    def top(self, a: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """As `kernels.torch_ops.TopK`, of the encoder's inputs x − b_pre."""
+        ...
+
+    def accumulate(
+        self,
+        x: Tensor,
+        chosen: ActiveLatents | int,
+        aux: AuxK | None,
+        weight: float,
+        prefixes: tuple[int, ...] = (),
+    ) -> Losses:
+        """Take in a micro-batch: standardised x (n_tokens, d_model), its gradient times weight.
+
+        chosen, prefixes: see `losses.sparse_gradient`.
+        """
         ...
 
     def apply(self, learning_rate: float, grad_clip: float) -> Tensor:
@@ -95,21 +109,46 @@ class TorchStep:
     ):
         self.sae, self.moments, self.workers = sae, moments, workers
         self.name: Literal["sparse", "dense"] = name
+        self._touched: Tensor | None = None  # latents with a gradient, where the others are let be
 
-    def accumulate(self, x: Tensor, k: int, aux: AuxK | None, weight: float) -> Losses:
+    def top(self, a: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """See `Step`."""
-        return losses_and_gradients(self.sae, x, k, aux, kernel=self.name, weight=weight)
+        return encode(a, self.sae.W_enc, self.sae.b_enc, k)
+
+    def accumulate(
+        self,
+        x: Tensor,
+        chosen: ActiveLatents | int,
+        aux: AuxK | None,
+        weight: float,
+        prefixes: tuple[int, ...] = (),
+    ) -> Losses:
+        """See `Step`."""
+        losses = losses_and_gradients(
+            self.sae, x, chosen, aux, kernel=self.name, prefixes=prefixes, weight=weight
+        )
+        if self.moments.lazy:
+            touched = losses.fired.clone()
+            if aux is not None:
+                touched[aux.dead] = True
+            self._touched = touched if self._touched is None else self._touched | touched
+        return losses
 
     def apply(self, learning_rate: float, grad_clip: float) -> Tensor:
         """See `Step`."""
         if self.workers.world_size > 1:
             for parameter in self.sae.parameters():
                 dist.all_reduce(parameter.grad)
+            if self._touched is not None:
+                everyones = self._touched.to(torch.int32)
+                dist.all_reduce(everyones, op=dist.ReduceOp.MAX)
+                self._touched = everyones > 0
         project_decoder_gradient(self.sae)
         norm = torch.nn.utils.clip_grad_norm_(self.sae.parameters(), grad_clip)
-        self._adam(learning_rate)
+        touched, self._touched = self._touched, None
+        self._adam(learning_rate, touched)
         self.sae.zero_grad(set_to_none=True)
-        normalise_decoder(self.sae)
+        self._normalise_decoder(touched)
         return norm
 
     def encode(self, x: Tensor) -> ActiveLatents:
@@ -121,16 +160,26 @@ class TorchStep:
         return {}
 
     @torch.no_grad()
-    def _adam(self, learning_rate: float) -> None:
+    def _normalise_decoder(self, touched: Tensor | None) -> None:
+        if touched is None:
+            normalise_decoder(self.sae)
+            return
+        norms = torch.linalg.vector_norm(self.sae.W_dec, dim=1).clamp_min(1e-12)
+        self.sae.W_dec.div_(torch.where(touched, norms, 1.0).unsqueeze(1))
+
+    @torch.no_grad()
+    def _adam(self, learning_rate: float, touched: Tensor | None) -> None:
         from torch.optim.adam import adam  # takes seconds to import, which "cpp" can do without
 
         before = float(self.moments.n_steps)
         self.moments.n_steps += 1
+        beta1, beta2 = self.moments.betas
         for name, parameter in self.sae.named_parameters():
             assert parameter.grad is not None
-            for rows, first, second in self.moments.blocks(name):
+            for rows, first, second in self.moments.blocks(name, touched):
+                weight = parameter[rows]  # a copy, unless rows are a slice
                 adam(
-                    [parameter[rows]],
+                    [weight],
                     [parameter.grad[rows]],
                     [first],
                     [second],
@@ -138,13 +187,15 @@ class TorchStep:
                     [torch.tensor(before, device=self.workers.device)],
                     fused=True,
                     amsgrad=False,
-                    beta1=BETAS[0],
-                    beta2=BETAS[1],
+                    beta1=beta1,
+                    beta2=beta2,
                     lr=learning_rate,
                     weight_decay=0.0,
                     eps=EPS,
                     maximize=False,
                 )
+                if not isinstance(rows, slice):
+                    parameter[rows] = weight
 
 
 @torch.no_grad()

@@ -1,10 +1,11 @@
-"""The training step and its state: recipe, optimiser, dead latents, ranks, validation."""
+"""The training step and its state: weights, moments, dead latents, ranks."""
 
 from __future__ import annotations
 
 import math
 import pickle
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sae import TopKSparseAutoencoder, normalise
+from sae import ActiveLatents, TopKSparseAutoencoder, normalise_decoder
 from saint.stage.errors import UserError
 from saint.stage.workers import Workers
 from saint.training.losses import AuxK, Losses
 from saint.training.moments import Moments
+from saint.training.objectives import OBJECTIVES
 from saint.training.recipe import Recipe
 from saint.training.steps import make_step
 
+_FOLLOWS = 0.05  # share of a batch's threshold in the running one
+
 
 class Trainer:
-    """The state of a run: weights, Adam's moments, step, and tokens since each latent fired."""
+    """The state of a run: weights, Adam's moments, step, and tokens since each latent fired.
+
+    basis: (d_model, d_model) orthogonal; `sae` then takes rows times it, see `plain_sae`.
+    """
 
     def __init__(
         self,
@@ -31,13 +38,19 @@ class Trainer:
         n_steps: int,
         workers: Workers,
         kernels: str,
+        basis: Tensor | None = None,
     ):
         self.sae, self.recipe, self.n_steps, self.workers = sae, recipe, n_steps, workers
-        self.moments = Moments(sae, recipe.moments)
+        self.objective = OBJECTIVES[recipe.objective]
+        self.basis = basis
+        if basis is not None:
+            turn(sae, basis)
+        self.moments = Moments(sae, recipe.moments, beta2=recipe.beta2, lazy=recipe.lazy)
         self.kernels = make_step(kernels, sae, self.moments, workers)
         self.tokens_since_fired = torch.zeros(
             recipe.n_latents, dtype=torch.int64, device=workers.device
         )
+        self.threshold = torch.zeros((), device=workers.device)
         self.step = 0
         self.skipped_steps: set[int] = set()
         self.best_val_loss = math.inf
@@ -48,21 +61,37 @@ class Trainer:
         """Return the (n_dead,) indices of latents that have not fired for dead_tokens."""
         return torch.nonzero(self.tokens_since_fired >= self.recipe.dead_tokens).squeeze(1)
 
+    def prepare(self, rows: Tensor) -> Tensor:
+        """Return raw rows (n, d_model) as `sae` takes them: normalised, in the basis."""
+        x = self.sae.normalise(rows.to(self.workers.device))[0]
+        return x if self.basis is None else x @ self.basis
+
+    def plain_sae(self) -> TopKSparseAutoencoder:
+        """Return `sae`, or where there is a basis a copy in the activations' own coordinates."""
+        if self.basis is None:
+            return self.sae
+        plain = TopKSparseAutoencoder(self.sae.config, device=self.workers.device)
+        plain.load_state_dict(self.sae.state_dict())
+        plain.max_activations = self.sae.max_activations
+        turn(plain, self.basis.T)
+        return plain.requires_grad_(False)
+
     def train_step(self, rows: Tensor, micro_batch_size: int) -> tuple[Losses, Tensor]:
         """Take one optimiser step on this rank's share of the batch: raw rows (n, d_model).
 
         Returns the losses over all ranks, and the norm of the gradient before it is clipped.
         """
         dead, k = self.dead(), self.recipe.k_at(self.step)
+        micros = [self.prepare(micro) for micro in rows.split(micro_batch_size)]
+        prefixes = self.objective.prefixes(self.recipe.n_latents)
         parts: list[tuple[float, Losses]] = []
         first = self.workers.rank * len(rows)
-        for micro in rows.split(micro_batch_size):
+        for x, chosen in zip(micros, self._choose(micros, k), strict=True):
             aux = self._aux(dead, first)
-            first += len(micro)
-            x = normalise(micro.to(self.workers.device), self.sae.config)[0]
-            share = len(micro) / len(rows)
+            first += len(x)
+            share = len(x) / len(rows)
             weight = share / self.workers.world_size
-            parts.append((share, self.kernels.accumulate(x, k, aux, weight)))
+            parts.append((share, self.kernels.accumulate(x, chosen, aux, weight, prefixes)))
         losses = self._over_ranks(combine(parts))
         learning_rate = self.recipe.learning_rate_at(self.step, self.n_steps)
         norm = self.kernels.apply(learning_rate, self.recipe.grad_clip)
@@ -70,6 +99,24 @@ class Trainer:
         self.tokens_since_fired[losses.fired] = 0
         self.step += 1
         return losses, norm
+
+    @torch.no_grad()
+    def _choose(self, micros: Sequence[Tensor], k: int) -> Sequence[ActiveLatents | int]:
+        """Return each micro-batch's active latents, and let the threshold follow the batches'."""
+        inputs = [x - self.sae.b_pre for x in micros]
+        n_latents = self.recipe.n_latents
+        found = self.objective.choose(self.kernels.top, inputs, k, n_latents, self.workers)
+        if found is None:
+            return [k] * len(micros)
+        followed = torch.lerp(self.threshold, found[1], _FOLLOWS)
+        self.threshold = torch.where(self.threshold > 0, followed, found[1])
+        return found[0]
+
+    def settle_threshold(self, threshold: Tensor | None = None) -> None:
+        """Let the SAE encode with a threshold (), by default the running one; topk has none."""
+        if self.objective.activation == "batchtopk":
+            self.threshold = self.threshold if threshold is None else threshold
+            self.sae.config = replace(self.sae.config, threshold=float(self.threshold))
 
     def _aux(self, dead: Tensor, first: int) -> AuxK | None:
         """Return AuxK for tokens from number `first` of the batch on; other ones at each step."""
@@ -100,7 +147,10 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """Return everything that the next step depends on."""
-        return {
+        more = {} if self.basis is None else {"basis": self.basis}
+        if self.objective.activation == "batchtopk":
+            more["threshold"] = self.threshold
+        return more | {
             "sae": self.sae.state_dict(),
             "moments": self.moments.state_dict(),
             "tokens_since_fired": self.tokens_since_fired,
@@ -111,9 +161,11 @@ class Trainer:
         }
 
     def take_weights(self, sae: TopKSparseAutoencoder | None) -> None:
-        """Go on with rank 0's other SAE on every rank; the optimiser's state stays as it is."""
+        """Go on with rank 0's other plain SAE everywhere; the optimiser's state stays as it is."""
         if sae is not None:
             self.sae.load_state_dict(sae.state_dict())
+            if self.basis is not None:
+                turn(self.sae, self.basis)
         if self.workers.world_size > 1:
             for parameter in self.sae.parameters():
                 dist.broadcast(parameter.detach(), src=0)
@@ -136,6 +188,10 @@ class Trainer:
             raise UserError(f"{path} is no checkpoint of this run")
         self.sae.load_state_dict(state["sae"])
         self.moments.load_state_dict(state["moments"])
+        if self.basis is not None:
+            self.basis.copy_(state["basis"])
+        self.threshold = state.get("threshold", self.threshold)
+        self.settle_threshold()
         self.tokens_since_fired.copy_(state["tokens_since_fired"])
         self.step, self.best_val_loss = state["step"], state["best_val_loss"]
         self.skipped_steps |= set(state["skipped_steps"])
@@ -151,6 +207,15 @@ def _is_alike(mine: Any, theirs: Any) -> bool:
     if isinstance(mine, list) and isinstance(theirs, list):
         return all(type(value) is int for value in theirs)
     return type(mine) is type(theirs)
+
+
+@torch.no_grad()
+def turn(sae: TopKSparseAutoencoder, basis: Tensor) -> None:
+    """Make an SAE take x · basis instead of x, and give the same but for that; unit norms stay."""
+    for weight in (sae.W_enc, sae.W_dec):
+        weight.copy_(weight @ basis)
+    sae.b_pre.copy_(sae.b_pre @ basis)
+    normalise_decoder(sae)
 
 
 def aux_every(n_dead: int, n_latents: int, batch_size: int) -> int:

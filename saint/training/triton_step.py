@@ -11,7 +11,7 @@ from saint.kernels.triton_encoder import Encoder
 from saint.stage.errors import UserError
 from saint.stage.workers import Workers
 from saint.training.fused_step import FusedStep
-from saint.training.moments import BETAS, EPS, Moments
+from saint.training.moments import EPS, Moments
 
 _LEAST_CAPABILITY = (8, 0)  # Ampere: products of bfloat16
 
@@ -50,10 +50,11 @@ class TritonStep(FusedStep):
         gradient = triton_ops.group_by_latent(sae.config.n_latents, whole, self._dead)
         grad_b, squares = triton_ops.gradient_squares(gradient, sae.W_dec.detach())
         # b_pre also enters every pre-activation, through W_enc · (x − b_pre).
-        grad_b_pre = whole.g.sum(dim=0) - sae.W_enc.T @ grad_b
+        grad_b_pre = whole.g_b_pre - sae.W_enc.T @ grad_b
         norm = (squares.double().sum() + grad_b_pre.double().square().sum()).sqrt()
         scale = (grad_clip / (norm + 1e-6)).clamp(max=1.0).float()
-        step = triton_ops.AdamStep(*BETAS, EPS, *self._adam_constants(learning_rate))
+        betas, lazy = self.moments.betas, self.moments.lazy
+        step = triton_ops.AdamStep(*betas, EPS, *self._adam_constants(learning_rate), lazy)
         weights = self.pieces.encode.rounded_weights(sae.W_enc)
         parameters = [self._weight_and_moments(name) for name in ("W_enc", "b_enc", "W_dec")]
         rounded = (weights.rows, weights.norms)

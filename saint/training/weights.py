@@ -6,6 +6,7 @@ import pickle
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from sae import (
@@ -20,7 +21,8 @@ from saint.stage.errors import UserError
 from saint.stage.manifests import manifest_path, read_manifest
 from saint.stage.workers import Workers
 from saint.store.shuffled_rows import BatchedRows
-from saint.training.metrics import maxima_over_rows
+from saint.training.metrics import calibrate, maxima_over_rows
+from saint.training.objectives import OBJECTIVES
 from saint.training.recipe import Recipe
 from saint.training.run_files import RunFiles
 from saint.training.trainer import Trainer
@@ -66,6 +68,7 @@ def make_config(recipe: Recipe, rows: BatchedRows) -> SAEConfig:
         d_model=rows.facts["d_model"],
         n_latents=recipe.n_latents,
         k=recipe.k,
+        activation=OBJECTIVES[recipe.objective].activation,
         normalisation=recipe.normalisation,
         norm_factor=norm_factor(rows) if recipe.normalisation == "scalar" else 1.0,
         **{name: rows.facts[name] for name in _INHERITED_FACTS},
@@ -127,25 +130,51 @@ def _copy_weights(sae: TopKSparseAutoencoder, path: Path) -> None:
     normalise_decoder(sae)
 
 
+@torch.no_grad()
+def make_basis(recipe: Recipe, rows: BatchedRows, workers: Workers) -> Tensor | None:
+    """Return the eigenvectors (d_model, d_model) of the training rows' covariance, or None.
+
+    Of the first 65,536 normalised rows, which are a sample. Rank 0's, on every rank.
+    """
+    if recipe.basis == "none":
+        return None
+    d_model = rows.facts["d_model"]
+    basis = torch.zeros(d_model, d_model, device=workers.device)
+    if workers.is_main:
+        x = normalise(_sample(rows), make_config(recipe, rows))[0]
+        x -= x.mean(dim=0)
+        basis.copy_(torch.linalg.eigh((x.T @ x).double()).eigenvectors)
+    if workers.world_size > 1:
+        dist.broadcast(basis, src=0)
+    return basis
+
+
 def leave_saes(trainer: Trainer, rows: BatchedRows, files: RunFiles) -> None:
-    """Write the SAE with each latent's largest activation, and the best one with its own.
+    """Write the SAE with each latent's largest activation; the best one with its own.
 
     Most often the best is the last; else its weights take the trainer's place, for one more
     pass over the rows.
     """
-    workers, sae = trainer.workers, trainer.sae
-    sae.max_activations = maxima_over_rows(trainer, rows)
-    if workers.is_main:
-        save_sae(files.model, sae)
-    best = None
+    workers, best = trainer.workers, None
+    last = trainer.plain_sae()
     if workers.is_main and files.keep_last_n and files.best.exists():
         best = load_sae(files.best, device=workers.device)
-    weights = sae.state_dict()
+    names = [name for name, _ in last.named_parameters()]
     is_last = best is None or all(
-        torch.equal(weights[name], value) for name, value in best.state_dict().items()
+        torch.equal(last.get_parameter(name), best.get_parameter(name)) for name in names
     )
+    sae = _with_maxima(trainer, rows)
+    if workers.is_main:
+        save_sae(files.model, sae)
     if not workers.broadcast(is_last):
         trainer.take_weights(best)
-        sae.max_activations = maxima_over_rows(trainer, rows)
+        calibrate(trainer, rows)
+        sae = _with_maxima(trainer, rows)
     if best is not None:
         save_sae(files.best, sae)
+
+
+def _with_maxima(trainer: Trainer, rows: BatchedRows) -> TopKSparseAutoencoder:
+    """Measure the steering unit, and return the SAE in the activations' own coordinates."""
+    trainer.sae.max_activations = maxima_over_rows(trainer, rows)
+    return trainer.plain_sae()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sae import TopKSparseAutoencoder, standardise
+from sae import ActiveLatents, TopKSparseAutoencoder, standardise
 from saint.kernels import torch_ops, triton_encoder, triton_ops
 from saint.kernels.triton_encoder import Encoder, round_rows
 from saint.stage.workers import Workers
@@ -122,11 +122,16 @@ def test_reconstruction_is_torchs_even_of_inactive_latents():
     values[0, 2] = values[3] = 0
     indices = torch.arange(4 * K, device=DEVICE).view(4, K)
     weights = (sae.W_dec.detach(), sae.b_pre.detach(), 0.5)
-    mine = triton_ops.reconstruct(x, values, indices.int(), *weights)
-    for ours, torchs in zip(mine, torch_ops.reconstruct(x, values, indices, *weights), strict=True):
-        torch.testing.assert_close(ours, torchs, rtol=1e-5, atol=1e-7)
+    regular = ActiveLatents.of_matrices(values, indices.int())
+    kept = torch.rand(4, K, generator=torch.Generator().manual_seed(3)).to(DEVICE) < 0.6
+    kept[2] = False
+    for active in (regular, torch_ops.keep(values, indices.int(), kept)):
+        mine = triton_ops.reconstruct(x, active, *weights)
+        for ours, torchs in zip(mine, torch_ops.reconstruct(x, active, *weights), strict=True):
+            torch.testing.assert_close(ours, torchs, rtol=1e-5, atol=1e-7)
     values[1, 0] = torch.nan
-    squared = triton_ops.reconstruct(x, values, indices.int(), *weights)[2]
+    regular = ActiveLatents.of_matrices(values, indices.int())
+    squared = triton_ops.reconstruct(x, regular, *weights)[2]
     assert squared.isnan().tolist() == [False, True, False, False]
 
 

@@ -39,7 +39,7 @@ def test_codes_decode_within_one_step_and_are_right_on_average():
     m, v = row_kinds()
     sum_m, sum_v, n = torch.zeros_like(m).double(), torch.zeros_like(m).double(), 2000
     for step in range(n):
-        first, second, scales = to_codes(m, v, *uniform(step, 1, slice(0, 7), m))
+        first, second, scales = to_codes(m, v, *uniform(step, 1, torch.arange(7), m))
         m8, v8 = from_codes(first, second, scales.unsqueeze(2))
         scale_m, scale_v = (s.unsqueeze(1).double() for s in scales)
         # The gap between neighbours, at most: s · (2c + 1) / 127² and s · 4 (c + 1)³ / 255⁴.
@@ -63,7 +63,7 @@ def mixed(h: int) -> int:
 
 
 def test_the_random_numbers_are_those_that_are_documented():
-    step, rows = 3_000_000_000, slice(65_530, 65_533)
+    step, rows = 3_000_000_000, torch.arange(65_530, 65_533)
     for tensor in (0, 1):
         first, second = uniform(step, tensor, rows, torch.empty(3, 70))
         for i, row in enumerate(range(65_530, 65_533)):
