@@ -69,6 +69,24 @@ def build_parser() -> argparse.ArgumentParser:
         "--output_dir", type=Path, default=Path("activation_outputs"), help="[%(default)s]"
     )
     files.add_argument("--text_column", default="text", help="column of sentences [%(default)s]")
+    _add_what(parser)
+    speed = parser.add_argument_group("speed")
+    speed.add_argument(
+        "--batch_tokens",
+        type=positive_int,
+        help="tokens of one forward pass [at most 32768 on a GPU and 4096 on a CPU, less where "
+        "memory is short; kept when a run is resumed]",
+    )
+    speed.add_argument(
+        "--sentences_per_shard", type=positive_int, help="sentences of a shard file [about 1 GB]"
+    )
+    add_device_flags(parser, dtype=True)
+    add_model_parallel_flag(parser)
+    add_overwrite_flag(parser)
+    return parser
+
+
+def _add_what(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what to capture")
     what.add_argument(
         "--num_samples", type=positive_int, default=50_000, help="sentences [%(default)s]"
@@ -97,20 +115,6 @@ def build_parser() -> argparse.ArgumentParser:
         default="bfloat16",
         help="number format on disk; int8, with one scale per token, takes half [%(default)s]",
     )
-    speed = parser.add_argument_group("speed")
-    speed.add_argument(
-        "--batch_tokens",
-        type=positive_int,
-        help="tokens of one forward pass [at most 32768 on a GPU and 4096 on a CPU, less where "
-        "memory is short; kept when a run is resumed]",
-    )
-    speed.add_argument(
-        "--sentences_per_shard", type=positive_int, help="sentences of a shard file [about 1 GB]"
-    )
-    add_device_flags(parser, dtype=True)
-    add_model_parallel_flag(parser)
-    add_overwrite_flag(parser)
-    return parser
 
 
 def parse_hooks(layers: str, hook_points: str, n_layers: int) -> list[HookPoint]:
@@ -161,6 +165,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise
 
 
+def load_capture(
+    args: argparse.Namespace, hooks: list[HookPoint], batch_tokens: int, workers: Workers
+) -> Capture:
+    """Load the model up to the last hooked layer, and its tokenizer."""
+    model, tokenizer = load_llama(
+        args.model_dir,
+        device=workers.device,
+        dtype=pick_dtype(args.dtype, workers.device),
+        n_layers=max(h.layer for h in hooks) + 1,
+        model_parallel_size=args.model_parallel_size,
+    )
+    bos, limit = not args.no_bos, args.max_token_length
+    return Capture(model, tokenizer, hooks, bos, limit, batch_tokens, args.store_dtype)
+
+
 def capture_and_finish(
     args: argparse.Namespace,
     output: Output,
@@ -184,24 +203,10 @@ def capture_and_finish(
             if workers.owns(job.index) and not is_complete(output.path, hooks, job):
                 yield job
 
-    model, tokenizer = load_llama(
-        args.model_dir,
-        device=workers.device,
-        dtype=pick_dtype(args.dtype, workers.device),
-        n_layers=max(h.layer for h in hooks) + 1,
-        model_parallel_size=args.model_parallel_size,
-    )
-    capture = Capture(
-        model,
-        tokenizer,
-        hooks,
-        not args.no_bos,
-        args.max_token_length,
-        output.arguments["batch_tokens"],
-        args.store_dtype,
-    )
+    capture = load_capture(args, hooks, output.arguments["batch_tokens"], workers)
+    model_args = capture.model.args
     if workers.is_main:
-        write_vocabulary(output.path, tokenizer)
+        write_vocabulary(output.path, capture.tokenizer)
     started = time.monotonic()
     missing = {
         i: size
@@ -213,7 +218,7 @@ def capture_and_finish(
         done = Progress(
             output,
             len(hooks),
-            row_bytes(model.args.dim, args.store_dtype),
+            row_bytes(model_args.dim, args.store_dtype),
             sum(missing.values()),
             sum(size for i, size in missing.items() if workers.owns(i)),
             bar,
@@ -229,7 +234,7 @@ def capture_and_finish(
         raise UserError(f"--dataset_dir {args.dataset_dir} holds no usable sentence")
     everyone = workers.gather((done.n_stored, done.n_computed))
     if workers.is_main:
-        finish(output, model.args, hooks, n_jobs, sampler)
+        finish(output, model_args, hooks, n_jobs, sampler)
         n_stored, n_computed = (sum(column) for column in zip(*everyone, strict=True))
         summarise(output, n_stored, n_computed, time.monotonic() - started)
 

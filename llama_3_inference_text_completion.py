@@ -30,7 +30,6 @@ from saint.stage.flags import (
 )
 from saint.stage.program import log_arguments, progress, run_stage
 from saint.stage.workers import Workers, start_workers
-from saint.steering.attribution import ablate_top, attribute
 from saint.steering.completions import Pair, stream_pairs
 from saint.steering.concepts import (
     N_LATENTS,
@@ -53,7 +52,7 @@ from saint.steering.settings import (
     split_steer,
 )
 from saint.steering.studio import EXAMPLE_PROMPTS, Studio, add_studio_flags, load_studio
-from saint.steering.terminal import print_attribution, print_concept, print_hits, print_pair
+from saint.steering.terminal import print_attributions, print_concept, print_hits, print_pair
 from saint.steering.vector import export_vector, write_control_vector
 
 
@@ -91,6 +90,12 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--request", type=Path, help="JSON settings copied from the page, instead of these flags"
     )
+    _add_other_ways(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
+    return parser
+
+
+def _add_other_ways(parser: argparse.ArgumentParser) -> None:
     find = parser.add_argument_group("finding latents (instead of writing)")
     kinds = {"label": "labels", "token": "tokens", "text": "an example text", "concept": "name"}
     for name, search in kinds.items():
@@ -134,8 +139,6 @@ def build_parser() -> argparse.ArgumentParser:
         type=Path,
         help="write --steer as a steering vector here (safetensors; .gguf for llama.cpp)",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
-    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -156,7 +159,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.concept is not None or args.find_concept is not None:
             _concepts(args, workers, finder)
         elif args.attribute is not None:
-            _attribute(args, studio, guides, request)
+            asked = {"token": args.attribute or None, "ablate": args.ablate, "as_json": args.json}
+            print_attributions(studio, guides, request, **asked)
         else:
             _run(args, workers, studio, guides, request)
 
@@ -236,22 +240,6 @@ def _concepts(args: argparse.Namespace, workers: Workers, finder: ConceptFinder)
         print_concept(concept, finder.guides[concept.sae])
     if not found:
         print("no saved concept holds these words; --concept makes one")
-
-
-def _attribute(
-    args: argparse.Namespace, studio: Studio, guides: list[Guide], request: Request
-) -> None:
-    """Say which latents raised the next token of each prompt."""
-    records = []
-    for prompt in request.prompts:
-        found = attribute(studio, prompt, token=args.attribute or None, chat=args.chat)
-        change = ablate_top(studio, found) if args.ablate else None
-        records.append(found.to_json() | {"ablated": change})
-        if args.json:
-            continue
-        print_attribution(prompt, found, change, guides[found.sae])
-    if args.json:
-        print(json.dumps(records, ensure_ascii=False))
 
 
 def _request(args: argparse.Namespace) -> Request:

@@ -48,6 +48,7 @@ from saint.stage.flags import (
     positive_int,
     said_of_dtype,
     seed_number,
+    whole_number,
 )
 from saint.stage.manifests import (
     Output,
@@ -88,9 +89,9 @@ def build_parser() -> argparse.ArgumentParser:
     more = parser.add_argument_group("what else to measure")
     more.add_argument(
         "--first_letter_words",
-        type=int,
+        type=whole_number,
         default=0,
-        help="single-token words on which absorption is measured; 4000 take 10 s on two cores with "
+        help="single-token words on which absorption is measured on two cores with "
         "a model of 135M [%(default)s: not]",
     )
     more.add_argument("--probe_column", help="column of topics, to probe for [none: not]")
@@ -104,7 +105,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="latents whose directions are compared with all others [%(default)s]",
     )
     more.add_argument(
-        "--excerpts", type=int, default=6, help="sentences shown token by token [%(default)s]"
+        "--excerpts",
+        type=whole_number,
+        default=6,
+        help="sentences shown token by token [%(default)s]",
     )
     add_bare_sae_flags(parser)
     add_device_flags(parser, dtype=True)

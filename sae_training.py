@@ -11,7 +11,6 @@ interrupted run continues with the same bits. The loop is `train`, the step `Tra
 from __future__ import annotations
 
 import argparse
-import resource
 import signal
 import time
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from sae import save_sae
+from saint.stage.devices import peak_memory
 from saint.stage.errors import UserError, log
 from saint.stage.files import naming_full_disk, try_directory
 from saint.stage.flags import (
@@ -69,12 +69,8 @@ def build_parser() -> argparse.ArgumentParser:
         default=10,
         help="each on that share of the held-out rows, the end's on all [%(default)s]",
     )
-    logs.add_argument(
-        "--checkpoint_minutes",
-        type=non_negative_float,
-        default=10.0,
-        help="between checkpoints [%(default)s]",
-    )
+    minutes = "between checkpoints [10]"
+    logs.add_argument("--checkpoint_minutes", type=non_negative_float, default=10.0, help=minutes)
     logs.add_argument(
         "--keep_last_n",
         type=whole_number,
@@ -348,14 +344,6 @@ def finish(output: Output, run: Run, trainer: Trainer, n_steps: int, seconds: fl
         peak_memory(run.workers.device),
         run.files.page,
     )
-
-
-def peak_memory(device: torch.device) -> str:
-    """Say the most memory that this process has held: the GPU's, or its own on a CPU."""
-    if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB of GPU memory at most"
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return f"{kilobytes / 1e6:.1f} GB of memory at most"
 
 
 if __name__ == "__main__":

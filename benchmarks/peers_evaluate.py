@@ -16,8 +16,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,6 @@ from sae import read_sae  # noqa: E402
 from saint.capture.packing import Pack  # noqa: E402
 from saint.evaluation.faithfulness import (  # noqa: E402
     held_out_sentences,
-    log_probabilities,
     predicting,
 )
 from saint.exchange.exports import export_saelens  # noqa: E402
@@ -99,10 +97,16 @@ def metrics(model: Llama, theirs: Any, hook: HookPoint, packs: list[Pack]) -> di
         return theirs(x.float()).to(x.dtype)
 
     for packed in packs:
-        run = partial(log_probabilities, model, hook, packed)
-        targets = packed.tokens.roll(-1)[predicting(packed)]
-        for i, replace in enumerate((None, with_theirs, lambda x: average.expand_as(x))):
-            sums[i] += F.nll_loss(run(replace), targets, reduction="sum").double()
+        wanted, own = predicting(packed), packed.own.unsqueeze(-1)
+        targets = packed.tokens.roll(-1)[wanted]
+
+        def run(replace: Callable[[Tensor], Tensor], packed: Pack = packed, own: Tensor = own):
+            edits = {hook: lambda x, _: torch.where(own, replace(x), x)}  # BOS stays
+            return model(packed.tokens, edits=edits, seq_lens=packed.seq_lens)
+
+        for i, replace in enumerate((lambda x: x, with_theirs, lambda x: average.expand_as(x))):
+            loss = F.cross_entropy(run(replace)[wanted], targets, reduction="sum")
+            sums[i] += loss.double()
         n += len(targets)
     clean, with_sae, ablated = (sums / n).tolist()
     share = (ablated - with_sae) / (ablated - clean)

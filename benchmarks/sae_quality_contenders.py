@@ -12,7 +12,7 @@ import argparse
 import sys
 import types
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from sae import SAEConfig, TopKSparseAutoencoder, standardise
-from saint.stage.errors import UserError
 from saint.stage.workers import Workers
 from saint.store.shuffled_rows import BatchedRows
-from saint.training.moments import BETAS
-from saint.training.recipe import Recipe, add_recipe_flags, resolve_recipe
+from saint.training.objectives import OBJECTIVES
+from saint.training.recipe import add_recipe_flags, resolve_recipe
 from saint.training.trainer import Trainer
+from saint.training.weights import make_basis
 
 _PEERS_WARMUP = 0.05  # share of steps
 _AUX_COEFFICIENT = 1 / 32  # where a package's default is to have no AuxK
@@ -106,33 +106,32 @@ class Dictionary:
 Train = Callable[[Task, Setting | None, int], Dictionary]
 
 
-def saint(task: Task, setting: Setting | None, seed: int) -> Dictionary:
-    """SAINT's trainer: `sae_training.py`'s defaults, but for the size and what is searched.
+def saint(task: Task, setting: Setting | None, seed: int, *more: str) -> Dictionary:
+    """SAINT's trainer: `sae_training.py`'s defaults, but for the size, what is searched and `more`.
 
-    Raises UserError where the trainer has no flag for what is searched, rather than leave it out.
+    Raises UserError where the trainer refuses a flag.
     """
     flags = ["--n_latents", task.n_latents, "--k", task.k, "--num_epochs", 1, "--seed", seed]
-    flags += ["--batch_size", task.batch_size, "--dead_tokens", task.dead_tokens]
+    flags += ["--batch_size", task.batch_size, "--dead_tokens", task.dead_tokens, *more]
     if setting is not None:
         flags += ["--learning_rate", setting.learning_rate]
-        flags += ["--decay_fraction", setting.decay_fraction]
-        if "beta2" in {each.name for each in fields(Recipe)}:
-            flags += ["--beta2", setting.beta2]
-        elif setting.beta2 != BETAS[1]:
-            raise UserError(f"SAINT's trainer has no --beta2 yet, so {setting} cannot be tried")
+        flags += ["--decay_fraction", setting.decay_fraction, "--beta2", setting.beta2]
     parser = argparse.ArgumentParser()
     add_recipe_flags(parser)
     args = parser.parse_args([str(flag) for flag in flags])
     workers = Workers(0, 1, task.device)
     recipe = resolve_recipe(args, task.rows, workers)
-    sae = TopKSparseAutoencoder(SAEConfig(task.d_model, task.n_latents, task.k), device=task.device)
+    activation = OBJECTIVES[recipe.objective].activation
+    config = SAEConfig(task.d_model, task.n_latents, task.k, activation=activation)
+    sae = TopKSparseAutoencoder(config, device=task.device)
     sae.initialise(task.mean, seed=seed)
-    trainer = Trainer(sae, recipe, task.n_steps, workers, "auto")
+    basis = make_basis(recipe, task.rows, workers)
+    trainer = Trainer(sae, recipe, task.n_steps, workers, "auto", basis)
     for raw in task.raw_batches():
         trainer.train_step(raw, len(raw))
-    by_rule = {"topk": None, "batchtopk": torch.ones_like(sae.b_enc), "jumprelu": sae.threshold}
-    levels = by_rule[sae.config.activation]
-    return Dictionary.of(sae.W_enc, sae.b_enc, sae.W_dec, sae.b_pre, levels)
+    trained = trainer.plain_sae()
+    levels = None if activation == "topk" else torch.ones_like(trained.b_enc)
+    return Dictionary.of(trained.W_enc, trained.b_enc, trained.W_dec, trained.b_pre, levels)
 
 
 def _sae_lens(module: str, name: str, **options: Any) -> Train:

@@ -430,19 +430,23 @@ def api_endpoints(handlers: PageHandlers) -> dict[str, Callable[..., Any]]:
 
     def info() -> dict:
         """What is loaded, and what one request may ask for."""
-        saes = [
-            {
-                "name": d.name,
-                "layer": d.hook.layer,
-                "hook_point": d.hook.name,
-                "n_latents": d.sae.config.n_latents,
-                "unit": d.unit_source,
-                "n_labels": len(guide.labels),
-            }
-            for d, guide in zip(handlers.studio.dictionaries, handlers.guides, strict=True)
-        ]
-        chat = handlers.studio.tokenizer.has_chat
-        return {"saes": saes, "limits": asdict(handlers.studio.limits), "chat": chat}
+        return _loaded(handlers)
 
     endpoints = (steer, search, latent, prompt_view, dose, steering_vector, info)
     return {function.__name__: function for function in endpoints}
+
+
+def _loaded(handlers: PageHandlers) -> dict[str, Any]:
+    saes = [
+        {
+            "name": d.name,
+            "layer": d.hook.layer,
+            "hook_point": d.hook.name,
+            "n_latents": d.sae.config.n_latents,
+            "unit": d.unit_source,
+            "n_labels": len(guide.labels),
+        }
+        for d, guide in zip(handlers.studio.dictionaries, handlers.guides, strict=True)
+    ]
+    chat = handlers.studio.tokenizer.has_chat
+    return {"saes": saes, "limits": asdict(handlers.studio.limits), "chat": chat}

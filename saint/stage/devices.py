@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,6 +57,16 @@ def available_bytes(device: torch.device) -> int:
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvail"))
     except (OSError, StopIteration):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def peak_memory(device: torch.device) -> str:
+    """Say the most memory that this process has held: the GPU's, or its own on a CPU."""
+    import torch
+
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB of GPU memory at most"
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return f"{kilobytes / 1e6:.1f} GB of memory at most"
 
 
 def cpu_multiplies_bf16() -> bool:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
-from saint.steering.attribution import Attribution
+from saint.steering.attribution import Attribution, ablate_top, attribute
 from saint.steering.completions import Pair
 from saint.steering.guide import Guide
 from saint.steering.search import Hit
-from saint.steering.settings import Concept
+from saint.steering.settings import Concept, Request
+from saint.steering.studio import Studio
 
 
 def print_concept(concept: Concept, guide: Guide) -> None:
@@ -23,7 +24,7 @@ def print_concept(concept: Concept, guide: Guide) -> None:
         print(f"  {latent:>7}  weight {weight:.2f}  share {part:.2f}  {label}")
 
 
-def print_attribution(
+def _print_attribution(
     prompt: str, found: Attribution, change: Mapping[str, float] | None, guide: Guide
 ) -> None:
     """Print what raised a token, and what ablating the top latents changed where that was tried."""
@@ -38,6 +39,27 @@ def print_attribution(
     )
     if change is not None:
         print(f"  ablating these: expected {change['expected']:+.3f}, got {change['got']:+.3f}")
+
+
+def print_attributions(
+    studio: Studio,
+    guides: list[Guide],
+    request: Request,
+    *,
+    token: str | None,
+    ablate: bool,
+    as_json: bool,
+) -> None:
+    """Print which latents raised the next token of each prompt; see `attribute`."""
+    records = []
+    for prompt in request.prompts:
+        found = attribute(studio, prompt, token=token, chat=request.chat)
+        change = ablate_top(studio, found) if ablate else None
+        records.append(found.to_json() | {"ablated": change})
+        if not as_json:
+            _print_attribution(prompt, found, change, guides[found.sae])
+    if as_json:
+        print(json.dumps(records, ensure_ascii=False))
 
 
 def print_pair(pair: Pair, guides: list[Guide]) -> None:

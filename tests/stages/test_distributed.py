@@ -175,10 +175,8 @@ def test_a_model_split_over_two_ranks_gives_what_one_process_does(
         }
         all_well(call_ranks(n_ranks, "sae_evaluation", *evaluate_args(root, **flags)))
         report = json.loads((tmp_path / f"{name}.json").read_text())
-        reports.append({k: v for k, v in report.items() if not isinstance(v, str)})
-    histograms = [report.pop("density_histogram") for report in reports]
-    assert reports[0] == pytest.approx(reports[1], rel=1e-3)
-    assert sum(histograms[0]["n_latents"]) == sum(histograms[1]["n_latents"])
+        reports.append({k: v for k, v in report.items() if isinstance(v, int | float)})
+    assert len(reports[0]) > 10 and reports[0] == pytest.approx(reports[1], rel=1e-3)
 
     flags = ["--llama_model_dir", split_model, "--sae_model_path", root / "trained_sae.pt"]
     flags += ["--dtype", "float32", "--prompt", "Senior diplomats", "met", "--steer", "3=+1"]
