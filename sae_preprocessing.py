@@ -39,7 +39,6 @@ from saint.stage.manifests import (
     State,
     file_checksum,
     load_manifest,
-    manifest_path,
     read_manifest,
     recorded_numbers,
 )
@@ -243,7 +242,7 @@ def outputs_of(
         mean = mean.with_name(f"{mean.stem}.{store.layer_dir}{mean.suffix}")
     earlier = {}
     if not args.overwrite:
-        earlier = recorded_numbers(manifest_path(base, STAGE, single_file=False))
+        earlier = recorded_numbers(base, STAGE)
     file_bytes = min(_FILE_BYTES, int(args.memory_gb * 1e9 / 4))
     stored = row_bytes(store.facts["d_model"], store.facts.get("store_dtype", "bfloat16"))
     automatic = earlier.get("rows_per_file") or max(1, file_bytes // stored)

@@ -31,7 +31,7 @@ from saint.stage.flags import (
     positive_int,
     whole_number,
 )
-from saint.stage.manifests import Output, State, file_checksum
+from saint.stage.manifests import Output, State, file_checksum, recorded_arguments
 from saint.stage.program import log_arguments, progress, run_stage
 from saint.stage.workers import Workers, start_workers
 from saint.store.shuffled_rows import BatchedRows, open_batched_rows
@@ -297,7 +297,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     workers = start_workers(args.device)
     log_arguments(args, build_parser())
     rows = open_batched_rows(args.data_dir)
-    recipe = resolve_recipe(args, rows, workers)
+    earlier = recorded_arguments(args.model_save_path, STAGE, single_file=True)
+    recipe = resolve_recipe(args, rows, workers, {} if args.overwrite else earlier)
     read_mean(args.b_pre_path, rows.facts["d_model"])
     refuse_another_mean(args.b_pre_path, rows)
     files = RunFiles(args.model_save_path, args.keep_last_n)

@@ -21,7 +21,6 @@ from saint.stage.manifests import (
     Output,
     State,
     file_checksum,
-    manifest_path,
     model_fingerprint,
     read_manifest,
     recorded_numbers,
@@ -59,7 +58,7 @@ def plan_output(
     """
     earlier: dict[str, int] = {}
     if not args.overwrite:
-        earlier = recorded_numbers(manifest_path(args.output_dir, STAGE, single_file=False))
+        earlier = recorded_numbers(args.output_dir, STAGE)
     weights = [p for p in args.model_dir.glob("*") if p.suffix in (".pth", ".safetensors")]
     automatic = {
         "batch_tokens": lambda: automatic_batch_tokens(

@@ -127,16 +127,25 @@ def manifest_path(output: Path, stage: str, *, single_file: bool | None = None) 
     return output / f"{stage}.manifest.json"
 
 
-def recorded_numbers(path: Path) -> dict[str, int]:
-    """Return the whole numbers above 0 among the arguments that a run at `manifest_path` recorded.
+def recorded_arguments(output: Path, stage: str, *, single_file: bool) -> dict[str, Any]:
+    """Return the arguments that a run on an output recorded, ended or not; {} where there is none.
 
-    An automatic value that was resolved then holds for a later run too. {} where there is none.
+    Raises UserError when the record is damaged.
     """
+    path = manifest_path(output, stage, single_file=single_file)
     for candidate in (path, _partial_path(path)):
         if candidate.exists():
-            arguments = read_record(candidate)["arguments"]
-            return {n: v for n, v in arguments.items() if type(v) is int and v > 0}
+            return read_record(candidate)["arguments"]
     return {}
+
+
+def recorded_numbers(output: Path, stage: str) -> dict[str, int]:
+    """Return the whole numbers above 0 among `recorded_arguments` of a directory.
+
+    An automatic value that was resolved then holds for a later run too.
+    """
+    recorded = recorded_arguments(output, stage, single_file=False)
+    return {name: value for name, value in recorded.items() if type(value) is int and value > 0}
 
 
 def lock_path(manifest: Path) -> Path:

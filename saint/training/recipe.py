@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from typing import Any
 
@@ -27,14 +27,15 @@ from saint.training.objectives import OBJECTIVES
 LEARNING_RATE_CONSTANT = 0.064  # 1e-3 at 4,096 latents
 BASES = ("none", "pca")
 _DEAD_TOKENS = 10_000_000
+_VALUE = "the default"  # shown as it is
 _NEVER = object()  # no value equals it
 
 
 @dataclass(frozen=True)
 class _Given:
-    """What automatic values are made of: the command line, and facts of the rows."""
+    """What automatic values are made of: the fields before them, and facts of the rows."""
 
-    flags: argparse.Namespace
+    values: Mapping[str, Any]
     batch_size: int
     n_rows: int
     d_model: int
@@ -45,16 +46,15 @@ class Flag:
     """How a field is asked for.
 
     shown: its default in words, where a value would not say it. automatic: makes the value where
-    the flag is not given. problem: says what is wrong with a value, "" for nothing. before: the
-    value of runs from before the field existed, whose manifests do not name it.
+    the flag is not given. before: the value of runs from before the field existed, whose manifests
+    do not name it.
     """
 
     text: str
     kind: Callable[[str], Any]
     group: str = "recipe"
-    shown: str = "%(default)s"
+    shown: str = _VALUE
     automatic: Callable[[_Given], Any] | None = None
-    problem: Callable[[Any], str] = lambda value: ""
     choices: tuple[str, ...] | None = None
     before: Any = _NEVER
 
@@ -71,10 +71,8 @@ def _on_or_off(text: str) -> bool:
 
 
 def _k_start(given: _Given) -> int:
-    flags = given.flags
-    if not flags.k_anneal_steps:
-        return flags.k
-    return min(flags.n_latents, flags.k_start or 4 * flags.k)
+    k, n_latents = given.values["k"], given.values["n_latents"]
+    return min(n_latents, 4 * k) if given.values["k_anneal_steps"] else k
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +100,7 @@ class Recipe:
         "peak rate of Adam",
         positive_float,
         shown=f"{LEARNING_RATE_CONSTANT} / √n_latents",
-        automatic=lambda given: LEARNING_RATE_CONSTANT / math.sqrt(given.flags.n_latents),
+        automatic=lambda given: LEARNING_RATE_CONSTANT / math.sqrt(given.values["n_latents"]),
     )
     warmup_fraction: float = _field("share of steps over which the rate rises", fraction, 0.02)
     decay_fraction: float = _field(
@@ -201,10 +199,13 @@ def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
         groups[flag.group].add_argument(
             f"--{each.name}",
             type=flag.kind,
-            default=None if flag.automatic else each.default,
             choices=flag.choices,
-            help=f"{flag.text} [{flag.shown}]",
+            help=f"{flag.text} [{_shown_default(each)}]",
         )
+
+
+def _shown_default(of: Field) -> Any:
+    return of.default if _flag(of).shown == _VALUE else _flag(of).shown
 
 
 def recipe_table() -> str:
@@ -212,25 +213,34 @@ def recipe_table() -> str:
     lines = ["| flag | default | what it is |", "|---|---|---|"]
     for each in fields(Recipe):
         flag = _flag(each)
-        shown = each.default if flag.shown == "%(default)s" else flag.shown
-        lines.append(f"| `--{each.name}` | {shown} | {flag.text} |")
+        lines.append(f"| `--{each.name}` | {_shown_default(each)} | {flag.text} |")
     return "\n".join(lines) + "\n"
 
 
-def resolve_recipe(args: argparse.Namespace, rows: BatchedRows, workers: Workers) -> Recipe:
-    """Fill in the defaults that depend on the data. Raises UserError for all that cannot work."""
-    facts = rows.facts
-    given = _Given(args, facts["batch_size"], rows.n_rows("train"), facts["d_model"])
-    values, problems = {}, []
+def resolve_recipe(
+    args: argparse.Namespace,
+    rows: BatchedRows,
+    workers: Workers,
+    begun: Mapping[str, Any] | None = None,
+) -> Recipe:
+    """Fill in what was not asked for: as a run that has begun has it, else the default.
+
+    begun: the arguments that run recorded, {} or None for none. Raises UserError for all that
+    cannot work.
+    """
+    facts, values = rows.facts, {}
+    given = _Given(values, facts["batch_size"], rows.n_rows("train"), facts["d_model"])
     for each in fields(Recipe):
         flag, value = _flag(each), getattr(args, each.name)
-        problem = flag.problem(value)
-        if problem:
-            problems.append(f"--{each.name} {value} {problem}")
         # k_start is worth nothing without annealing, whatever was asked for.
-        asked = value and (each.name != "k_start" or args.k_anneal_steps)
-        values[each.name] = flag.automatic(given) if flag.automatic and not asked else value
-    recipe = Recipe(**values)
+        if each.name == "k_start" and not values["k_anneal_steps"]:
+            value = None
+        if value is None and begun:
+            value = begun.get(each.name, flag.before)
+        if value is None or value is _NEVER:
+            value = flag.automatic(given) if flag.automatic else each.default
+        values[each.name] = value
+    recipe, problems = Recipe(**values), []
     if recipe.batch_size > given.n_rows:
         problems.append(
             f"--batch_size {recipe.batch_size} is larger than the {given.n_rows} training rows"
@@ -243,6 +253,8 @@ def resolve_recipe(args: argparse.Namespace, rows: BatchedRows, workers: Workers
         problems.append(f"--k {recipe.k} is larger than --n_latents {recipe.n_latents}")
     if recipe.k_start < recipe.k:
         problems.append(f"--k_start {recipe.k_start} is smaller than --k {recipe.k}")
+    if recipe.k_start > recipe.n_latents:
+        problems.append(f"--k_start {recipe.k_start} is larger than --n_latents {recipe.n_latents}")
     if problems:
         raise UserError("; ".join(problems))
     return recipe

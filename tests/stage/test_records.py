@@ -165,7 +165,7 @@ def test_what_is_no_manifest_at_all_is_one_line(tmp_path: Path):
         path.write_text(text)
         for read in (
             lambda: read_manifest(tmp_path, "capture_activations"),
-            lambda path=path: recorded_numbers(path),
+            lambda: recorded_numbers(tmp_path, "capture_activations"),
             lambda: Output(tmp_path, "capture_activations", {}, {}, single_file=False).begin(
                 overwrite=False
             ),
