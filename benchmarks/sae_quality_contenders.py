@@ -1,9 +1,10 @@
 """The contenders of `sae_quality.py`: SAINT's trainer, and each peer's own package.
 
 A peer keeps its losses, its AuxK and its first weights (but for the norm of SAELens's decoder, with
-which it is better), and runs in its own trainer where that takes a stream of rows. What it is given is the same for all: standardised rows, steps, batch, size,
-after how many tokens a latent counts as dead, and the setting that is tried. Peers' packages are in
-an environment of their own, so nothing of them is imported before it is needed.
+which it is better), and runs in its own trainer where that takes a stream of rows. What it is given
+is the same for all: standardised rows, steps, batch, size, after how many tokens a latent counts as
+dead, and the setting that is tried. Peers' packages are in an environment of their own, so nothing
+of them is imported before it is needed.
 """
 
 from __future__ import annotations

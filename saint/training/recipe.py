@@ -24,7 +24,7 @@ from saint.store.shuffled_rows import BatchedRows
 from saint.training.moments import MOMENT_KINDS
 from saint.training.objectives import OBJECTIVES
 
-LEARNING_RATE_CONSTANT = 0.064  # 1e-3 at 4,096 latents
+LEARNING_RATE_CONSTANT = 0.256  # 4e-3 at 4,096 latents
 BASES = ("none", "pca")
 _DEAD_TOKENS = 10_000_000
 _VALUE = "the default"  # shown as it is
@@ -85,7 +85,7 @@ class Recipe:
         "which latents are active: each token's k largest, or k per token of the whole batch; "
         "matryoshka: the latter, of nested dictionaries",
         str,
-        "topk",
+        "batchtopk",
         choices=tuple(OBJECTIVES),
         before="topk",
     )
@@ -104,7 +104,7 @@ class Recipe:
     )
     warmup_fraction: float = _field("share of steps over which the rate rises", fraction, 0.02)
     decay_fraction: float = _field(
-        "share of steps over which the rate falls to lr_floor", fraction, 0.5
+        "share of steps over which the rate falls to lr_floor", fraction, 0.3
     )
     lr_floor: float = _field("last rate as a share of the peak", fraction, 0.0)
     k_anneal_steps: int = _field(
@@ -115,19 +115,19 @@ class Recipe:
     k_start: int = _field(
         "active latents at first, when annealing", positive_int, shown="4 k", automatic=_k_start
     )
-    beta2: float = _field("of Adam's second moments", proper_fraction, 0.999, before=0.999)
+    beta2: float = _field("of Adam's second moments", proper_fraction, 0.99, before=0.999)
     lazy: bool = _field(
         "leave a latent's weights and moments as they are at a step without a gradient for it",
         _on_or_off,
-        False,
-        shown="off",
+        True,
+        shown="on",
         before=False,
     )
     basis: str = _field(
         "in which Adam works: pca is the eigenbasis of the activations' covariance; the saved "
         "weights are turned back",
         str,
-        "none",
+        "pca",
         choices=BASES,
         before="none",
     )

@@ -277,7 +277,7 @@ def test_training_learns_and_records_what_it_should(root):
     rows = open_batched_rows(root / "acts_batched")
     x = torch.cat([rows.read(s, 0, rows.n_rows(s)) for s in ("train", "val")])
     values, indices = sae.encode(standardise(x)[0]).matrices()
-    dense = torch.zeros(len(x), 64).scatter(1, indices, values)
+    dense = torch.zeros(len(x), 64).scatter_add(1, indices, values)
     torch.testing.assert_close(sae.max_activations, dense.amax(0), rtol=1e-5, atol=1e-6)
 
 
