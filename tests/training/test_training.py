@@ -282,8 +282,8 @@ def test_the_training_fvu_is_that_of_the_batch_before_the_step(
 
     monkeypatch.setattr(Trainer, "train_step", train_step)
     save = tmp_path / "sae.pt"
-    plain = ("--objective", "topk", "--basis", "none")
-    train(data, save, "--kernels", kernels, "--micro_batch_size", 12, *plain)
+    simple = ("--objective", "topk", "--basis", "none")
+    train(data, save, "--kernels", kernels, "--micro_batch_size", 12, *simple)
     variance = open_batched_rows(data / "rows").facts["variance"]
     for i, entry in enumerate(metrics_of(save)):  # one log for two steps
         assert entry["train/fvu"] == pytest.approx(
