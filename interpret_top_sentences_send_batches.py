@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from saint.evidence.labels import Label
 from saint.interpretation.batches import (
@@ -25,7 +25,7 @@ from saint.interpretation.batches import (
 )
 from saint.interpretation.client import have_key, open_client
 from saint.interpretation.ledger import Ledger
-from saint.interpretation.prices import is_free
+from saint.interpretation.prices import add_money_flags, is_free
 from saint.interpretation.prompts import (
     LABELLED_TASKS,
     TASKS,
@@ -41,11 +41,21 @@ from saint.interpretation.questions import (
     questions,
     shown_sentences,
 )
-from saint.interpretation.sending import Job, config_of, form_of, open_evidence_and_labels
+from saint.interpretation.sending import (
+    USUAL_STRENGTH,
+    Job,
+    config_of,
+    effects_path,
+    form_of,
+    open_evidence_and_labels,
+)
 from saint.stage.errors import UserError, log
 from saint.stage.flags import add_overwrite_flag, non_negative_float, positive_int, whole_number
 from saint.stage.manifests import Output
 from saint.stage.program import log_arguments, run_stage
+
+if TYPE_CHECKING:
+    from saint.steering.effects import Effects
 
 STAGE = "interpret_top_sentences_send_batches"
 DEFAULT_MODEL = "claude-haiku-5-5"
@@ -77,16 +87,22 @@ def build_parser() -> argparse.ArgumentParser:
         "--labels_path", type=Path, help="parsed_responses.yaml, for --task detect and fuzz"
     )
     _add_choice_flags(parser)
-    effect = parser.add_argument_group("completions of --task effect (without: tokens only)")
+    effect = parser.add_argument_group("for --task effect (without a model: tokens only)")
     effect.add_argument("--llama_model_dir", type=Path, help="the language model")
     effect.add_argument("--sae_model_path", type=Path, help="the SAE whose latents are turned up")
     effect.add_argument(
+        "--effects_path",
+        type=Path,
+        help="what latents do to predictions [effects.parquet beside the evidence, where it is]",
+    )
+    effect.add_argument(
         "--steer_strength",
         type=non_negative_float,
-        default=2.0,
-        help="how far, in units of a latent's largest seen activation [2]",
+        help="how far, in units of a latent's largest seen activation [its dose of 1 nat by "
+        "effects.parquet, else 2]",
     )
-    _add_money_flags(parser)
+    add_money_flags(parser)
+    add_batch_flags(parser)
     add_evidence_flags(parser)
     add_overwrite_flag(parser)
     return parser
@@ -127,41 +143,6 @@ def _add_choice_flags(parser: argparse.ArgumentParser) -> None:
         help="ask again what was answered unusably or refused as invalid; or the path of a "
         "failures.yaml that parsing wrote",
     )
-
-
-def _add_money_flags(parser: argparse.ArgumentParser) -> None:
-    money = parser.add_argument_group("money and limits")
-    money.add_argument(
-        "--dry_run",
-        action="store_true",
-        help="write the requests to <response ids>.dry_run.jsonl, show three, quote the cost, stop",
-    )
-    money.add_argument(
-        "--max_cost_usd", type=non_negative_float, help="send nothing beyond this quote, in $"
-    )
-    money.add_argument(
-        "--batch_price",
-        type=non_negative_float,
-        nargs=2,
-        metavar=("IN", "OUT"),
-        help="$ per million tokens",
-    )
-    money.add_argument(
-        "--live",
-        type=positive_int,
-        metavar="N",
-        help="no batch: N requests at a time through /v1/messages, at twice the price of a batch",
-    )
-    money.add_argument(
-        "--no_smoke_test", action="store_true", help="do not send one request live first"
-    )
-    money.add_argument(
-        "--assume_lost",
-        action="store_true",
-        help="send again what was interrupted live, or may be a batch that cannot be read",
-    )
-    money.add_argument("--cancel", action="store_true", help="cancel all batches that still run")
-    add_batch_flags(parser)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -211,7 +192,10 @@ def _questions(
     options: PromptOptions,
 ) -> Callable[[], Iterable[Question]]:
     """Return what makes the questions, whenever they are needed."""
-    completions = _steered_completions(args) if args.task == "effect" else None
+    effects = completions = None
+    if args.task == "effect":
+        effects = _effects(args, source)
+        completions = _steered_completions(args, effects, max(source.n_sentences()) + 1)
 
     def ask() -> Iterable[Question]:
         asked = questions(
@@ -222,6 +206,7 @@ def _questions(
             labels=labels,
             n_controls=args.n_controls,
             completions=completions,
+            effects=effects.rows if effects else None,
         )
         if args.task not in LABELLED_TASKS:
             return asked
@@ -230,7 +215,18 @@ def _questions(
     return ask
 
 
-def _steered_completions(args: argparse.Namespace) -> Completions | None:
+def _effects(args: argparse.Namespace, source: Source) -> Effects | None:
+    path = effects_path(args, source)
+    if path is None or source.evidence is None:
+        return None
+    from saint.steering.effects import load_effects
+
+    return load_effects(path, n_latents=source.evidence.n_latents)
+
+
+def _steered_completions(
+    args: argparse.Namespace, effects: Effects | None, n_latents: int
+) -> Completions | None:
     """What makes (prompt, plain, steered) texts of a latent, each once; None without a model."""
     given = (args.llama_model_dir, args.sae_model_path)
     if given == (None, None):
@@ -242,16 +238,25 @@ def _steered_completions(args: argparse.Namespace) -> Completions | None:
     from saint.steering.settings import Request, Setting
     from saint.steering.studio import add_studio_flags, load_studio
 
-    parser = argparse.ArgumentParser()
-    add_studio_flags(parser)
+    add_studio_flags(parser := argparse.ArgumentParser())
     words = ["--llama_model_dir", str(given[0]), "--sae_model_path", str(given[1])]
     studio, _ = load_studio(parser.parse_args(words))
+    if studio.dictionaries[0].sae.config.n_latents != n_latents:
+        raise UserError(f"{given[1]} is not the SAE of the evidence's {n_latents} latents")
+
+    def strength(latent: int) -> float:
+        row = effects.rows.get(latent) if effects else None
+        if args.steer_strength is not None or row is None or effects is None:
+            return USUAL_STRENGTH if args.steer_strength is None else args.steer_strength
+        # Where no dose that was tried costs a nat, the largest of them.
+        dose = row["dose_1nat"] or max(effects.meta["doses"])
+        return dose / float(studio.dictionaries[0].units[latent])
 
     @lru_cache(None)
     def make(latent: int) -> list[tuple[str, str, str]]:
         request = Request(
             prompts=_BEGINNINGS,
-            settings=(Setting(latent, "add", args.steer_strength),),
+            settings=(Setting(latent, "add", strength(latent)),),
             max_new_tokens=_COMPLETION_TOKENS,
             temperature=0.0,
         )
@@ -286,9 +291,12 @@ def _finish(
     )
     counts = {"batches": len(ids), "requests": len(state.status)}
     output.finish(facts={}, counts=counts, files=[args.response_ids_filepath.name])
-    verb = "parse_responses" if args.live and not ids else "retrieve_batches"
-    script = f"interpret_top_sentences_{verb}.py"
-    log.info("%d batches in %s; next: %s", len(ids), args.response_ids_filepath, script)
+    if args.live and not ids:
+        told, verb = f"answers are in {ledger.path}", "parse_responses"
+    else:
+        told = f"{len(ids)} batches in {args.response_ids_filepath}"
+        verb = "retrieve_batches"
+    log.info("%s; next: interpret_top_sentences_%s.py", told, verb)
 
 
 if __name__ == "__main__":

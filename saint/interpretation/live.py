@@ -58,8 +58,9 @@ def smoke_test(client: Client, ledger: Ledger, row: Row, *, task: str, model: st
     answer = _ask(client, ledger, intent, row, task=task)
     if answer.kind == "failure":
         raise UserError(
-            f"the live test request was answered, but not usably ({answer.reason}): no batch was "
-            "sent. --no_smoke_test sends them nevertheless"
+            f"the live test request was answered, but not usably ({answer.reason}): nothing more "
+            "was sent. A server that keeps to no JSON schema wants a model that does; "
+            "--no_smoke_test sends the rest nevertheless"
         )
     text = answer.fields.get("common_semantic") or answer.fields or answer.reason
     log.info("live test of %s: %s", row["unit"], text)

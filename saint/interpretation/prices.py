@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import random
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,21 +13,38 @@ import anthropic
 
 from saint.interpretation.client import describe, fail
 from saint.stage.errors import UserError, log
+from saint.stage.flags import non_negative_float, positive_int
 
 PRICES_DATE = "2026-11"
-# Batch prices in $ per million tokens: input, output. A live request costs twice that. Of the other
-# models that the SDK names no price is known here: --batch_price.
-BATCH_PRICES = {
+# Batch prices in $ per million tokens: input, output, by the models' pages in Claude's
+# documentation. None: named by the SDK, but no page with its price was found. A live request costs
+# twice that; Claude Haiku 5.5 costs five times as much for prompts of more than 100,000 tokens,
+# which none of ours has.
+BATCH_PRICES: dict[str, tuple[float, float] | None] = {
     "claude-haiku-5-5": (0.05, 0.25),
     "claude-haiku-4-5": (0.5, 2.5),
     "claude-sonnet-5-5": (1.0, 5.0),
     "claude-sonnet-5": (1.0, 5.0),
+    "claude-sonnet-4-6": (1.5, 7.5),
+    "claude-sonnet-4-5": (1.5, 7.5),
     "claude-opus-5-5": (2.0, 10.0),
     "claude-opus-5": (2.5, 12.5),
+    "claude-opus-4-8": (2.5, 12.5),
+    "claude-opus-4-7": (2.5, 12.5),
+    "claude-opus-4-6": (2.5, 12.5),
+    "claude-opus-4-5": (2.5, 12.5),
+    "claude-fable-5-2": (4.0, 20.0),
     "claude-fable-5-1": (5.0, 25.0),
+    "claude-fable-5": (5.0, 25.0),
+    "claude-mythos-5-2": None,
+    "claude-mythos-5-1": None,
+    "claude-mythos-5": (5.0, 25.0),
+    "claude-mythos-preview": None,
 }
+# "claude-haiku-4-5-20251001" costs what "claude-haiku-4-5" does.
+_SNAPSHOT = re.compile(r"-20\d{6}$")
 # These think whatever they are asked.
-_THINKERS = ("claude-opus-5-5", "claude-fable-5-1")
+_THINKERS = ("opus-5-5", "fable", "mythos")
 LIVE_FACTOR = 2
 # Without a key tokens are estimated: so many for one of our own tokenizer's (a captured model's),
 # which has that many characters in such requests (SmolLM2: their odd words make short tokens).
@@ -61,12 +80,51 @@ def batch_price(model: str, given: Iterable[float] | None = None) -> tuple[float
     if given is not None:
         price_in, price_out = given
         return price_in, price_out
-    return BATCH_PRICES.get(model)
+    return BATCH_PRICES.get(_SNAPSHOT.sub("", model))
 
 
 def is_free(model: str, given: Iterable[float] | None = None) -> bool:
-    """Whether a live request costs nothing as far as is known: a local server's model."""
-    return batch_price(model, given) in (None, (0.0, 0.0))
+    """Whether a live request costs nothing as far as is known: a local server's model.
+
+    A Claude without a known price is not free.
+    """
+    price = batch_price(model, given)
+    return price == (0.0, 0.0) or (price is None and "claude" not in model.lower())
+
+
+def add_money_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of whoever sends requests: what they may cost, and how they go out."""
+    money = parser.add_argument_group("money and limits")
+    money.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="write the requests to <response ids>.dry_run.jsonl, show three, quote the cost, stop",
+    )
+    money.add_argument(
+        "--max_cost_usd", type=non_negative_float, help="send nothing beyond this quote, in $"
+    )
+    money.add_argument(
+        "--batch_price",
+        type=non_negative_float,
+        nargs=2,
+        metavar=("IN", "OUT"),
+        help="$ per million tokens",
+    )
+    money.add_argument(
+        "--live",
+        type=positive_int,
+        metavar="N",
+        help="no batch: N requests at a time through /v1/messages, at twice the price of a batch",
+    )
+    money.add_argument(
+        "--no_smoke_test", action="store_true", help="do not send one request live first"
+    )
+    money.add_argument(
+        "--assume_lost",
+        action="store_true",
+        help="send again what was interrupted live, or may be a batch that cannot be read",
+    )
+    money.add_argument("--cancel", action="store_true", help="cancel all batches that still run")
 
 
 def dollars(
@@ -155,19 +213,29 @@ def price_table(tasks: Mapping[str, tuple[RequestTally, float, int]]) -> str:
     tasks: name -> a tally of some requests, how many times as many there are, and the output tokens
     of one.
     """
-    names = [model.removeprefix("claude-") for model in BATCH_PRICES]
-    head = f"{'$ (' + PRICES_DATE + ')':<12}{'tokens in':>13}{'out':>12}"
-    lines = [head + "".join(f"{name:>{len(name) + 2}}" for name in names)]
-    for task, (tally, times, out_each) in tasks.items():
-        tokens_in = tally.chars * times / CHARS_PER_OWN_TOKEN * TOKENS_PER_OWN_TOKEN
-        tokens_out = tally.n * times * out_each
-        costs = [dollars(price, tokens_in, tokens_out) or 0.0 for price in BATCH_PRICES.values()]
-        cells = "".join(
-            f"{cost:>{len(name) + 2}.2f}" for cost, name in zip(costs, names, strict=True)
+    tokens = {
+        task: (
+            tally.chars * times / CHARS_PER_OWN_TOKEN * TOKENS_PER_OWN_TOKEN,
+            tally.n * times * out_each,
         )
-        lines.append(f"{task:<12}{tokens_in:>13,.0f}{tokens_out:>12,.0f}{cells}")
-    thinkers = " and ".join(name.removeprefix("claude-") for name in _THINKERS)
-    return "\n".join([*lines, f"{thinkers} also think, at the price of output; live costs twice"])
+        for task, (tally, times, out_each) in tasks.items()
+    }
+    alike: dict[tuple[float, float] | None, list[str]] = {}
+    for model, price in BATCH_PRICES.items():
+        alike.setdefault(price, []).append(model.removeprefix("claude-"))
+    rows = [("", list(tasks))]
+    rows += [
+        (name, [f"{tokens[task][place]:,.0f}" for task in tasks])
+        for place, name in enumerate(("tokens in", "tokens out"))
+    ]
+    for price, models in alike.items():
+        costs = [dollars(price, *tokens[task]) for task in tasks]
+        cells = ["unknown" if cost is None else f"${cost:.2f}" for cost in costs]
+        rows.append((", ".join(models), cells))
+    width = max(len(name) for name, _ in rows)
+    lines = [name.ljust(width) + "".join(f"{cell:>12}" for cell in cells) for name, cells in rows]
+    note = f"batches, prices of {PRICES_DATE}; live costs twice; "
+    return "\n".join([*lines, note + f"{', '.join(_THINKERS)} also think, at the price of output"])
 
 
 def _count_sample(client: anthropic.Anthropic, sample: list[dict[str, Any]]) -> int | None:

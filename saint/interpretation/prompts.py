@@ -387,12 +387,19 @@ def explain_sentences_prompt(
 
 
 def effect_prompt(
-    row: Mapping[str, Any], completions: Sequence[tuple[str, str, str]], options: PromptOptions
+    row: Mapping[str, Any],
+    completions: Sequence[tuple[str, str, str]],
+    options: PromptOptions,
+    effect: Mapping[str, Any] | None = None,
 ) -> Prompt | None:
     """Ask what a latent does, from its tokens and (prompt, plain, steered) texts; None without any.
 
-    The latent is turned up in the steered texts only.
+    The latent is turned up in the steered texts only. effect: its row of the effects file: tokens
+    whose probability was measured to rise and fall then stand in place of those that its direction
+    alone promotes and suppresses.
     """
+    if effect is not None and (effect["rising"] or effect["falling"]):
+        row = {"promoted": effect["rising"], "suppressed": effect["falling"]}
     text = token_lines(row, options).strip()
     for start, plain, steered in completions:
         text += f"\n\nBeginning: {cut(clean(start), options.excerpt_chars)}\n"

@@ -173,12 +173,13 @@ def questions(
     labels: Mapping[int, Label] | None = None,
     n_controls: int = 0,
     completions: Completions | None = None,
+    effects: Mapping[int, Mapping[str, Any]] | None = None,
 ) -> Iterator[Question]:
     """Yield the questions of a task in the order of the latents, where the evidence suffices.
 
     labels: needed by detect and fuzz. n_controls: so many latents are also tested with the label
     of another latent (intruder: with excerpts of others), where nothing is to be found.
-    completions: of a latent, for effect.
+    completions: of a latent, and effects: rows of the effects file by latent, for effect.
     """
     if source.evidence is None:
         if task != "explain":
@@ -196,7 +197,8 @@ def questions(
             if prompt.key["n_firing"]:
                 yield Question(task, latent, None, prompt)
         elif task == "effect":
-            prompt = effect_prompt(row, completions(latent) if completions else (), options)
+            texts_of = completions(latent) if completions else ()
+            prompt = effect_prompt(row, texts_of, options, (effects or {}).get(latent))
             if prompt is not None:
                 yield Question(task, latent, None, prompt)
         elif task == "intruder":

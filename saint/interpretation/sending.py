@@ -40,9 +40,12 @@ from saint.interpretation.questions import Question, Source, open_source, sample
 from saint.interpretation.responses import CUT_OFF
 from saint.stage.errors import UserError, log
 from saint.stage.files import atomic_path
+from saint.stage.manifests import file_checksum
 from saint.stage.yaml_files import load_yaml
 
 _N_SHOWN = 3
+# How far a latent is turned up where its dose of 1 nat is not known, in its largest activations.
+USUAL_STRENGTH = 2.0
 
 
 def open_evidence_and_labels(args: argparse.Namespace) -> tuple[Source, dict[int, Label]]:
@@ -69,9 +72,22 @@ def config_of(args: argparse.Namespace, source: Source, options: PromptOptions) 
     """What decides a task's answers, as the ledger keeps it."""
     facts = prompt_facts(args.task, options, model=args.model)
     if args.task == "effect":
-        facts |= {"steer_strength": args.steer_strength, "sae": str(args.sae_model_path or "")}
+        path = effects_path(args, source)
+        usual = "1 nat" if path else USUAL_STRENGTH
+        given = args.steer_strength
+        facts |= {"steer_strength": usual if given is None else given}
+        facts |= {"sae": str(args.sae_model_path or "")}
+        facts |= {"effects": file_checksum(path)["xxh3"]} if path else {}
     ranking = source.ranking if args.task == "explain" else None
     return {**facts, "made_from": source.kind, "ranking": ranking, "source": source.fingerprint}
+
+
+def effects_path(args: argparse.Namespace, source: Source) -> Path | None:
+    """The effects file that is named, or lies beside the evidence."""
+    if args.effects_path is not None or source.evidence_path is None:
+        return args.effects_path
+    beside = source.evidence_path.with_name("effects.parquet")
+    return beside if beside.exists() else None
 
 
 def form_of(

@@ -6,8 +6,9 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
+import anthropic
 import pytest
 import yaml
 from hypothesis import given
@@ -23,7 +24,18 @@ from saint.interpretation.ledger import (
     read_response_ids,
     replay,
 )
-from saint.interpretation.prices import PRICES_DATE, Quote, batch_price, check_budget, dollars
+from saint.interpretation.prices import (
+    _SNAPSHOT,
+    BATCH_PRICES,
+    PRICES_DATE,
+    Quote,
+    RequestTally,
+    batch_price,
+    check_budget,
+    dollars,
+    is_free,
+    price_table,
+)
 from saint.interpretation.report import build_report, content_words, near_duplicates, report_page
 from saint.interpretation.responses import certainty, failed_kind, parse_answer, parse_label, record
 from saint.interpretation.scores import Measured, Outcome
@@ -303,6 +315,26 @@ def test_prices():
         check_budget(quote, 1.99, "m")
     with pytest.raises(UserError, match=PRICES_DATE):
         check_budget(Quote(10, 1000, 100, None, "x"), 1, "m")
+
+
+def test_every_model_that_the_sdk_names_is_in_the_table():
+    literal = next(a for a in get_args(anthropic.types.Model) if get_origin(a) is Literal)
+    for name in get_args(literal):
+        assert _SNAPSHOT.sub("", name) in BATCH_PRICES, f"{name} is not in the table of prices"
+    assert batch_price("claude-opus-4-5-20251101") == (2.5, 12.5)
+    # A local model costs nothing; a Claude whose price is not known does.
+    assert is_free("qwen3") and is_free("claude-haiku-5-5", (0, 0))
+    assert not is_free("claude-mythos-5-2") and not is_free("anthropic/claude-x")
+
+
+def test_the_table_of_prices_has_a_column_for_each_task():
+    tally = RequestTally(n=2, chars=7_200_000)
+    table = price_table({"explain": (tally, 1.0, 500_000), "detect": (tally, 2.0, 1)}).splitlines()
+    assert table[0].split() == ["explain", "detect"]
+    assert table[1].split() == ["tokens", "in", "2,400,000", "4,800,000"]
+    haiku = next(line for line in table if line.startswith("haiku-5-5"))
+    assert haiku.split() == ["haiku-5-5", "$0.37", "$0.24"]
+    assert any(line.startswith("mythos") and "unknown" in line for line in table)
 
 
 def test_report_statistics():

@@ -11,7 +11,7 @@ import yaml
 from interpret_top_sentences_send_batches import DEFAULT_MODEL
 from saint.interpretation.client import RequestForm
 from saint.interpretation.prices import CHARS_PER_OWN_TOKEN, TOKENS_PER_OWN_TOKEN, prompt_chars
-from saint.interpretation.prompts import PromptOptions, explain_prompt, readable, request_params
+from saint.interpretation.prompts import PromptOptions, explain_prompt, request_params
 from tests.support.interpretation_workplace import Workplace
 
 TESTS = Path(__file__).resolve().parent
@@ -21,14 +21,12 @@ def test_the_printed_request_is_what_the_code_makes_of_a_quickstarts_latent():
     """readme_latent.json: the part of the evidence that the request shows, of latent 1619."""
     row = json.loads((TESTS / "readme_latent.json").read_text(encoding="utf-8"))
     texts = {int(i): text for i, text in row["sentences"].items()}
-    options = PromptOptions(n_quantile=6, n_top=3, n_near_miss=2)
+    options = PromptOptions(n_quantile=3, n_top=2, n_near_miss=1)
     prompt = explain_prompt(row, "mean", texts, options)
     params = request_params("explain", prompt, model=DEFAULT_MODEL, form=RequestForm())
-    made = readable({"custom_id": "explain-1619-1-0", "params": params})
-    made = made[: made.index("  thinking:\n")]
     readme = (TESTS.parents[1] / "docs" / "interpretation.md").read_text(encoding="utf-8")
-    found = re.search(r"```yaml\n(custom_id: explain-.*?)```", readme, re.DOTALL)
-    assert found and found[1] == made, f"docs/interpretation.md should hold:\n{made}"
+    found = re.search(r"```text\n(It fires .*?)\n```", readme, re.DOTALL)
+    assert found and found[1] == prompt.text, f"docs/interpretation.md should hold:\n{prompt.text}"
     chars = prompt_chars(params)
     tokens = round(chars / CHARS_PER_OWN_TOKEN * TOKENS_PER_OWN_TOKEN)
     assert f"{chars:,} characters" in readme and f"{tokens:,} tokens" in readme

@@ -6,6 +6,7 @@ import json
 import time
 from collections import Counter
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,8 +18,11 @@ from saint.interpretation.client import PLAIN_FORM, RequestForm, open_client
 from saint.interpretation.ledger import Ledger, new_intent_id
 from saint.interpretation.responses import certainty, parse_answer
 from saint.stage.yaml_files import load_yaml, write_yaml
+from saint.steering.effects import SCHEMA, write_effects
+from tests.support.interpretation_data import write_evidence
 from tests.support.interpretation_workplace import Workplace, error_of
 from tests.support.mock_batches import Batch, explain_answer, model_object
+from tests.support.tiny_steering import N_LATENTS, write_setup
 
 ONCE = {f"explain-{i}": 1 for i in range(4)}
 
@@ -372,3 +376,48 @@ def test_what_a_latent_does_stands_beside_what_it_fires_on(work: Workplace):
         "",
     ]
     assert all(label.text.startswith("concept") for label in labels.values())
+
+
+def test_measured_effects_and_steered_texts_are_shown(tmp_path: Path):
+    place = Workplace(tmp_path, n_latents=N_LATENTS)
+    model_dir, sae_path = write_setup(tmp_path)
+    given = ("--llama_model_dir", model_dir, "--sae_model_path", sae_path)
+    ask = ("--task", "effect", "--latents", "1,2", "--dry_run")
+
+    def asked() -> list[str]:
+        done = place.send(*ask, *given, env={})
+        assert done.returncode == 0, done.stderr
+        lines = (place.tops / "response_ids.dry_run.jsonl").read_text().splitlines()
+        return [json.loads(line)["params"]["messages"][0]["content"] for line in lines]
+
+    try:
+        usual = asked()
+        assert all(text.count("turned up:") == 3 for text in usual)
+        assert "raises: topic1, more" in usual[0]
+        row = dict.fromkeys(SCHEMA.names) | {"latent": 1, "word": "topic", "score": 1.0, "kl": 1.0}
+        row |= {"rising": [{"token": " risen", "value": 0.2}], "dose_1nat": 40.0}
+        row |= {"falling": [{"token": " fallen", "value": -0.1}]}
+        facts = {"n_latents": N_LATENTS, "doses": [4.0, 8.0, 16.0]}
+        write_effects(place.tops / "effects.parquet", [row], facts)
+        measured = asked()
+        assert "raises: risen" in measured[0] and "lowers: fallen" in measured[0]
+        # The dose is the file's: other words than at the usual strength; latent 2 has none there.
+        assert measured[0].count("turned up:") == 3 and measured[1] == usual[1]
+        assert measured[0].split("Beginning", 1)[1] != usual[0].split("Beginning", 1)[1]
+        place.rows.pop()
+        write_evidence(place.tops / "evidence.parquet", place.rows)
+        (place.tops / "effects.parquet").unlink()
+        assert "is not the SAE" in error_of(place.send(*ask, *given, env={}))
+    finally:
+        place.api.close()
+
+
+def test_a_useless_live_test_stops_and_says_so(work: Workplace):
+    work.api.is_local, work.api.answer = True, lambda _: "I think that it is about trees."
+    line = error_of(work.send("--live", 2, "--model", "local-model"))
+    assert "nothing more was sent" in line and "JSON schema" in line
+    assert len(work.api.live_requests) == 1
+    work.api.answer = explain_answer
+    done = work.send("--live", 2, "--model", "local-model", "--again", "failures")
+    assert done.returncode == 0 and "answers are in" in done.last_line
+    assert work.parse().returncode == 0 and len(load_labels(work.labels)) == 4

@@ -6,6 +6,7 @@ import random
 import signal
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -23,13 +24,17 @@ _LAST_EVENT = 160
 _MAX_RUNS = 80
 _MAX_ROUNDS = 1000
 _TIMEOUT_S = 1.0
+_OUTAGE_S = 0.8
 # What must have happened before a campaign ends: faults of the server, and fates of requests.
 KINDS = FAULTS | {"row:expired", "row:errored", "row:canceled", "rows:out of order", "batch:slow"}
 
 
 @dataclass
 class Campaign:
-    """What happened. Each of the last five must stay 0, and `missing` be empty in the end."""
+    """What happened. Each of the last five must stay 0, and `missing` be empty in the end.
+
+    due_outages: lengths of long outages that are still to come, in seconds; outages_s: that were.
+    """
 
     kills: int = 0
     runs: int = 0
@@ -37,6 +42,8 @@ class Campaign:
     batches: int = 0
     requests: int = 0
     faults: Counter[str] = field(default_factory=Counter)
+    due_outages: list[float] = field(default_factory=list)
+    outages_s: list[float] = field(default_factory=list)
     taken_as_lost: int = 0
     found_again: int = 0
     hands_needed: int = 0
@@ -64,11 +71,16 @@ class Round:
             polls_until_ended=2,
             random_kinds={"expired": 0.06, "errored": 0.06, "canceled": 0.04},
             patience_s=0.9 * _TIMEOUT_S,
-            outage_s=0.8,
+            outage_s=_OUTAGE_S,
             skew=timedelta(minutes=self.rng.choice((-30, 0, 30))),
         )
+        self.long_outages: list[float] = []
         due = sorted(FAULTS & set(tally.missing))
         self.api.faults = self.rng.sample(due, min(8, len(due)))
+        if tally.due_outages:
+            self.long_outages = [tally.due_outages.pop()]
+            self.api.long_outages = list(self.long_outages)
+            self.api.faults.append(self.rng.choice(("create:outage", "read:outage")))
         write_evidence(directory / "evidence.parquet", [row(i, n=8) for i in range(n_latents)])
         self.ids = directory / "response_ids.yaml"
         self.output = directory / "output"
@@ -105,7 +117,7 @@ class Round:
         if kill == "time":
             process.join(self.rng.uniform(0, 1.2 * self.usual_s))
             process.kill()
-        process.join(90)
+        process.join(90 + 5 * max(self.long_outages, default=0))
         if process.exitcode == -signal.SIGKILL:
             self.tally.kills += 1
             return None
@@ -142,6 +154,7 @@ class Round:
         tally.batches += len(api.batches)
         tally.requests += sum(len(batch.requests) for batch in api.batches.values())
         tally.faults += api.injected
+        tally.outages_s += self.long_outages[len(api.long_outages) :]
         for batch in api.batches.values():
             ids = [row["custom_id"] for row in batch.results]
             tally.faults["rows:out of order"] += ids != [r["custom_id"] for r in batch.requests]
@@ -163,14 +176,21 @@ class Round:
 
 
 def campaign(
-    directory: Path, n_kills: int, *, seed: int = 0, kills_per_round: int = 5, n_latents: int = 10
+    directory: Path,
+    n_kills: int,
+    *,
+    seed: int = 0,
+    kills_per_round: int = 5,
+    n_latents: int = 10,
+    long_outages: Sequence[float] = (),
 ) -> Campaign:
     """Play rounds until n_kills processes were killed, at random times and at random calls.
 
     And until every kind of fault has happened: rounds without kills follow where one is missing.
+    long_outages: seconds of outages that come one a round; the others last less than a second.
     """
-    tally = Campaign()
-    while tally.kills < n_kills or tally.missing:
+    tally = Campaign(due_outages=list(long_outages))
+    while tally.kills < n_kills or tally.missing or tally.due_outages:
         assert tally.rounds < _MAX_ROUNDS, f"never happened: {tally.missing}"
         place = directory / f"round_{tally.rounds}"
         place.mkdir(parents=True)

@@ -66,6 +66,7 @@ class MockApi:
     skew: timedelta = timedelta(0)  # of the server's clock
     outage_until: float = 0.0  # time.monotonic(): till then every request gets 503 or a closed door
     outage_s: float = 0.0  # how long an injected outage lasts
+    long_outages: list[float] = field(default_factory=list)  # of the first ones, seconds
     models: dict[str, dict[str, Any]] = field(default_factory=dict)  # id -> its model object
     rejects: tuple[str, ...] = ()  # parameters that get a 400
     is_local: bool = False  # /v1/messages and nothing else, as a local server has it
@@ -292,7 +293,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _fail(self, fault: str | None) -> bool:
         if fault == "outage":
-            self.api.outage_until = time.monotonic() + self.api.outage_s
+            lengths = self.api.long_outages
+            length = lengths.pop() if lengths else self.api.outage_s
+            self.api.outage_until = time.monotonic() + length
             self._error(503, "api_error", "mock outage")
         elif fault in ("drop_before", "hang_before"):
             self._break_off(fault)
