@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from typing import Any
@@ -24,7 +23,7 @@ from saint.store.shuffled_rows import BatchedRows
 from saint.training.moments import MOMENT_KINDS
 from saint.training.objectives import OBJECTIVES
 
-LEARNING_RATE_CONSTANT = 0.256  # 4e-3 at 4,096 latents
+LEARNING_RATE_CONSTANT = 0.77  # 4e-3 at 576 dimensions and 4,096 latents
 BASES = ("none", "pca")
 _DEAD_TOKENS = 10_000_000
 _VALUE = "the default"  # shown as it is
@@ -75,6 +74,11 @@ def _k_start(given: _Given) -> int:
     return min(n_latents, 4 * k) if given.values["k_anneal_steps"] else k
 
 
+def _learning_rate(given: _Given) -> float:
+    """Return the rate; times √d_model it is the share of a unit row's norm that a step moves."""
+    return LEARNING_RATE_CONSTANT / (given.d_model**0.5 * given.values["n_latents"] ** 0.25)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Everything that shapes the result, automatic values resolved."""
@@ -99,8 +103,8 @@ class Recipe:
     learning_rate: float = _field(
         "peak rate of Adam",
         positive_float,
-        shown=f"{LEARNING_RATE_CONSTANT} / √n_latents",
-        automatic=lambda given: LEARNING_RATE_CONSTANT / math.sqrt(given.values["n_latents"]),
+        shown=f"{LEARNING_RATE_CONSTANT} / (√d_model · ∜n_latents)",
+        automatic=_learning_rate,
     )
     warmup_fraction: float = _field("share of steps over which the rate rises", fraction, 0.02)
     decay_fraction: float = _field(
