@@ -1,11 +1,12 @@
-"""Stage 3: train a sparse autoencoder on the shuffled activations.
+"""Stage 3: train a sparse autoencoder on the shuffled activations, or several in one pass.
 
     torchrun --nproc_per_node=1 sae_training.py --data_dir ./activation_outputs_batched \
         --b_pre_path ./activation_outputs_mean.pt --model_save_path ./trained_sae.pt
 
 Recipe: Gao et al., arXiv:2406.04093. Data-parallel ranks each take an equal share of every batch
 and average their gradients, so N ranks do what one does. A checkpoint holds all there is: an
-interrupted run continues with the same bits. The loop is `train`, the step `Trainer.train_step`.
+interrupted run continues with the same bits. With `--sweep` the same rows train several SAEs, each
+as it would be alone. The loop is `train`, the step `Trainer.step_on`.
 """
 
 from __future__ import annotations
@@ -14,11 +15,8 @@ import argparse
 import signal
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-
-import torch
-import torch.distributed as dist
 
 from sae import save_sae
 from saint.stage.devices import peak_memory
@@ -31,20 +29,17 @@ from saint.stage.flags import (
     positive_int,
     whole_number,
 )
-from saint.stage.manifests import Output, State, file_checksum, recorded_arguments
+from saint.stage.manifests import State
 from saint.stage.program import log_arguments, progress, run_stage
 from saint.stage.workers import Workers, start_workers
-from saint.store.shuffled_rows import BatchedRows, open_batched_rows
-from saint.training.metrics import LossMeter, calibrate, validate
-from saint.training.recipe import Recipe, add_recipe_flags, resolve_recipe
-from saint.training.report import Report
-from saint.training.run_files import RunFiles
+from saint.training.jobs import add_sweep_flags, by_rows, plan_jobs
+from saint.training.metrics import Measured, calibrate, validate
+from saint.training.recipe import add_recipe_flags
+from saint.training.run import Job, Pass, Plan, Run, Stop
 from saint.training.steps import KERNELS
-from saint.training.trainer import Trainer
-from saint.training.weights import first_sae, leave_saes, make_basis, read_mean, refuse_another_mean
-
-STAGE = "sae_training"
-_LEAST_VAL_ROWS = 8192
+from saint.training.sweep_results import compare
+from saint.training.together import Together
+from saint.training.weights import leave_saes
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -57,10 +52,14 @@ def build_parser() -> argparse.ArgumentParser:
     files.add_argument("--data_dir", type=Path, required=True, help="what preprocessing wrote")
     files.add_argument("--b_pre_path", type=Path, required=True, help="the mean from preprocessing")
     files.add_argument(
-        "--model_save_path", type=Path, default=Path("trained_sae.pt"), help="[%(default)s]"
+        "--model_save_path",
+        type=Path,
+        default=Path("trained_sae.pt"),
+        help="without --sweep [%(default)s]",
     )
     files.add_argument("--model_load_path", type=Path, help="start from these weights [random]")
     add_recipe_flags(parser)
+    add_sweep_flags(parser)
     logs = parser.add_argument_group("logs and checkpoints")
     logs.add_argument("--logs_per_epoch", type=positive_int, default=100, help="[%(default)s]")
     logs.add_argument(
@@ -96,199 +95,157 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What happens after which step; by steps, so that a resumed run does alike."""
-
-    n_steps: int
-    steps_per_epoch: int
-    log_interval: int
-    validation_interval: int
-    n_val_rows: int
-
-    @classmethod
-    def of(cls, args: argparse.Namespace, rows: BatchedRows, recipe: Recipe) -> Plan:
-        """As many steps as the epochs' tokens make, logs and validations as the flags say.
-
-        Validations before the last take the same sample of held-out rows each time.
-        """
-        n_batches, n_val = rows.n_rows("train") // recipe.batch_size, rows.n_rows("val")
-        return cls(
-            n_steps=recipe.num_epochs * rows.n_rows("train") // recipe.batch_size,
-            steps_per_epoch=n_batches,
-            log_interval=max(1, n_batches // args.logs_per_epoch),
-            validation_interval=max(1, n_batches // args.validations_per_epoch),
-            n_val_rows=min(n_val, max(_LEAST_VAL_ROWS, n_val // args.validations_per_epoch)),
-        )
-
-    def validates_at(self, step: int) -> bool:
-        """Whether a step is followed by validation."""
-        intervals = (self.n_steps, self.steps_per_epoch, self.validation_interval)
-        return any(step % interval == 0 for interval in intervals)
-
-
-class Stop:
-    """A signal that asked the run to checkpoint and exit after this step; a second one exits."""
-
-    signal = 0
-
-    def request(self, signum: int, frame: object) -> None:
-        """Handle the signal."""
-        if self.signal:
-            raise KeyboardInterrupt
-        self.signal = signum
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a run has; what changes in it is the trainer's and the report's."""
-
-    args: argparse.Namespace
-    rows: BatchedRows
-    recipe: Recipe
-    plan: Plan
-    files: RunFiles
-    workers: Workers
-    report: Report
-    stop: Stop
-
-    def start(self) -> Trainer:
-        """Return a trainer at the first weights, or at the newest checkpoint if there is one."""
-        paths = (self.args.b_pre_path, self.args.model_load_path)
-        sae = first_sae(self.recipe, self.rows, *paths, self.workers)
-        basis = make_basis(self.recipe, self.rows, self.workers)
-        n_steps, kernels = self.plan.n_steps, self.args.kernels
-        trainer = Trainer(sae, self.recipe, n_steps, self.workers, kernels, basis)
-        self.files.restore_newest(trainer)
-        if trainer.step:
-            log.info("continuing at step %d of %d", trainer.step, self.plan.n_steps)
-        if self.workers.is_main:
-            self.files.truncate_metrics(trainer.step)
-        return trainer
-
-    def agree(self, due: bool) -> tuple[bool, int]:
-        """Return whether rank 0 finds a checkpoint due, and a stop signal that any rank has got."""
-        if self.workers.world_size == 1:
-            return due, self.stop.signal
-        wishes = torch.tensor(
-            [due and self.workers.is_main, self.stop.signal], device=self.workers.device
-        )
-        dist.all_reduce(wishes, op=dist.ReduceOp.MAX)
-        due_now, stopping = wishes.tolist()
-        return bool(due_now), stopping
-
-
-def train(run: Run, trainer: Trainer) -> int | None:
+def train(this: Pass) -> list[Run]:
     """Take the steps that are left, log, validate and checkpoint between them.
 
-    Returns None at the end, or the first step whose loss was not finite. Exits with a checkpoint
-    where a signal asked for that.
+    A run that is behind the others takes its batches first, while those wait. Returns the runs
+    whose loss was not finite; none at the end. Exits with checkpoints where a signal asked for it.
     """
-    plan, workers = run.plan, run.workers
-    meter, last_saved = LossMeter(trainer.since_logged), time.monotonic()
-    batches = run.rows.batches(
+    workers, runs = this.workers, [run for run in this.runs if not run.has_ended]
+    first = min((run.trainer.step for run in runs), default=0)
+    last = max((run.plan.n_steps for run in runs), default=0)
+    last_saved = time.monotonic()
+    batches = this.rows.batches(
         "train",
-        batch_size=run.recipe.batch_size,
-        first_batch=trainer.step,
-        n_batches=plan.n_steps,
+        batch_size=this.runs[0].job.recipe.batch_size,
+        first_batch=first,
+        n_batches=last,
         part=(workers.rank, workers.world_size),
         device=workers.device,
     )
-    with progress(plan.n_steps, unit="step", description="train", initial=trainer.step) as bar:
-        for batch in batches:
-            step = trainer.step
-            if step in trainer.skipped_steps:
-                trainer.step += 1
-            else:
-                rows_at_once = run.args.micro_batch_size or len(batch)
-                meter.add(*trainer.train_step(batch, rows_at_once), step)
+    with progress(last, unit="step", description="train", initial=first) as bar:
+        for number, batch in enumerate(batches, first):
+            here = [run for run in runs if run.trainer.step == number]
+            this.take_step(here, batch)
             bar.update()
-            ended = trainer.step == plan.n_steps
             minutes = (time.monotonic() - last_saved) / 60
-            due, stopping = run.agree(minutes > run.args.checkpoint_minutes)
-            saving, validating = ended or stopping or due, plan.validates_at(trainer.step)
+            due, stopping = this.agree(minutes > this.args.checkpoint_minutes)
+            saving = runs if due or stopping else [run for run in here if run.has_ended]
             # Lines depend on steps alone; what they do not hold yet goes into the checkpoint.
-            logging = validating or trainer.step % plan.log_interval == 0
+            logging = [run for run in here if run.plan.logs_at(run.trainer.step)]
             if not (saving or logging):
                 continue
-            if int(meter.first_bad_step) >= 0:
-                return int(meter.first_bad_step)
-            if ended:
-                calibrate(trainer, run.rows)
-            if logging and workers.is_main:
-                measured = measure(run, trainer) if validating else None
-                run.report.write(trainer, meter, measured, bar)
-            if saving and workers.is_main:
-                run.files.save(trainer.state(), trainer.step)
+            bad = [run for run in runs if (run in saving or run in logging) and run.is_bad]
+            said = leave_lines(this, [run for run in logging if run not in bad])
+            if said:
+                bar.set_postfix_str(min(said)[1])
+            for run in saving if workers.is_main else ():
+                if run not in bad:
+                    run.job.files.save(run.trainer.state(), run.trainer.step)
             last_saved = time.monotonic() if saving else last_saved
-            meter.restart_clock()
-            if stopping and not ended:
-                log.warning("stopped at step %d; the same command resumes", trainer.step)
+            for run in runs:
+                run.meter.restart_clock()
+            if bad:
+                return bad
+            runs = [run for run in runs if not run.has_ended]
+            if stopping and runs:
+                step = min(run.trainer.step for run in runs)
+                log.warning("stopped at step %d; the same command resumes", step)
                 raise SystemExit(128 + stopping)
-    return None
+    return []
 
 
-def measure(run: Run, trainer: Trainer) -> tuple[dict[str, float], torch.Tensor] | None:
-    """Validate on the sample, keep the SAE if it is the best there; at the end, on all rows."""
-    n_all, n_sample = run.rows.n_rows("val"), run.plan.n_val_rows
-    if not n_all:
-        return None
-    measured = validate(trainer, run.rows, n_sample)
-    if measured[0]["val/loss"] < trainer.best_val_loss:
-        trainer.best_val_loss = measured[0]["val/loss"]
-        save_sae(run.files.best, trainer.plain_sae())
-    if trainer.step == run.plan.n_steps and n_sample < n_all:
-        measured = validate(trainer, run.rows)
+def leave_lines(this: Pass, runs: Sequence[Run]) -> list[tuple[float, str]]:
+    """Write a line of metrics for each run, of those whose turn it is with validation.
+
+    Returns each one's FVU and what a bar is to say of it.
+    """
+    ended = [run.trainer for run in runs if run.has_ended]
+    this.together.each(calibrate, ended, [this.rows] * len(ended))
+    if not this.workers.is_main:
+        return []
+    measured = measure(this, [run for run in runs if run.plan.validates_at(run.trainer.step)])
+    said = []
+    for run in runs:
+        fvu, text = run.report.write(run.trainer, run.meter, measured.get(run))
+        said.append((fvu, run.job.label + text))
+    return said
+
+
+def measure(this: Pass, runs: Sequence[Run]) -> dict[Run, Measured]:
+    """Validate on the sample, keep each SAE if it is its best there; at the end, on all rows."""
+    n_all = this.rows.n_rows("val")
+    if not n_all or not runs:
+        return {}
+    n_sample, trainers = runs[0].plan.n_val_rows, [run.trainer for run in runs]
+    found = validate(trainers, this.rows, n_sample, this.together)
+    for run, (metrics, _) in zip(runs, found, strict=True):
+        if metrics["val/loss"] < run.trainer.best_val_loss:
+            run.trainer.best_val_loss = metrics["val/loss"]
+            save_sae(run.job.files.best, run.trainer.plain_sae())
+    measured = dict(zip(runs, found, strict=True))
+    ended = [run for run in runs if run.has_ended and n_sample < n_all]
+    if ended:
+        found = validate([run.trainer for run in ended], this.rows, None, this.together)
+        measured |= zip(ended, found, strict=True)
     return measured
 
 
-def train_to_the_end(run: Run) -> tuple[Trainer, int]:
+def train_to_the_end(this: Pass) -> None:
     """Train; a loss that is not finite is stepped over once, from a checkpoint.
 
-    Returns the trainer, and the steps that this session took.
+    A second one ends the run: of a sweep, the others go on.
     """
-    trainer = run.start()
-    first_step = trainer.step
-    while (bad_step := train(run, trainer)) is not None:
-        if trainer.skipped_steps:
-            raise UserError(
-                f"the loss is not finite at step {bad_step}, and was not at step "
-                f"{min(trainer.skipped_steps)} before: lower --learning_rate"
-            )
-        trainer = run.start()
-        trainer.skipped_steps.add(bad_step)
-        log.warning(
-            "warning: the loss was not finite at step %d: going on from step %d without that batch",
-            bad_step,
-            trainer.step,
+    for run in this.runs:
+        this.start(run)
+        run.first_step = run.trainer.step
+    at = min(run.first_step for run in this.runs)
+    if at:
+        log.info("continuing at step %d of %d", at, max(run.plan.n_steps for run in this.runs))
+    while bad := train(this):
+        for run in bad:
+            step_over(this, run)
+
+
+def step_over(this: Pass, run: Run) -> None:
+    """Take a run back to its checkpoint, and let it leave out the step that was not finite."""
+    bad_step, label = int(run.meter.first_bad_step), run.job.label
+    if run.trainer.skipped_steps:
+        run.failure = (
+            f"the loss is not finite at step {bad_step}, and was not at step "
+            f"{min(run.trainer.skipped_steps)} before: lower --learning_rate"
         )
-    return trainer, trainer.step - first_step
-
-
-def plan_output(
-    args: argparse.Namespace, rows: BatchedRows, recipe: Recipe, files: RunFiles, workers: Workers
-) -> Output:
-    """Describe the run for its manifest."""
-    sources = {"data": rows.manifest.fingerprint, "b_pre": file_checksum(args.b_pre_path)["xxh3"]}
-    if args.model_load_path:
-        if not args.model_load_path.exists():
-            raise UserError(f"--model_load_path {args.model_load_path} does not exist")
-        sources["model_load_path"] = file_checksum(args.model_load_path)["xxh3"]
-    return Output(
-        path=args.model_save_path,
-        stage=STAGE,
-        arguments=recipe.arguments(),
-        sources=sources,
-        single_file=True,
-        own_names=files.names(),
-        own_patterns=files.patterns(),
-        settings={
-            "device": str(workers.device),
-            "world_size": workers.world_size,
-            "kernels": args.kernels,
-            "data_dir": str(args.data_dir),
-        },
+        if not run.job.name:
+            raise UserError(run.failure)
+        log.warning("warning: %s%s; the others go on", label, run.failure)
+        return
+    this.start(run)
+    run.trainer.skipped_steps.add(bad_step)
+    log.warning(
+        "warning: %sthe loss was not finite at step %d: going on from step %d without that batch",
+        label,
+        bad_step,
+        run.trainer.step,
     )
+
+
+def begin(job: Job, args: argparse.Namespace, workers: Workers) -> bool:
+    """Record that a job has begun. Returns whether there is anything to do."""
+    if workers.on_main(lambda: job.output.begin(overwrite=args.overwrite)) is State.DONE:
+        if not job.name:
+            log.info("done already: %s; look at %s", job.output.path, job.files.page)
+        return False
+    workers.on_main(lambda: try_directory(job.files.checkpoint_dir))
+    return True
+
+
+def make(jobs: Sequence[Job], args: argparse.Namespace, workers: Workers, stop: Stop) -> list[Run]:
+    """Train the SAEs that take the same batches, and leave their files."""
+    started = time.monotonic()
+    workers.on_main(jobs[0].rows.verify)
+    runs = [Run(job, Plan.of(args, job.rows, job.recipe)) for job in jobs]
+    for run in runs if args.wandb_project else ():
+        run_id = f"{run.job.files.model.stem}-{run.job.output.identity}"
+        options = (args.wandb_project, run_id, args.wandb_offline)
+        workers.on_main(lambda report=run.report, options=options: report.open_wandb(*options))
+    this = Pass(args, workers, stop, runs, Together(workers, len(runs)))
+    train_to_the_end(this)
+    good = [run for run in runs if not run.failure]
+    files = [run.job.files for run in good]
+    leave_saes([run.trainer for run in good], this.rows, files, this.together)
+    for run in good if workers.is_main else ():
+        finish(run, args, time.monotonic() - started)
+    return runs
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -296,40 +253,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     workers = start_workers(args.device)
     log_arguments(args, build_parser())
-    rows = open_batched_rows(args.data_dir)
-    earlier = recorded_arguments(args.model_save_path, STAGE, single_file=True)
-    recipe = resolve_recipe(args, rows, workers, {} if args.overwrite else earlier)
-    read_mean(args.b_pre_path, rows.facts["d_model"])
-    refuse_another_mean(args.b_pre_path, rows)
-    files = RunFiles(args.model_save_path, args.keep_last_n)
-    output = plan_output(args, rows, recipe, files, workers)
-    if workers.on_main(lambda: output.begin(overwrite=args.overwrite)) is State.DONE:
-        log.info("done already: %s; look at %s", output.path, files.page)
-        return
-    workers.on_main(lambda: try_directory(files.checkpoint_dir))
-    workers.on_main(rows.verify)
-    report, stop = Report(files, recipe, rows), Stop()
-    if args.wandb_project:
-        run_id = f"{files.model.stem}-{output.identity}"
-        workers.on_main(lambda: report.open_wandb(args.wandb_project, run_id, args.wandb_offline))
-    run = Run(args, rows, recipe, Plan.of(args, rows, recipe), files, workers, report, stop)
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, stop.request)
-    started = time.monotonic()
-    with naming_full_disk(output.path.parent):
-        trainer, n_steps = train_to_the_end(run)
-        leave_saes(trainer, rows, files)
-        if workers.is_main:
-            finish(output, run, trainer, n_steps, time.monotonic() - started)
+    jobs = plan_jobs(args, workers)
+    stop = Stop()
+    with naming_full_disk(jobs[0].output.path.parent):
+        waiting = [job for job in jobs if begin(job, args, workers)]
+        for signum in (signal.SIGTERM, signal.SIGINT) if waiting else ():
+            signal.signal(signum, stop.request)
+        failures = {}
+        for group in by_rows(waiting):
+            runs = make(group, args, workers, stop)
+            failures |= {run.job.name: run.failure for run in runs if run.failure}
+        if args.sweep and workers.is_main:
+            compare(args.sweep, jobs, failures)
 
 
-def finish(output: Output, run: Run, trainer: Trainer, n_steps: int, seconds: float) -> None:
-    """Write the SAE's manifest, and log the figures a person wants; n_steps: this session's."""
-    last = run.files.read_metrics()[-1]
-    counts = {"n_steps": trainer.step, "n_tokens": trainer.step * run.recipe.batch_size}
+def finish(run: Run, args: argparse.Namespace, seconds: float) -> None:
+    """Write the SAE's manifest, and log the figures a person wants."""
+    job, trainer, output = run.job, run.trainer, run.job.output
+    last = job.files.read_metrics()[-1]
+    counts = {"n_steps": trainer.step, "n_tokens": trainer.step * job.recipe.batch_size}
     facts = asdict(trainer.sae.config) | {"final": last}
     output.finish(facts=facts, counts=counts, files=[output.path.name])
-    run.files.clear_checkpoints()
+    job.files.clear_checkpoints()
     run.report.close()
     log.info(
         "trained %s: %d steps, loss %.4f, held-out FVU %s, dead %.1f %%, %.0f tokens/s (kernels "
@@ -339,11 +284,11 @@ def finish(output: Output, run: Run, trainer: Trainer, n_steps: int, seconds: fl
         last["train/loss"],
         f"{last['val/fvu']:.4f}" if "val/fvu" in last else "not measured",
         100 * last["debug/dead_latents_ratio"],
-        n_steps * run.recipe.batch_size / max(seconds, 1e-9),
+        (trainer.step - run.first_step) * job.recipe.batch_size / max(seconds, 1e-9),
         trainer.kernels.name,
         seconds,
-        peak_memory(run.workers.device),
-        run.files.page,
+        peak_memory(trainer.workers.device),
+        job.files.page,
     )
 
 

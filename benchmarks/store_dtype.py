@@ -33,7 +33,7 @@ from saint.store.activation_store import (
 )
 from saint.store.row_format import STORE_DTYPES, decode_rows, encode_rows, row_bytes
 from saint.store.shuffled_rows import open_batched_rows
-from saint.training.metrics import held_out_metrics
+from saint.training.metrics import HeldOutMeter
 
 _ROWS = 8192
 
@@ -112,7 +112,9 @@ def main() -> None:
             exact = open_batched_rows(work / "bfloat16_batched")
             with torch.no_grad():
                 x = sae.normalise(exact.read("val", 0, exact.n_rows("val")))[0]
-                metrics, _ = held_out_metrics(sae, sae.encode, [x])
+                meter = HeldOutMeter(sae, sae.encode)
+                meter.add(x)
+                metrics, _ = meter.read()
             result[store_dtype] = {
                 "bytes_per_token": row_bytes(store.facts["d_model"], store_dtype),
                 "relative_error": round(error, 6),

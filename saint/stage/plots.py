@@ -23,6 +23,8 @@ _WIDTH, _HEIGHT = 440, 256
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 16, 46
 _MOST_POINTS = 600
 _FEW_POINTS = 30  # then each is marked by a dot
+_MOST_HOVERED = 48  # points of a line that say their values under the mouse
+_N_HUES = 6  # of plot.css; further series are dashed, and their dots hollow
 
 Point = tuple[float, float]
 
@@ -108,17 +110,31 @@ def line_chart(
     x: Axis = PLAIN,
     y: Axis = PLAIN,
     rules: Sequence[Rule] = (),
+    key: bool = True,
 ) -> Markup:
-    """Return lines over x; of more than 600 points every n-th is drawn."""
-    kept = [_thinned(_finite(one, x, y)) for one in series]
+    """Return lines over x; of more than 600 points every n-th is drawn.
+
+    Under the mouse a point says its value. key: whether the caption names the series.
+    """
+    kept = [_thinned(_finite(one, x, y), _MOST_POINTS) for one in series]
     frame = _frame(kept, x, y, rules)
     lines, dots = [], []
     for i, one in enumerate(kept):
         places = [(frame.across(px), frame.down(py)) for px, py in one.points]
-        lines.append({"series": i, "points": " ".join(f"{px},{py}" for px, py in places)})
-        if len(places) <= _FEW_POINTS:
-            dots += [{"series": i, "x": px, "y": py, "text": ""} for px, py in places]
-    return _draw(title, frame, kept, lines=lines, dots=dots, rules=rules)
+        lines.append({"hue": hue(i), "points": " ".join(f"{px},{py}" for px, py in places)})
+        is_seen = len(places) <= _FEW_POINTS
+        for px, py in one.points if is_seen else _thinned(one, _MOST_HOVERED).points:
+            name = f"{one.name}: " if one.name else ""
+            text = f"{name}{y.text(py)} at {x.text(px)} {x.label}".rstrip()
+            look = hue(i) if is_seen else f"{hue(i)} hit"
+            dots.append({"hue": look, "x": frame.across(px), "y": frame.down(py), "text": text})
+    return _draw(title, frame, kept, lines=lines, dots=dots, rules=rules, key=key)
+
+
+def hue(series: int) -> str:
+    """Return the classes of plot.css that give a series its colour and dash."""
+    dash = series // _N_HUES % 3
+    return f"s{series % _N_HUES} d{dash}" if dash else f"s{series % _N_HUES}"
 
 
 def scatter_chart(
@@ -128,16 +144,17 @@ def scatter_chart(
     x: Axis = PLAIN,
     y: Axis = PLAIN,
     rules: Sequence[Rule] = (),
+    key: bool = True,
 ) -> Markup:
-    """Return one dot a point."""
+    """Return one dot a point. key: whether the caption names the series."""
     kept = [_finite(one, x, y) for one in series]
     frame = _frame(kept, x, y, rules)
     dots = [
-        {"series": i, "x": frame.across(px), "y": frame.down(py), "text": text}
+        {"hue": hue(i), "x": frame.across(px), "y": frame.down(py), "text": text}
         for i, one in enumerate(kept)
         for (px, py), text in zip(one.points, one.texts or [""] * len(one.points), strict=True)
     ]
-    return _draw(title, frame, kept, dots=dots, rules=rules)
+    return _draw(title, frame, kept, dots=dots, rules=rules, key=key)
 
 
 def histogram_chart(
@@ -194,7 +211,7 @@ def _box(
         "height": round(_HEIGHT - _BOTTOM - top, 1),
         "text": text,
         "shown": shown,
-        "series": series,
+        "hue": hue(series),
     }
 
 
@@ -207,8 +224,8 @@ def _finite(series: Series, x: Axis, y: Axis) -> Series:
     return Series(series.name, [series.points[i] for i in kept], texts)
 
 
-def _thinned(series: Series) -> Series:
-    step = max(1, math.ceil(len(series.points) / _MOST_POINTS))
+def _thinned(series: Series, most: int) -> Series:
+    step = max(1, math.ceil(len(series.points) / most))
     return Series(series.name, series.points[::step])
 
 
@@ -276,6 +293,7 @@ def _draw(
     boxes: Sequence[dict[str, Any]] = (),
     rules: Sequence[Rule] = (),
     x_ticks: Sequence[dict[str, Any]] | None = None,
+    key: bool = True,
 ) -> Markup:
     empty = not any(one.points for one in series)
     if x_ticks is None:
@@ -286,7 +304,7 @@ def _draw(
     ]
     drawing = {
         "title": f"{title}{', ' if title and frame.y.label else ''}{frame.y.label}",
-        "names": [one.name for one in series],
+        "names": [(hue(i), one.name) for i, one in enumerate(series) if key],
         "width": _WIDTH,
         "height": _HEIGHT,
         "left": _LEFT,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,61 +17,78 @@ from saint.kernels.fastest import Encode
 from saint.store.shuffled_rows import BatchedRows, Split
 from saint.training.losses import Losses
 from saint.training.objectives import largest_of_batch
-from saint.training.trainer import Trainer
+from saint.training.together import ALONE, Together
+from saint.training.trainer import Trainer, prepare_each
 
 _BLOCK_ROWS = 8192
 _CALIBRATION_ROWS = 1 << 18
 DENSITY_PERCENTS = (10, 50, 90)
 
+Measured = tuple[dict[str, float], Tensor]
+"""val/ metrics over held-out rows, and each latent's density (n_latents,)."""
 
-@torch.no_grad()
+
 def validate(
-    trainer: Trainer, rows: BatchedRows, n_rows: int | None = None
-) -> tuple[dict[str, float], Tensor]:
-    """Return val/ metrics over held-out rows, and each latent's density (n_latents,).
+    trainers: Sequence[Trainer],
+    rows: BatchedRows,
+    n_rows: int | None = None,
+    together: Together = ALONE,
+) -> list[Measured]:
+    """Return what each trainer's SAE makes of held-out rows.
 
     n_rows: of the first so many (they are shuffled, so these are a sample), by default of all.
     """
-    trainer.settle_threshold()
+    for trainer in trainers:
+        trainer.settle_threshold()
+    meters = [HeldOutMeter(trainer.sae, trainer.kernels.encode) for trainer in trainers]
     n_rows = n_rows or rows.n_rows("val")
-    starts = range(0, n_rows, _BLOCK_ROWS)
-    raw = (rows.read("val", start, min(start + _BLOCK_ROWS, n_rows)) for start in starts)
-    return held_out_metrics(trainer.sae, trainer.kernels.encode, map(trainer.prepare, raw))
+    for start in range(0, n_rows, _BLOCK_ROWS):
+        raw = rows.read("val", start, min(start + _BLOCK_ROWS, n_rows))
+        together.each(HeldOutMeter.add, meters, prepare_each(trainers, raw))
+    return [meter.read() for meter in meters]
 
 
-@torch.no_grad()
-def held_out_metrics(
-    sae: TopKSparseAutoencoder, encode: Encode, blocks: Iterable[Tensor]
-) -> tuple[dict[str, float], Tensor]:
-    """Return val/ metrics over blocks of normalised rows (n, d_model), and latents' density.
+class HeldOutMeter:
+    """Sums what an SAE makes of normalised rows.
 
     encode: `sae.encode` or a faster version of it.
     """
-    n_rows, device, n_latents = 0, sae.b_pre.device, sae.config.n_latents
-    loss = error_sum = n_active = torch.zeros((), dtype=torch.float64, device=device)
-    total = torch.zeros(sae.config.d_model, dtype=torch.float64, device=device)
-    squares, fired = torch.zeros_like(total), torch.zeros(n_latents, device=device)
-    for x in blocks:
-        n_rows, active = n_rows + len(x), encode(x)
-        error = (sae.decode(active) - x).square().sum(dim=1).double()
-        loss = loss + (error / x.square().sum(dim=1).clamp_min(1e-12)).sum()
-        error_sum = error_sum + error.sum()
-        n_active = n_active + (active.values > 0).sum()
-        total += x.double().sum(dim=0)
-        squares += x.double().square().sum(dim=0)
-        fired += torch.bincount(active.indices[active.values > 0], minlength=n_latents)
-    variance = (squares - total.square() / n_rows).sum().clamp_min(1e-12)
-    density = (fired / n_rows).cpu()
-    metrics = {
-        "val/loss": float(loss / n_rows),
-        "val/aux_loss": 0.0,  # AuxK trains dead latents; held-out tokens have none of their own
-        "val/total_loss": float(loss / n_rows),
-        "val/fvu": float(error_sum / variance),
-        "val/l0": float(n_active / n_rows),
-        "val/silent_latents_ratio": float((fired == 0).float().mean()),
-        **density_quantiles(density),
-    }
-    return metrics, density
+
+    def __init__(self, sae: TopKSparseAutoencoder, encode: Encode):
+        self._sae, self._encode, self._n_rows = sae, encode, 0
+        zeros = sae.b_pre.detach().new_zeros
+        self._loss, self._error, self._n_active = zeros(3, dtype=torch.float64).unbind()
+        self._total, self._squares = zeros(2, sae.config.d_model, dtype=torch.float64).unbind()
+        self._fired = zeros(sae.config.n_latents)
+
+    @torch.no_grad()
+    def add(self, x: Tensor) -> None:
+        """Count a block of rows (n, d_model) in."""
+        self._n_rows, active = self._n_rows + len(x), self._encode(x)
+        error = (self._sae.decode(active) - x).square().sum(dim=1).double()
+        self._loss += (error / x.square().sum(dim=1).clamp_min(1e-12)).sum()
+        self._error += error.sum()
+        self._n_active += (active.values > 0).sum()
+        self._total += x.double().sum(dim=0)
+        self._squares += x.double().square().sum(dim=0)
+        which = active.indices[active.values > 0]
+        self._fired += torch.bincount(which, minlength=len(self._fired))
+
+    def read(self) -> Measured:
+        """Return what was measured so far."""
+        n_rows, fired = self._n_rows, self._fired
+        variance = (self._squares - self._total.square() / n_rows).sum().clamp_min(1e-12)
+        density = (fired / n_rows).cpu()
+        metrics = {
+            "val/loss": float(self._loss / n_rows),
+            "val/aux_loss": 0.0,  # AuxK trains dead latents; held-out tokens have none of their own
+            "val/total_loss": float(self._loss / n_rows),
+            "val/fvu": float(self._error / variance),
+            "val/l0": float(self._n_active / n_rows),
+            "val/silent_latents_ratio": float((fired == 0).float().mean()),
+            **density_quantiles(density),
+        }
+        return metrics, density
 
 
 def density_quantiles(density: Tensor) -> dict[str, float]:
@@ -87,21 +104,33 @@ def density_quantiles(density: Tensor) -> dict[str, float]:
 
 
 @torch.no_grad()
-def maxima_over_rows(trainer: Trainer, rows: BatchedRows) -> Tensor:
-    """Return (n_latents,) float32: each latent's maximum over every captured token."""
-    sae, workers = trainer.sae, trainer.workers
-    maximum = torch.zeros(sae.config.n_latents, device=workers.device)
+def maxima_over_rows(
+    trainers: Sequence[Trainer], rows: BatchedRows, together: Together = ALONE
+) -> list[Tensor]:
+    """Return for each trainer (n_latents,) float32: latents' maxima over every captured token."""
+    if not trainers:
+        return []
+    workers = trainers[0].workers
+    maxima = [
+        torch.zeros(trainer.sae.config.n_latents, device=workers.device) for trainer in trainers
+    ]
     splits: tuple[Split, ...] = ("train", "val")
     blocks: list[tuple[Split, int]] = [
         (s, i) for s in splits for i in range(0, rows.n_rows(s), _BLOCK_ROWS)
     ]
     for split, start in blocks[workers.rank :: workers.world_size]:
         raw = rows.read(split, start, min(start + _BLOCK_ROWS, rows.n_rows(split)))
-        active = trainer.kernels.encode(trainer.prepare(raw))
-        maximum.scatter_reduce_(0, active.indices.long(), active.values, "amax")
+        together.each(_raise_maxima, maxima, trainers, prepare_each(trainers, raw))
     if workers.world_size > 1:
-        dist.all_reduce(maximum, op=dist.ReduceOp.MAX)
-    return maximum
+        for maximum in maxima:
+            dist.all_reduce(maximum, op=dist.ReduceOp.MAX)
+    return maxima
+
+
+@torch.no_grad()
+def _raise_maxima(maximum: Tensor, trainer: Trainer, x: Tensor) -> None:
+    active = trainer.kernels.encode(x)
+    maximum.scatter_reduce_(0, active.indices.long(), active.values, "amax")
 
 
 @torch.no_grad()

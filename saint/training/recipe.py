@@ -187,11 +187,12 @@ class Recipe:
 
     def arguments(self) -> dict[str, Any]:
         """Return what the manifest says, as if fields that came later and do nothing were not."""
-        unsaid = {f.name: _flag(f).before for f in fields(self)}
+        unsaid = {f.name: flag_of(f).before for f in fields(self)}
         return {name: v for name, v in asdict(self).items() if v != unsaid[name]}
 
 
-def _flag(of: Field) -> Flag:
+def flag_of(of: Field) -> Flag:
+    """Return how a field of `Recipe` is asked for."""
     return of.metadata["flag"]
 
 
@@ -199,7 +200,7 @@ def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
     """Add a flag for each field of `Recipe`."""
     groups = {name: parser.add_argument_group(name) for name in ("autoencoder", "recipe")}
     for each in fields(Recipe):
-        flag = _flag(each)
+        flag = flag_of(each)
         groups[flag.group].add_argument(
             f"--{each.name}",
             type=flag.kind,
@@ -209,14 +210,14 @@ def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _shown_default(of: Field) -> Any:
-    return of.default if _flag(of).shown == _VALUE else _flag(of).shown
+    return of.default if flag_of(of).shown == _VALUE else flag_of(of).shown
 
 
 def recipe_table() -> str:
     """Return the flags of `Recipe` as a Markdown table."""
     lines = ["| flag | default | what it is |", "|---|---|---|"]
     for each in fields(Recipe):
-        flag = _flag(each)
+        flag = flag_of(each)
         lines.append(f"| `--{each.name}` | {_shown_default(each)} | {flag.text} |")
     return "\n".join(lines) + "\n"
 
@@ -235,7 +236,7 @@ def resolve_recipe(
     facts, values = rows.facts, {}
     given = _Given(values, facts["batch_size"], rows.n_rows("train"), facts["d_model"])
     for each in fields(Recipe):
-        flag, value = _flag(each), getattr(args, each.name)
+        flag, value = flag_of(each), getattr(args, each.name)
         # k_start is worth nothing without annealing, whatever was asked for.
         if each.name == "k_start" and not values["k_anneal_steps"]:
             value = None

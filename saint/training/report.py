@@ -9,7 +9,6 @@ from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
-from tqdm import tqdm
 
 from saint.store.shuffled_rows import BatchedRows
 from saint.training.metrics import LossMeter, describe_step
@@ -44,9 +43,11 @@ class Report:
         trainer: Trainer,
         meter: LossMeter,
         measured: tuple[Mapping[str, float], Tensor] | None,
-        bar: tqdm,
-    ) -> None:
-        """Write what the meter holds. measured: a validation's metrics and latents' density."""
+    ) -> tuple[float, str]:
+        """Write what the meter holds. measured: a validation's metrics and latents' density.
+
+        Returns the FVU, the held-out one once there is one, and what a bar is to say.
+        """
         entry = describe_step(trainer, meter, self.variance)
         if math.isnan(entry["train/loss"]):  # no step since the last line: its losses stand
             for earlier in self.files.read_metrics()[-1:]:
@@ -61,16 +62,13 @@ class Report:
             self._page_written = now
         if self.wandb:
             self.wandb.log(entry, density)
-        self._show(entry, bar)
+        return self._said(entry)
 
-    def _show(self, entry: Mapping[str, Any], bar: tqdm) -> None:
-        """Say on the bar how the SAE does; the held-out FVU once there is one."""
+    def _said(self, entry: Mapping[str, Any]) -> tuple[float, str]:
         self._val_fvu = entry.get("val/fvu", self._val_fvu)
         fvu = entry["train/fvu"] if self._val_fvu is None else self._val_fvu
-        bar.set_postfix_str(
-            f"FVU {fvu:.3f}, dead {entry['debug/dead_latents_ratio']:.1%}, "
-            f"{entry['tokens_per_s']:.0f} tok/s"
-        )
+        dead, speed = entry["debug/dead_latents_ratio"], entry["tokens_per_s"]
+        return fvu, f"FVU {fvu:.3f}, dead {dead:.1%}, {speed:.0f} tok/s"
 
     def close(self) -> None:
         """Finish W&B's run."""

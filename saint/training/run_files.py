@@ -135,6 +135,7 @@ class WandbLog:
                 project=project,
                 id=run_id,
                 resume="allow",
+                reinit="create_new",  # a sweep's runs go on side by side
                 mode="offline" if offline else "online",
                 config=dict(config),
             )

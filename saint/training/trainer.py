@@ -81,15 +81,19 @@ class Trainer:
 
         Returns the losses over all ranks, and the norm of the gradient before it is clipped.
         """
+        return self.step_on([self.prepare(micro) for micro in rows.split(micro_batch_size)])
+
+    def step_on(self, micros: Sequence[Tensor]) -> tuple[Losses, Tensor]:
+        """As `train_step`, of micro-batches that are prepared."""
         dead, k = self.dead(), self.recipe.k_at(self.step)
-        micros = [self.prepare(micro) for micro in rows.split(micro_batch_size)]
+        n_rows = sum(map(len, micros))
         prefixes = self.objective.prefixes(self.recipe.n_latents)
         parts: list[tuple[float, Losses]] = []
-        first = self.workers.rank * len(rows)
+        first = self.workers.rank * n_rows
         for x, chosen in zip(micros, self._choose(micros, k), strict=True):
             aux = self._aux(dead, first)
             first += len(x)
-            share = len(x) / len(rows)
+            share = len(x) / n_rows
             weight = share / self.workers.world_size
             parts.append((share, self.kernels.accumulate(x, chosen, aux, weight, prefixes)))
         losses = self._over_ranks(combine(parts))
@@ -189,13 +193,35 @@ class Trainer:
         self.sae.load_state_dict(state["sae"])
         self.moments.load_state_dict(state["moments"])
         if self.basis is not None:
-            self.basis.copy_(state["basis"])
+            self.basis = state["basis"]  # not in place: several trainers may share one
         self.threshold = state.get("threshold", self.threshold)
         self.settle_threshold()
         self.tokens_since_fired.copy_(state["tokens_since_fired"])
         self.step, self.best_val_loss = state["step"], state["best_val_loss"]
         self.skipped_steps |= set(state["skipped_steps"])
         self.since_logged.copy_(state["since_logged"])
+
+
+def prepare_each(trainers: Sequence[Trainer], rows: Tensor) -> list[Tensor]:
+    """Return raw rows (n, d_model) as each trainer takes them, made once where that is alike."""
+    made: dict[tuple[str, float, int], Tensor] = {}
+    found = []
+    for trainer in trainers:
+        config = trainer.sae.config
+        key = (config.normalisation, config.norm_factor, id(trainer.basis))
+        if key not in made:
+            made[key] = trainer.prepare(rows)
+        found.append(made[key])
+    return found
+
+
+def share_bases(trainers: Sequence[Trainer]) -> None:
+    """Let trainers whose bases are equal have one and the same, for `prepare_each`."""
+    for i, trainer in enumerate(trainers):
+        for other in trainers[:i]:
+            if trainer.basis is not None and other.basis is not None:
+                if torch.equal(trainer.basis, other.basis):
+                    trainer.basis = other.basis
 
 
 def _is_alike(mine: Any, theirs: Any) -> bool:

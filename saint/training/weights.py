@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from saint.training.metrics import calibrate, maxima_over_rows
 from saint.training.objectives import OBJECTIVES
 from saint.training.recipe import Recipe
 from saint.training.run_files import RunFiles
+from saint.training.together import Together
 from saint.training.trainer import Trainer
 
 _SAMPLE_ROWS = 1 << 16  # of shuffled training rows, for what is not known of all
@@ -149,32 +151,45 @@ def make_basis(recipe: Recipe, rows: BatchedRows, workers: Workers) -> Tensor | 
     return basis
 
 
-def leave_saes(trainer: Trainer, rows: BatchedRows, files: RunFiles) -> None:
-    """Write the SAE with each latent's largest activation; the best one with its own.
+def leave_saes(
+    trainers: Sequence[Trainer], rows: BatchedRows, files: Sequence[RunFiles], together: Together
+) -> None:
+    """Write each SAE with its latents' largest activations; the best one with its own.
 
     Most often the best is the last; else its weights take the trainer's place, for one more
     pass over the rows.
     """
-    workers, best = trainer.workers, None
-    last = trainer.plain_sae()
-    if workers.is_main and files.keep_last_n and files.best.exists():
-        best = load_sae(files.best, device=workers.device)
-    names = [name for name, _ in last.named_parameters()]
-    is_last = best is None or all(
-        torch.equal(last.get_parameter(name), best.get_parameter(name)) for name in names
-    )
-    sae = _with_maxima(trainer, rows)
-    if workers.is_main:
-        save_sae(files.model, sae)
-    if not workers.broadcast(is_last):
-        trainer.take_weights(best)
-        calibrate(trainer, rows)
-        sae = _with_maxima(trainer, rows)
-    if best is not None:
-        save_sae(files.best, sae)
+    _set_maxima(trainers, rows, together)
+    for trainer, its in zip(trainers, files, strict=True):
+        if trainer.workers.is_main:
+            save_sae(its.model, trainer.plain_sae())
+    others = []
+    for trainer, its in zip(trainers, files, strict=True):
+        best = _load_best(trainer, its)
+        is_last = best is None or _equal(trainer.plain_sae(), best)
+        if not trainer.workers.broadcast(is_last):
+            trainer.take_weights(best)
+            calibrate(trainer, rows)
+            others.append(trainer)
+    _set_maxima(others, rows, together)
+    for trainer, its in zip(trainers, files, strict=True):
+        if trainer.workers.is_main and its.keep_last_n and its.best.exists():
+            save_sae(its.best, trainer.plain_sae())
 
 
-def _with_maxima(trainer: Trainer, rows: BatchedRows) -> TopKSparseAutoencoder:
-    """Measure the steering unit, and return the SAE in the activations' own coordinates."""
-    trainer.sae.max_activations = maxima_over_rows(trainer, rows)
-    return trainer.plain_sae()
+def _load_best(trainer: Trainer, files: RunFiles) -> TopKSparseAutoencoder | None:
+    if trainer.workers.is_main and files.keep_last_n and files.best.exists():
+        return load_sae(files.best, device=trainer.workers.device)
+    return None
+
+
+def _equal(one: TopKSparseAutoencoder, other: TopKSparseAutoencoder) -> bool:
+    names = [name for name, _ in one.named_parameters()]
+    return all(torch.equal(one.get_parameter(n), other.get_parameter(n)) for n in names)
+
+
+def _set_maxima(trainers: Sequence[Trainer], rows: BatchedRows, together: Together) -> None:
+    """Measure the steering units."""
+    maxima = maxima_over_rows(trainers, rows, together)
+    for trainer, maximum in zip(trainers, maxima, strict=True):
+        trainer.sae.max_activations = maximum

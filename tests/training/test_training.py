@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import signal
@@ -13,22 +12,22 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 import sae_training
 from sae import TopKSparseAutoencoder, load_sae, standardise
 from saint.kernels import fastest
 from saint.stage.errors import UserError
-from saint.stage.manifests import Output
 from saint.stage.workers import Workers
 from saint.store.shuffled_rows import open_batched_rows
+from saint.training import run
 from saint.training.curves_page import PANELS, curves, training_page
 from saint.training.metrics import density_quantiles
 from saint.training.recipe import Recipe, recipe_table
 from saint.training.trainer import Trainer
 from tests.support.program import call
 from tests.support.training_ranks import RECIPE
+from tests.support.training_rows import metrics_of, on_step, without_times, write_rows
 from tests.test_sae import make_sae
 
 N_STEPS = 24
@@ -37,26 +36,7 @@ ALONE = Workers(0, 1, torch.device("cpu"))
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Rows as preprocessing leaves them."""
-    root = tmp_path_factory.mktemp("rows")
-    output = Output(root / "rows", "sae_preprocessing", {}, {}, single_file=False)
-    output.begin(overwrite=False)
-    generator = torch.Generator().manual_seed(0)
-    mixing = torch.randn(6, 16, generator=generator)
-    batches = []
-    for name, n in (("train", 256), ("val", 64)):
-        batches.append((torch.randn(n, 6, generator=generator).relu() @ mixing).bfloat16())
-        save_file({"activations": batches[-1]}, output.path / f"{name}_00000.safetensors")
-    facts = dict.fromkeys(("layer", "max_token_length", "model_fingerprint", "dataset_fingerprint"))
-    facts |= {"d_model": 16, "rows": {"train": [256], "val": [64]}, "batch_size": 32}
-    facts |= {"hook_point": "resid_pre", "prepend_bos": True}
-    facts |= {"held_out_fraction": 0.05, "held_out_seed": 0}
-    x = standardise(torch.cat(batches[:-1]))[0].double()
-    facts |= {"variance": float((x - x.mean(0)).square().sum(1).mean())}
-    names = ["train_00000.safetensors", "val_00000.safetensors"]
-    output.finish(facts=facts, counts={}, files=names)
-    torch.save(torch.zeros(16), root / "mean.pt")
-    return root
+    return write_rows(tmp_path_factory.mktemp("rows"))
 
 
 @pytest.fixture(autouse=True)
@@ -79,22 +59,6 @@ def train(data: Path, save: Path, *flags: object) -> None:
     size += ("--validations_per_epoch", 2, "--learning_rate", 0.01)
     arguments = (*files, "--model_save_path", save, *size, "--device", "cpu", *flags)
     sae_training.main([str(argument) for argument in arguments])
-
-
-def on_step(monkeypatch: pytest.MonkeyPatch, steps: set[int], act) -> None:
-    """Give these steps act(rows) for their rows."""
-    plain = Trainer.train_step
-
-    def train_step(self, rows, micro_batch_size):
-        if self.step in steps:
-            rows = act(rows)
-        return plain(self, rows, micro_batch_size)
-
-    monkeypatch.setattr(Trainer, "train_step", train_step)
-
-
-def metrics_of(save: Path) -> list[dict]:
-    return [json.loads(line) for line in save.with_suffix(".metrics.jsonl").open()]
 
 
 def newest_checkpoint(save: Path) -> dict:
@@ -171,7 +135,7 @@ def test_a_signal_checkpoints_and_the_same_command_ends_with_the_same_bits(
 
 def test_one_long_epoch_shows_fvu_and_a_best_sae_before_its_end(data, tmp_path, monkeypatch):
     flags = ("--num_epochs", 1, "--validations_per_epoch", 4, "--logs_per_epoch", 8)
-    monkeypatch.setattr(sae_training, "_LEAST_VAL_ROWS", 10)
+    monkeypatch.setattr(run, "_LEAST_VAL_ROWS", 10)
     whole, save = tmp_path / "whole.pt", tmp_path / "sae.pt"
     train(data, whole, *flags)
     entries = metrics_of(whole)
@@ -254,7 +218,7 @@ def test_a_resumed_runs_speed_is_that_of_its_own_steps(data, tmp_path, monkeypat
         on_step(patch, {19}, lambda rows: os.kill(os.getpid(), signal.SIGTERM) or rows)
         train(data, save)
     finish = sae_training.finish
-    monkeypatch.setattr(sae_training, "finish", lambda a, b, c, d, _: finish(a, b, c, d, 2.0))
+    monkeypatch.setattr(sae_training, "finish", lambda run, args, _: finish(run, args, 2.0))
     train(data, save)
     assert "24 steps" in caplog.text and " 64 tokens/s" in caplog.text, "4 steps of 32, in 2 s"
 
@@ -264,23 +228,19 @@ def fvu(sae: TopKSparseAutoencoder, x: Tensor) -> float:
     return float(error / (x - x.mean(0)).square().sum())
 
 
-def without_times(entry: dict) -> dict:
-    return {name: value for name, value in entry.items() if name != "tokens_per_s"}
-
-
 @pytest.mark.parametrize("kernels", ["cpp", "sparse", "dense"])
 def test_the_training_fvu_is_that_of_the_batch_before_the_step(
     data, tmp_path, monkeypatch, kernels
 ):
     seen = []
-    plain = Trainer.train_step
+    plain = Trainer.step_on
 
-    def train_step(self, rows, micro_batch_size):
-        x = standardise(rows)[0]
+    def step_on(self, micros):
+        x = torch.cat(list(micros))
         seen.append(float((self.sae(x) - x).square().sum()) / len(x))
-        return plain(self, rows, micro_batch_size)
+        return plain(self, micros)
 
-    monkeypatch.setattr(Trainer, "train_step", train_step)
+    monkeypatch.setattr(Trainer, "step_on", step_on)
     save = tmp_path / "sae.pt"
     simple = ("--objective", "topk", "--basis", "none")
     train(data, save, "--kernels", kernels, "--micro_batch_size", 12, *simple)
@@ -310,8 +270,8 @@ class FakeRun:
 def test_wandb_gets_the_metrics_and_a_histogram_and_never_ends_a_run(
     data, tmp_path, monkeypatch, caplog, fails
 ):
-    run = FakeRun(fails)
-    monkeypatch.setattr("wandb.init", lambda **settings: run)
+    mirror = FakeRun(fails)
+    monkeypatch.setattr("wandb.init", lambda **settings: mirror)
     save = tmp_path / "sae.pt"
     train(data, save, "--wandb_project", "test")
     assert load_sae(save, device="cpu").max_activations is not None
@@ -319,8 +279,8 @@ def test_wandb_gets_the_metrics_and_a_histogram_and_never_ends_a_run(
     if fails:
         return
     entries = metrics_of(save)
-    assert [step for step, _ in run.logged] == [entry["step"] for entry in entries]
-    for entry, (_, shown) in zip(entries, run.logged, strict=True):
+    assert [step for step, _ in mirror.logged] == [entry["step"] for entry in entries]
+    for entry, (_, shown) in zip(entries, mirror.logged, strict=True):
         histogram = shown.pop("val/log10_latent_density", None)
         assert shown == entry and (histogram is not None) == ("val/fvu" in entry)
         if histogram is not None:
