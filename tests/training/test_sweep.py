@@ -114,7 +114,7 @@ def test_rows_are_read_and_prepared_once_for_all(data, tmp_path, monkeypatch):
     found = []
     for i, rates in enumerate(([0.003], [0.001, 0.002, 0.003, 0.004])):
         counts.update(dict.fromkeys(counts, 0))
-        sweep = write_sweep(tmp_path, {"learning_rate": rates, "basis": "pca"})
+        sweep = write_sweep(tmp_path, {"learning_rate": rates, "basis": "pca", "objective": "topk"})
         train(data, sweep=sweep, sweep_dir=tmp_path / str(i))
         found.append(dict(counts))
     # What the best SAE needs that is not the last is the only work of its own.
@@ -163,7 +163,7 @@ def newest_steps(made: Path, sweep: Path) -> list[int]:
 
 def test_a_sweep_killed_between_two_runs_checkpoints_goes_on_to_the_same_bits(data, tmp_path):
     sweep, made, output = write_sweep(tmp_path, ENTRY), tmp_path / "made", tmp_path / "log"
-    argv = arguments(data, sweep=sweep, checkpoint_minutes=1e-6)
+    argv = arguments(data, sweep=sweep, checkpoint_minutes=1e-6, num_epochs=1)
     assert call("sae_training", *argv, "--sweep_dir", tmp_path / "whole").returncode == 0
     process = start("sae_training", *argv, "--sweep_dir", made, output=output, die_at=2 * 130)
     process.join(100)
