@@ -9,7 +9,7 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 from tests.support.program import REPO
-from tests.test_rooms import LIBRARY, SCRIPTS, imported
+from tests.support.source import LIBRARY, SCRIPTS, imported
 
 PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
 OURS = {"saint", "llama_3", "sae", "embedded", "benchmarks", "tests"} | {s.stem for s in SCRIPTS}

@@ -22,16 +22,7 @@ from sae import (
 from saint.kernels import torch_ops
 from saint.kernels.fastest import fastest_encode
 from saint.stage.errors import UserError
-
-
-def make_sae(d_model: int = 24, n_latents: int = 64, k: int = 5, seed: int = 0, **facts):
-    torch.manual_seed(seed)
-    sae = TopKSparseAutoencoder(SAEConfig(d_model, n_latents, k, **facts))
-    sae.initialise(0.2 * torch.randn(d_model), seed=seed)
-    with torch.no_grad():
-        sae.W_enc.add_(0.1 * torch.randn_like(sae.W_enc))
-        sae.b_enc.add_(0.05 * torch.randn_like(sae.b_enc))
-    return sae
+from tests.support.training_checks import make_sae
 
 
 def test_encode_keeps_the_k_largest_and_blocks_do_not_matter(monkeypatch):

@@ -10,7 +10,7 @@ import tomllib
 from pathlib import Path
 
 from tests.support.program import REPO
-from tests.test_rooms import SCRIPTS
+from tests.support.source import SCRIPTS
 
 # One process for all: what costs is importing torch and gradio.
 RUN = """

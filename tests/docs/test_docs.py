@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from saint.training.recipe import recipe_table
-from tests.test_rooms import MAY_IMPORT
+from tests.support.source import MAY_IMPORT
 
 ROOT = Path(__file__).resolve().parents[2]
 README, CHINESE = ROOT / "README.md", ROOT / "README.zh-CN.md"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from tests.interpretation.test_interpret_scoring import judge
+from tests.support.interpretation_data import judge
 from tests.support.interpretation_workplace import Workplace
 from tests.support.mock_batches import Batch
 

@@ -30,43 +30,13 @@ from saint.interpretation.prompts import (
 from saint.interpretation.scores import Outcome, outcomes, pooled, score
 from tests.support.interpretation_data import (
     example,
+    judge,
     row,
     write_dataset,
     write_evidence,
     write_top_sentences,
 )
 from tests.support.interpretation_workplace import Workplace, error_of
-
-
-def judge(accuracy: float, seed: int = 0):
-    """Answers like Claude, knowing the concept; each excerpt is judged right with `accuracy`."""
-    rng = random.Random(seed)
-
-    def answer(params: dict[str, Any]) -> str:
-        text = params["messages"][0]["content"]
-        system = params["system"]
-        if "You name one latent" in system:
-            word = re.findall(r"«(topic\d+)»", text)[0]
-            return json.dumps({"common_semantic": f"the word {word}", "certainty": 0.9})
-        if "intruder" in system:
-            letters = []
-            for part in text.split("Set ")[1:]:
-                rows = dict(re.findall(r"^([A-E])\. (.*)$", part, re.MULTILINE))
-                topics = re.findall(r"«(topic\d+)»", part)
-                odd = next(letter for letter, line in rows.items() if "«topic" not in line)
-                if len(set(topics)) > 1:  # no pattern is shared
-                    odd = rng.choice("ABCDE")
-                wrong = [letter for letter in rows if letter != odd]
-                letters.append(odd if rng.random() < accuracy else rng.choice(wrong))
-            return json.dumps({"intruders": letters})
-        label = re.findall(r"Label: the word (topic\d+)", text)[0]
-        excerpts = re.findall(r"^(\d+)\. (.*)$", text, re.MULTILINE)
-        sign = f"«{label}»" if "marked tokens" in system else label
-        name = "correct" if "marked tokens" in system else "fires"
-        chosen = [int(n) for n, t in excerpts if (sign in t) == (rng.random() < accuracy)]
-        return json.dumps({name: chosen})
-
-    return answer
 
 
 @pytest.mark.parametrize("accuracy", [1.0, 0.8, 0.5])

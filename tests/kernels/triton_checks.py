@@ -16,8 +16,14 @@ from saint.training.losses import AuxK, sparse_gradient
 from saint.training.moments import Moments
 from saint.training.steps import make_step
 from saint.training.triton_step import TritonKernels
-from tests.test_sae import make_sae
-from tests.training.test_training_step import WEIGHTS, activations, one_step, reference, relative
+from tests.support.training_checks import (
+    WEIGHTS,
+    activations,
+    make_sae,
+    one_step,
+    reference,
+    relative,
+)
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 N, D, L, K = 12, 20, 43, 5

@@ -214,3 +214,14 @@ def test_any_change_of_a_manifest_is_read_or_refused(tmp_path_factory, data):
             read()
         except UserError as error:
             assert len(str(error)) < 1500
+
+
+def test_what_a_killed_run_left_of_its_records_is_removed(tmp_path):
+    strangers = tmp_path / ".other.manifest.json.1.tmp"
+    torn = [tmp_path / f".stage.{name}.json.1.tmp" for name in ("manifest", "partial")]
+    for path in (strangers, *torn):
+        path.write_text("{")
+    Output(
+        tmp_path, "stage", arguments={}, sources={}, single_file=False, own_names=("data",)
+    ).begin(overwrite=False)
+    assert not any(path.exists() for path in torn) and strangers.exists()

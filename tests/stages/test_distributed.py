@@ -17,13 +17,7 @@ from torch import Tensor
 
 from saint.stage.workers import Workers
 from saint.store.activation_store import open_store
-from tests.stages.test_pipeline import (  # noqa: F401
-    capture_args,
-    evaluate_args,
-    root,
-    train_args,
-    tree_bytes,
-)
+from tests.support.pipeline import capture_args, evaluate_args, train_args, tree_bytes
 from tests.support.program import REPO, Finished, call, call_ranks, fork
 from tests.support.training_ranks import rank_main, walk
 
@@ -37,13 +31,13 @@ def torchrun(n_ranks: int, stage: str, *args: object) -> subprocess.CompletedPro
     )
 
 
-def test_capture_gives_the_same_bytes_on_two_ranks(root: Path, tmp_path: Path):  # noqa: F811
+def test_capture_gives_the_same_bytes_on_two_ranks(root: Path, tmp_path: Path):
     finished = torchrun(2, "capture_activations", *capture_args(root, tmp_path / "acts"))
     assert finished.returncode == 0, finished.stderr
     assert tree_bytes(tmp_path / "acts") == tree_bytes(root / "acts")
 
 
-def test_capture_on_two_nodes_gives_the_same_bytes(root: Path, tmp_path: Path):  # noqa: F811
+def test_capture_on_two_nodes_gives_the_same_bytes(root: Path, tmp_path: Path):
     """Two torchrun agents that meet over the loopback, a rank each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -65,7 +59,7 @@ def test_capture_on_two_nodes_gives_the_same_bytes(root: Path, tmp_path: Path): 
     assert tree_bytes(tmp_path / "acts") == tree_bytes(root / "acts")
 
 
-def test_training_on_two_ranks_is_training_on_one(root: Path, tmp_path: Path):  # noqa: F811
+def test_training_on_two_ranks_is_training_on_one(root: Path, tmp_path: Path):
     ranks = call_ranks(2, "sae_training", *train_args(root, tmp_path / "sae.pt"))
     assert [rank.returncode for rank in ranks] == [0, 0], ranks[0].stderr
     paths = (root / "trained_sae.metrics.jsonl", tmp_path / "sae.metrics.jsonl")
@@ -77,7 +71,7 @@ def test_training_on_two_ranks_is_training_on_one(root: Path, tmp_path: Path):  
 
 
 def test_two_ranks_of_which_one_is_killed_end_with_the_same_bits(
-    root: Path,  # noqa: F811
+    root: Path,
     tmp_path: Path,
 ):
     whole, save = tmp_path / "whole" / "sae.pt", tmp_path / "killed" / "sae.pt"
@@ -113,7 +107,7 @@ def test_four_ranks_take_one_ranks_steps_with_all_kernels(tmp_path: Path):
 
 
 @pytest.fixture(scope="module")
-def split_model(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def split_model(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The pipeline's model as Meta's two shards, its vocabulary padded so that it splits."""
     model_dir = tmp_path_factory.mktemp("split") / "model"
     shutil.copytree(root / "model", model_dir)
@@ -146,7 +140,7 @@ def all_well(ranks: list[Finished]) -> Finished:
 
 @pytest.mark.timeout(240)
 def test_a_model_split_over_two_ranks_gives_what_one_process_does(
-    root: Path,  # noqa: F811
+    root: Path,
     split_model: Path,
     tmp_path: Path,
 ):
@@ -198,7 +192,7 @@ def test_ranks_of_one_model_share_its_data():
 
 
 def test_processes_that_do_not_fit_the_model_are_one_line(
-    root: Path,  # noqa: F811
+    root: Path,
     split_model: Path,
     tmp_path: Path,
 ):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import random
 import shutil
 import time
 from pathlib import Path
@@ -22,105 +20,8 @@ from saint.stage.errors import UserError
 from saint.store.activation_store import SENTENCES, open_store
 from saint.store.dataset import is_held_out
 from saint.store.shuffled_rows import open_batched_rows
+from tests.support.pipeline import capture_args, preprocess_args, train_args, tree_bytes
 from tests.support.program import call, start
-from tests.support.tiny_steering import WORDS, write_model
-
-N_ROWS = 260
-
-
-def write_dataset(path: Path, *, n_files: int = 2) -> Path:
-    rng = random.Random(0)
-    path.mkdir()
-    for file in range(n_files):
-        texts: list[str | None] = [
-            " ".join(rng.choices(WORDS, k=rng.randint(2, 12))) for _ in range(N_ROWS // n_files)
-        ]
-        texts[3], texts[4], texts[5] = None, "", "   "
-        table = pa.table({"text": texts, "other": range(len(texts))})
-        pq.write_table(table, path / f"part{file}.parquet", row_group_size=40)
-    return path
-
-
-def capture_args(root: Path, out: Path, **changes) -> list[object]:
-    flags = {
-        "model_dir": root / "model",
-        "dataset_dir": root / "data",
-        "output_dir": out,
-        "num_samples": 200,
-        "layers": "2",
-        "sentences_per_shard": 60,
-        "max_token_length": 40,
-        "dtype": "float32",  # "auto" is bfloat16 on some processors
-    } | changes
-    return [part for name, value in flags.items() for part in (f"--{name}", value)]
-
-
-def preprocess_args(root: Path, **changes) -> list[object]:
-    flags = {"input_dir": root / "acts", "batch_size": 64, "num_processes": 1} | changes
-    flags = {"rows_per_file": 500} | flags
-    return [part for name, value in flags.items() for part in (f"--{name}", value)]
-
-
-def train_args(root: Path, save: Path, **changes) -> list[object]:
-    flags = {
-        "data_dir": root / "acts_batched",
-        "b_pre_path": root / "acts_mean.pt",
-        "model_save_path": save,
-        "n_latents": 64,
-        "k": 4,
-        "num_epochs": 3,
-        "logs_per_epoch": 5,
-    } | changes
-    return [part for name, value in flags.items() for part in (f"--{name}", value)]
-
-
-def tree_bytes(directory: Path) -> dict[str, bytes]:
-    """Every data file's bytes; manifests hold times."""
-    return {
-        str(p.relative_to(directory)): p.read_bytes()
-        for p in sorted(directory.rglob("*"))
-        if p.is_file() and "manifest" not in p.name
-    }
-
-
-@pytest.fixture(scope="session")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model and dataset, captured, preprocessed, trained and evaluated once."""
-    root = tmp_path_factory.mktemp("pipeline")
-    write_model(root / "model")
-    write_dataset(root / "data")
-    runs = [
-        ("capture_activations", capture_args(root, root / "acts")),
-        ("sae_preprocessing", preprocess_args(root)),
-        ("sae_training", train_args(root, root / "trained_sae.pt")),
-        ("sae_evaluation", evaluate_args(root)),
-    ]
-    for stage, args in runs:
-        finished = call(stage, *args)
-        assert finished.returncode == 0, finished.stderr
-        again = call(stage, *args)
-        assert again.returncode == 0 and "done already" in again.last_line, again.stderr
-        assert names_what_is_next(finished.last_line) and names_what_is_next(again.last_line)
-    return root
-
-
-def names_what_is_next(line: str) -> bool:
-    """A stage's last line ends with a page that exists, or with a command that can be typed."""
-    if "; look at " in line:
-        return Path(line.rpartition("; look at ")[2]).exists()
-    script, *flags = line.rpartition("; next: ")[2].split()
-    importlib.import_module(script.removesuffix(".py")).build_parser().parse_args(flags)
-    return all(Path(path).exists() for path in flags[1::2])
-
-
-def evaluate_args(root: Path, **changes) -> list[object]:
-    flags = {
-        "model_dir": root / "model",
-        "sae_model_path": root / "trained_sae.pt",
-        "dataset_dir": root / "data",
-        "dtype": "float32",
-    } | changes
-    return [part for name, value in flags.items() for part in (f"--{name}", value)]
 
 
 def test_the_store_holds_what_the_model_computes(root: Path):

@@ -11,7 +11,7 @@ from sae import standardise
 from saint.stage.workers import Workers
 from saint.training.recipe import Recipe
 from saint.training.trainer import Trainer
-from tests.test_sae import make_sae
+from tests.support.training_checks import make_sae
 
 N_STEPS, BATCH = 20, 64
 RECIPE = Recipe(

@@ -14,9 +14,8 @@ from saint.training import moments
 from saint.training.moments import Moments, from_codes, to_codes, uniform
 from saint.training.steps import make_step
 from saint.training.trainer import Trainer
+from tests.support.training_checks import ALONE, make_sae, needs_cpp
 from tests.support.training_ranks import RECIPE
-from tests.test_sae import make_sae
-from tests.training.test_training_step import ALONE, needs_cpp
 
 KERNELS = (*(("cpp",) if is_available() else ()), "sparse", "dense")
 MASK = 0xFFFFFFFF

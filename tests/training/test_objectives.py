@@ -19,9 +19,8 @@ from saint.training.moments import Moments
 from saint.training.objectives import OBJECTIVES, largest_of_batch
 from saint.training.steps import make_step
 from saint.training.trainer import Trainer, turn
+from tests.support.training_checks import ALONE, WEIGHTS, make_sae, relative
 from tests.support.training_ranks import RECIPE
-from tests.test_sae import make_sae
-from tests.training.test_training_step import ALONE, WEIGHTS, relative
 
 KERNELS = (*(("cpp", "cpp_float32") if is_available() else ()), "sparse", "dense")
 FAST = KERNELS[0]

@@ -26,9 +26,9 @@ from saint.training.metrics import density_quantiles
 from saint.training.recipe import Recipe, recipe_table
 from saint.training.trainer import Trainer
 from tests.support.program import call
+from tests.support.training_checks import make_sae
 from tests.support.training_ranks import RECIPE
 from tests.support.training_rows import metrics_of, on_step, without_times, write_rows
-from tests.test_sae import make_sae
 
 N_STEPS = 24
 ALONE = Workers(0, 1, torch.device("cpu"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -10,103 +9,37 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sae import TopKSparseAutoencoder, standardise
+from sae import standardise
 from saint.kernels import cpu, fastest
 from saint.kernels.pieces import CpuKernels, TorchKernels
 from saint.stage.errors import UserError
 from saint.stage.workers import Workers
 from saint.training import steps
-from saint.training.losses import AuxK, Losses, sparse_gradient
+from saint.training.losses import AuxK, sparse_gradient
 from saint.training.moments import Moments
 from saint.training.steps import make_step
-from tests.test_sae import make_sae
+from tests.support.training_checks import (
+    ALONE,
+    WEIGHTS,
+    activations,
+    make_sae,
+    needs_cpp,
+    one_step,
+    reference,
+    relative,
+)
 
-ALONE = Workers(0, 1, torch.device("cpu"))
 try:
     CPP, ROUNDED = ("cpp", "cpp_float32"), cpu.has_rounded_product()
 except UserError:  # no compiler on this machine
     CPP, ROUNDED = (), False
 KERNELS = (*CPP, "sparse", "dense")  # test_triton_step.py has the tests of "triton"
-needs_cpp = pytest.mark.skipif(not CPP, reason="no C++ compiler")
 needs_rounding = pytest.mark.skipif(not ROUNDED, reason="this CPU has no fast products of bytes")
-WEIGHTS = ("W_enc", "b_enc", "W_dec", "b_pre")
 
 
 @pytest.fixture(autouse=True)
 def rounded_product_at_any_size(monkeypatch):
     monkeypatch.setattr(fastest, "_LEAST_ROUNDED_D_MODEL", 1)
-
-
-@dataclass
-class Reference:
-    """The whole step in float64: objective by autograd, projection, clipping, Adam, norms."""
-
-    loss: torch.Tensor
-    aux_loss: torch.Tensor
-    gradients: dict[str, torch.Tensor]
-    norm: float
-
-    def stepped(self, sae: TopKSparseAutoencoder, rate: float, clip: float) -> dict:
-        """First step of Adam from zero moments: m̂ = g, v̂ = g²."""
-        scale = min(1.0, clip / (self.norm + 1e-6))
-        weights = {}
-        for name in WEIGHTS:
-            g = scale * self.gradients[name]
-            weights[name] = getattr(sae, name).detach().double() - rate * g / (g.abs() + 6.25e-10)
-        weights["W_dec"] /= weights["W_dec"].norm(dim=1, keepdim=True)
-        return weights
-
-
-def reference(sae: TopKSparseAutoencoder, x: torch.Tensor, aux: AuxK | None) -> Reference:
-    p = {n: v.detach().double().requires_grad_() for n, v in sae.named_parameters()}
-    x = x.double()
-    pre = (x - p["b_pre"]) @ p["W_enc"].T + p["b_enc"]
-    chosen = pre.argsort(dim=1, descending=True, stable=True)[:, : sae.config.k]
-    mask = torch.zeros_like(pre, dtype=torch.bool).scatter(1, chosen, True)
-    hidden = torch.where(mask & (pre > 0), pre, 0.0)
-    error = x - (hidden @ p["W_dec"] + p["b_pre"])
-    loss = ((error**2).sum(1) / (x**2).sum(1).clamp_min(1e-12 * x.shape[1])).mean()
-    aux_loss = torch.zeros((), dtype=torch.float64)
-    if aux is not None:
-        some = (torch.arange(len(x)) + aux.first) % aux.every == 0
-        dead = pre[some][:, aux.dead]
-        keep = dead.argsort(dim=1, descending=True, stable=True)[:, : aux.k]
-        dead_mask = torch.zeros_like(dead, dtype=torch.bool).scatter(1, keep, True)
-        guess = torch.where(dead_mask & (dead > 0), dead, 0.0) @ p["W_dec"][aux.dead]
-        residual = error.detach()[some]
-        spread = ((residual - residual.mean(1, keepdim=True)) ** 2).mean(1).clamp_min(1e-12)
-        aux_loss = (((residual - guess) ** 2).mean(1) / spread).sum() * aux.every / len(x)
-    (loss + (aux.coefficient * aux_loss if aux is not None else 0.0)).backward()
-    gradients = {n: v.grad for n, v in p.items() if v.grad is not None}
-    with torch.no_grad():
-        along = (gradients["W_dec"] * p["W_dec"]).sum(1, keepdim=True)
-        gradients["W_dec"] -= along * p["W_dec"]
-        norm = float(torch.stack([g.norm() for g in gradients.values()]).norm())
-    return Reference(loss.detach(), aux_loss.detach(), gradients, norm)
-
-
-def one_step(
-    sae, x, aux, kernels, *, parts=1, rate=0.0, clip=float("inf")
-) -> tuple[Losses, dict[str, torch.Tensor], float]:
-    """Take one step; return the losses, the gradients as Adam saw them, and their norm.
-
-    After the first step Adam's first moment is (1 - β₁) times the gradient.
-    """
-    moments = Moments(sae)
-    step = make_step(kernels, sae, moments, Workers(0, 1, x.device))
-    losses, n = None, 0
-    for part in x.chunk(parts):
-        here = None if aux is None else replace(aux, first=aux.first + n)
-        losses = step.accumulate(part, sae.config.k, here, len(part) / max(1, len(x)))
-        n += len(part)
-    norm = step.apply(rate, clip)
-    gradients = {name: first / (1 - 0.9) for name, first in moments.first.items()}
-    assert losses is not None
-    return losses, gradients, float(norm)
-
-
-def relative(a, b) -> float:
-    return float((a.double() - b).norm() / b.norm().clamp_min(1e-30))
 
 
 AUXES = {
@@ -281,11 +214,6 @@ def test_cpp_selection_is_exact_and_prefers_the_first_of_equals():
             indices.sort(dim=1).values, wanted.indices[:, :k].sort(dim=1).values.int()
         )
         assert torch.equal(values.sort(descending=True).values, wanted.values[:, :k].relu())
-
-
-def activations(encoded, n_latents: int) -> torch.Tensor:
-    values, indices = encoded[:2]
-    return torch.zeros(len(values), n_latents).scatter(1, indices.long(), values)
 
 
 @needs_rounding
