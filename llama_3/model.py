@@ -8,7 +8,6 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import skip_init
 from torch.nn.utils.rnn import pad_sequence
 
 from llama_3.args import LlamaArgs
@@ -48,6 +47,18 @@ class Layout:
     packing: list[Tensor] | None = None
     cache: Tensor | None = None
     mask: Tensor | None = None
+
+
+class _Linear(nn.Linear):
+    """Left as allocated: the checkpoint fills it. (`skip_init` would import all of sympy.)"""
+
+    def reset_parameters(self) -> None: ...
+
+
+class _Norm(nn.RMSNorm):
+    """Left as allocated."""
+
+    def reset_parameters(self) -> None: ...
 
 
 class Block(nn.Module):
@@ -118,8 +129,8 @@ class Llama(nn.Module):
             self.copy = mappings.copy_to_model_parallel_region  # where a gradient is summed
             self.reduce = mappings.reduce_from_model_parallel_region
             self.gather = mappings.gather_from_model_parallel_region
-        norm = partial(skip_init, nn.RMSNorm, args.dim, args.norm_eps, device=device, dtype=dtype)
-        linear = partial(skip_init, nn.Linear, bias=False, device=device, dtype=dtype)
+        norm = partial(_Norm, args.dim, args.norm_eps, device=device, dtype=dtype)
+        linear = partial(_Linear, bias=False, device=device, dtype=dtype)
         rows = torch.empty(self.own_args.vocab_size, args.dim, device=device, dtype=dtype)
         self.tok_embeddings = nn.Embedding.from_pretrained(rows)
         self.layers = nn.ModuleList(Block(self.own_args, norm, linear) for _ in range(n_layers))
