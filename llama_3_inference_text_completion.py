@@ -233,8 +233,7 @@ def _concepts(args: argparse.Namespace, workers: Workers, finder: ConceptFinder)
             finder.save(found[0])
             log.info("saved in %s; --steer %r turns it up", finder.path, f"{found[0].name}=+8")
     if args.json:
-        records = [{"name": c.name} | c.to_json() for c in found]
-        print(json.dumps(records, ensure_ascii=False))
+        print(json.dumps([{"name": c.name} | c.to_json() for c in found], ensure_ascii=False))
         return
     for concept in found:
         print_concept(concept, finder.guides[concept.sae])
@@ -264,9 +263,7 @@ def _request(args: argparse.Namespace) -> Request:
 
 def _complete(studio: Studio, request: Request, *, quiet: bool) -> list[Pair]:
     pairs: list[Pair] = []
-    n_tokens = 0
-    for update in stream_pairs(studio, request):
-        n_tokens += 1
+    for n_tokens, update in enumerate(stream_pairs(studio, request), 1):
         if not quiet and sys.stderr.isatty():
             print(f"\r{n_tokens} tokens", end="", file=sys.stderr)
         pairs = update.pairs or pairs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -52,3 +53,14 @@ def test_no_test_imports_from_another_test():
     tests = {dotted(path) for path in TESTS if path.name.startswith("test_")}
     at_fault = {dotted(p): found for p in TESTS if (found := imported(p) & tests)}
     assert tests and not at_fault
+
+
+def test_every_piece_fits_its_screen():
+    """Scripts of at most 300 lines (training 350), functions of 60, main of 40."""
+    for script in SCRIPTS:
+        assert len(script.read_text().splitlines()) <= (350 if "training" in script.stem else 300)
+    for path in [*LIBRARY, REPO / "sae.py", *SCRIPTS]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and node.end_lineno is not None:
+                n_lines = node.end_lineno - node.lineno + 1
+                assert n_lines <= (40 if node.name == "main" else 60), (path, node.name)

@@ -18,7 +18,6 @@ import sae_training
 from sae import TopKSparseAutoencoder, load_sae, standardise
 from saint.kernels import fastest
 from saint.stage.errors import UserError
-from saint.stage.workers import Workers
 from saint.store.shuffled_rows import open_batched_rows
 from saint.training import run
 from saint.training.curves_page import PANELS, curves, training_page
@@ -26,12 +25,11 @@ from saint.training.metrics import density_quantiles
 from saint.training.recipe import Recipe, recipe_table
 from saint.training.trainer import Trainer
 from tests.support.program import call
-from tests.support.training_checks import make_sae
+from tests.support.training_checks import ALONE, make_sae
 from tests.support.training_ranks import RECIPE
 from tests.support.training_rows import metrics_of, on_step, without_times, write_rows
 
 N_STEPS = 24
-ALONE = Workers(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
