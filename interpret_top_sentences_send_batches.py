@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from saint.evidence.labels import Label
 from saint.interpretation.batches import (
@@ -277,9 +277,7 @@ def _cancel(args: argparse.Namespace, ledger: Ledger) -> None:
     log.info("%d batches are being cancelled; retrieve them to keep what was answered", n)
 
 
-def _finish(
-    args: argparse.Namespace, ledger: Ledger, config: dict[str, Any], source: Source
-) -> None:
+def _finish(args: argparse.Namespace, ledger: Ledger, config: dict, source: Source) -> None:
     ids = ledger.write_response_ids()
     state = ledger.state()
     output = Output(
@@ -294,8 +292,7 @@ def _finish(
     if args.live and not ids:
         told, verb = f"answers are in {ledger.path}", "parse_responses"
     else:
-        told = f"{len(ids)} batches in {args.response_ids_filepath}"
-        verb = "retrieve_batches"
+        told, verb = f"{len(ids)} batches in {args.response_ids_filepath}", "retrieve_batches"
     log.info("%s; next: interpret_top_sentences_%s.py", told, verb)
 
 
