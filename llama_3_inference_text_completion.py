@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from llama_3 import CheckpointError, load_args
-from saint.page.fragments import dose_html, latent_name, report_page
+from saint.page.fragments import dose_html, report_page, wish_name
 from saint.stage.errors import UserError, log
 from saint.stage.files import atomic_path, write_json, write_text
 from saint.stage.flags import (
@@ -285,7 +285,7 @@ def _sweep_doses(studio: Studio, guides: list[Guide], request: Request) -> list[
             bar.update()
         report = steps[-1]
         reports.append(report)
-        print(f"{latent_name(setting, guides)}: {report.verdict}")
+        print(f"{wish_name(setting, guides)}: {report.verdict}")
     bar.close()
     return reports
 

@@ -3,7 +3,7 @@
     python llama_3_inference_text_completion_gradio.py --llama_model_dir M \
         --sae_model_path ./trained_sae.pt --port 8080
 
-Search for a latent, turn it up, and compare what the model writes plainly and steered. The page is
+Say what to turn up, and compare what the model writes plainly and steered. The page is
 served to this machine only; `--share` or another `--host` asks every visitor for a password.
 """
 
@@ -23,8 +23,10 @@ from llama_3 import CheckpointError
 from saint.stage.errors import UserError, log
 from saint.stage.flags import positive_int
 from saint.stage.program import log_arguments, run_stage
+from saint.steering.concepts import ConceptFinder, add_concept_flags, open_finder
 from saint.steering.guide import Guide
 from saint.steering.settings import Limits
+from saint.steering.showcase import SHOWCASE, Shown, load_showcase
 from saint.steering.studio import Studio, add_studio_flags, load_studio
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_studio_flags(parser)
+    add_concept_flags(parser)
     page = parser.add_argument_group("page")
     page.add_argument("--port", type=positive_int, default=8080, help="TCP port [8080]")
     page.add_argument(
@@ -103,6 +106,8 @@ def launch(
     studio: Studio,
     guides: list[Guide],
     *,
+    finder: ConceptFinder | None = None,
+    shown_concepts: Sequence[Shown] = (),
     host: str,
     port: int | None,
     share: bool,
@@ -117,7 +122,7 @@ def launch(
     from saint.page.handlers import PageHandlers
     from saint.page.layout import build_page, css, theme
 
-    handlers = PageHandlers(studio, guides)
+    handlers = PageHandlers(studio, guides, finder, shown_concepts)
     page = build_page(handlers)
     with redirect_stdout(io.StringIO()):  # what Gradio says there, we say in our own words
         page.launch(
@@ -155,7 +160,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     limits = Limits(args.max_prompts, new_tokens=args.max_new_tokens, tokens=args.max_total_tokens)
     require_port(args.host, args.port)  # before the model is loaded
     studio, guides = load_studio(args, limits)
-    page, _ = launch(studio, guides, host=args.host, port=args.port, share=args.share, auth=auth)
+    finder = open_finder(args, studio, guides)
+    examples = load_showcase(args.sae_model_path[0].with_name(SHOWCASE), studio)
+    if not examples and not any(guide.shown(1) for guide in guides):
+        log.info("no examples are known to show: python -m saint.steering.showcase finds some")
+    page, _ = launch(
+        studio,
+        guides,
+        finder=finder,
+        shown_concepts=examples,
+        host=args.host,
+        port=args.port,
+        share=args.share,
+        auth=auth,
+    )
     if auth is not None and args.auth is None:
         print(f"one-time login: user {auth[0]}, password {auth[1]}", flush=True)
     log.info("ctrl-C stops the page")

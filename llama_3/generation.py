@@ -8,6 +8,8 @@ from torch import Tensor
 
 from llama_3.model import Edits, HookPoint, Layout, Llama
 
+_HEAD = 1024  # likeliest tokens looked at first: sorting a vocabulary costs as much as the model
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -89,10 +91,33 @@ def _sample(logits: Tensor, sampling: Sampling, generators: list[torch.Generator
         cumulative = probs.cumsum(-1)
         index = torch.searchsorted(cumulative, draw * cumulative[:, -1:], right=True)
         return index.clamp(max=probs.shape[-1] - 1)
-    probs, ids = probs.sort(descending=True, stable=True)
+    head = min(_HEAD, probs.shape[-1])
+    values, ids = _largest(probs, head)
+    chosen, enough = _draw_from(values, ids, draw, sampling.top_p)
+    rest = (~enough).nonzero()[:, 0] if head < probs.shape[-1] else ()
+    if len(rest):
+        every = probs[rest].sort(descending=True, stable=True)
+        chosen[rest], _ = _draw_from(*every, draw[rest], sampling.top_p)
+    return chosen
+
+
+def _largest(probs: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Return the n largest of each row and their ids, as a stable sort puts them."""
+    ids = probs.topk(n, sorted=False).indices.sort(-1).values
+    values, order = probs.gather(-1, ids).sort(descending=True, stable=True)
+    return values, ids.gather(-1, order)
+
+
+def _draw_from(probs: Tensor, ids: Tensor, draw: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """Draw (n, 1) ids from the fewest of the (descending) probabilities that have the share top_p.
+
+    Also returns (n,), whether the probabilities given were enough to know them: the last is left
+    out, and smaller than all that are kept.
+    """
     cumulative = probs.cumsum(-1)
-    kept = cumulative - probs < sampling.top_p
+    kept = cumulative - probs < top_p
     mass = torch.where(kept, probs, 0.0).sum(-1, keepdim=True)
     index = (cumulative <= draw * mass).sum(-1, keepdim=True)
     index = torch.minimum(index, kept.sum(-1, keepdim=True) - 1)
-    return ids.gather(-1, index)
+    smallest = probs.gather(-1, kept.sum(-1, keepdim=True) - 1)[:, 0]
+    return ids.gather(-1, index), smallest > probs[:, -1]

@@ -78,6 +78,11 @@ class StoredTokens:
     def _firsts(self) -> np.ndarray:
         return np.cumsum([0, *map(len, self._shards)])
 
+    def counts(self) -> np.ndarray:
+        """Return how often each token id stands in the store, up to its largest, (n_ids,)."""
+        n = max(int(ids.max(initial=-1)) + 1 for ids in self._shards)
+        return np.sum([np.bincount(ids, minlength=n) for ids in self._shards], axis=0)
+
     def rows_of(self, token: int, *, limit: int = LIMIT) -> np.ndarray:
         """Return up to `limit` rows of one token id, ascending."""
         if self._index is not None:

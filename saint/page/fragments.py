@@ -14,11 +14,18 @@ from markupsafe import Markup
 
 from saint.stage import plots
 from saint.stage.html import fragment, inline, render
+from saint.steering.attribution import Attribution
 from saint.steering.completions import Effect, Pair, Reading
-from saint.steering.dose import DEFAULT_STRENGTHS, MAX_LOSS, MIN_DISTINCT_SHARE, DoseReport
+from saint.steering.dose import (
+    CONCEPT_DOSES,
+    DEFAULT_STRENGTHS,
+    MAX_LOSS,
+    MIN_DISTINCT_SHARE,
+    DoseReport,
+)
 from saint.steering.guide import INTRUDER_CHANCE, Guide
 from saint.steering.search import Card, Hit
-from saint.steering.settings import Setting
+from saint.steering.settings import ConceptSetting, Setting, Wish
 from saint.steering.texts import distinct_pairs
 
 _HERE = Path(__file__).parent
@@ -34,6 +41,7 @@ HUES = (
 )
 _SURPRISING_NATS = 8.0
 _SHOWS = 0.02  # units more than in the plain text, per token: less does not show
+_DEEPEST = 0.6  # of the prompt view's colour: black and white text can both be read on it
 _SEEN = 0.005  # in units: less is not shown as an activation
 
 
@@ -46,8 +54,10 @@ def hue(index: int) -> str:
     return ",".join(map(str, HUES[index % len(HUES)]))
 
 
-def latent_name(setting: Setting, guides: Sequence[Guide]) -> str:
-    """A latent's label, or its number where it has none."""
+def wish_name(setting: Wish, guides: Sequence[Guide]) -> str:
+    """A concept's name; a latent's label, or its number where it has none."""
+    if isinstance(setting, ConceptSetting):
+        return setting.concept.name
     label = guides[setting.sae].label(setting.latent)
     return f"{label} (#{setting.latent})" if label else f"latent #{setting.latent}"
 
@@ -57,8 +67,8 @@ def header_html(facts: str) -> Markup:
     return _filled("header", facts)
 
 
-def chips_html(labels: Sequence[str], prompts: Sequence[str]) -> Markup:
-    """Buttons that fill the page with an example."""
+def chips_html(labels: Sequence[tuple[str, str]], prompts: Sequence[str]) -> Markup:
+    """Buttons that fill the page with an example. labels: with what was seen of each."""
     return _filled("chips", labels, prompts)
 
 
@@ -89,24 +99,37 @@ def pairs_html(pairs: Sequence[Pair], guides: Sequence[Guide], *, chat: bool = F
                 "lead": pair.prompt if chat else "",
                 "tokens": _tokens(reading, settings, chat),
                 "foot": _fluency(reading),
+                "ids": reading.ids,
+                "n_prompt": len(reading.ids) - len(reading.tokens) + reading.n_prompt,
             }
             for name, reading in (("Plain", pair.plain), ("Steered", pair.steered))
         ]
         effects = _effects(pair.effects, guides)
         row = {"sides": sides, "verdict": verdict, "broken": broken, "effects": effects}
-        shares = {effect.share for effect in pair.effects if effect.share is not None}
-        rows.append(row | {"share": " and ".join(f"{share:.0%}" for share in sorted(shares))})
-    legend = [(hue(i), latent_name(setting, guides)) for i, setting in enumerate(settings)]
-    return _filled("pairs", rows, legend)
+        rows.append(row)
+    legend = [(hue(i), wish_name(setting, guides)) for i, setting in enumerate(settings)]
+    return _filled("pairs", rows, legend, _whole_edit(pairs))
 
 
-def _tokens(reading: Reading, settings: Sequence[Setting], chat: bool) -> list[dict[str, Any]]:
+def _whole_edit(pairs: Sequence[Pair]) -> str:
+    """How long all edits together are, of the residual they are added to, over all pairs."""
+    moved: dict[str, list[float]] = {}
+    for pair in pairs:
+        for hook, share in pair.moved.items():
+            moved.setdefault(hook, []).append(share)
+    means = {hook: sum(shares) / len(shares) for hook, shares in moved.items()}
+    if len(means) == 1:
+        return f"{next(iter(means.values())):.0%}"
+    return ", ".join(f"{share:.0%} at {hook}" for hook, share in means.items())
+
+
+def _tokens(reading: Reading, settings: Sequence[Wish], chat: bool) -> list[dict[str, Any]]:
     """The tokens to show: in a chat the prompt's are the template's own, and left out."""
     first = reading.n_prompt if chat else 0
     return [_token(reading, i, settings) for i in range(first, len(reading.tokens))]
 
 
-def _token(reading: Reading, i: int, settings: Sequence[Setting]) -> dict[str, Any]:
+def _token(reading: Reading, i: int, settings: Sequence[Wish]) -> dict[str, Any]:
     """One token: background = strongest chosen latent, red underline = surprise, both in words."""
     activations, surprise = reading.activations[i], reading.surprise[i]
     generated = i >= reading.n_prompt
@@ -117,7 +140,8 @@ def _token(reading: Reading, i: int, settings: Sequence[Setting]) -> dict[str, A
         styles.append(f"background:rgba({hue(strongest)},{alpha:.2f})")
     for setting, value in zip(settings, activations, strict=False):
         if value > _SEEN:
-            notes.append(f"#{setting.latent}: {value:.2f}×")
+            short = f"#{setting.latent}" if isinstance(setting, Setting) else setting.concept.name
+            notes.append(f"{short}: {value:.2f}×")
     if surprise is not None:
         notes.append(f"surprise {surprise:.1f} nats")
         if generated and surprise > 1:
@@ -169,12 +193,17 @@ def _silent(pair: Pair, guides: Sequence[Guide]) -> list[str]:
     plain, steered = (mean_activations(reading) for reading in (pair.plain, pair.steered))
     rows = zip(pair.effects, plain, steered, strict=False)
     return [
-        f"{latent_name(effect.setting, guides)} does not show in the text."
+        f"{wish_name(effect.setting, guides)} does not show in the text."
         for effect, before, after in rows
         if effect.setting.mode in ("add", "set")
-        and effect.setting.strength > 0
+        and strength_of(effect.setting) > 0
         and after < before + _SHOWS
     ]
+
+
+def strength_of(wish: Wish) -> float:
+    """A latent's strength, or a concept's dose."""
+    return wish.dose if isinstance(wish, ConceptSetting) else wish.strength
 
 
 def mean_activations(reading: Reading) -> list[float]:
@@ -189,7 +218,7 @@ def opening_html(name: str, doses: Sequence[tuple[float, Pair]], chosen: int) ->
     plain = doses[0][1].plain
     shown = [
         {
-            "says": f"{strength:g}×" if strength else "not at all",
+            "says": _dose_says(settings[0], strength) if strength else "not at all",
             "lead": "",
             "tokens": _tokens(pair.steered if strength else plain, settings, False),
             "foot": _fluency(pair.steered if strength else plain),
@@ -198,6 +227,10 @@ def opening_html(name: str, doses: Sequence[tuple[float, Pair]], chosen: int) ->
     ]
     left = {"lead": "", "tokens": _tokens(plain, settings, False), "foot": _fluency(plain)}
     return _filled("opening", {"name": name, "doses": shown, "chosen": chosen, "plain": left})
+
+
+def _dose_says(wish: Wish, strength: float) -> str:
+    return f"dose {strength:g}" if isinstance(wish, ConceptSetting) else f"{strength:g}×"
 
 
 def _distinct(reading: Reading) -> float:
@@ -210,8 +243,9 @@ def _effects(effects: Sequence[Effect], guides: Sequence[Guide]) -> list[dict[st
         cells = []
         if effect.target is not None and effect.share is not None:
             numbers = (effect.present or 0.0, effect.target, effect.realised or 0.0)
-            cells = [f"{value:.2f}×" for value in numbers]
-        rows.append({"hue": hue(i), "name": latent_name(effect.setting, guides), "cells": cells})
+            latent = isinstance(effect.setting, Setting)
+            cells = [f"{value:.2f}×" if latent else f"{value:+.1f} std" for value in numbers]
+        rows.append({"hue": hue(i), "name": wish_name(effect.setting, guides), "cells": cells})
     return rows
 
 
@@ -251,26 +285,67 @@ def _pieces(tokens: Sequence[str], activations: Sequence[float]) -> list[tuple[s
 
 
 def prompt_view_html(
-    tokens: Sequence[str], rows: Sequence[tuple[Setting, list[float]]], guides: Sequence[Guide]
+    tokens: Sequence[str], rows: Sequence[tuple[Wish, list[float]]], guides: Sequence[Guide]
 ) -> Markup:
     """Tokens × latents: cells coloured by activation in units."""
     shown = [
         {
-            "sae": setting.sae,
-            "latent": setting.latent,
-            "name": latent_name(setting, guides),
+            "latent": setting if isinstance(setting, Setting) else None,
+            "name": wish_name(setting, guides),
             "cells": [
-                ("" if v < 0.05 else f"{v:.1f}", f"{v:.2f}×", f"{min(0.9, v):.2f}") for v in values
+                (
+                    "" if v < 0.05 else f"{v:.1f}",
+                    f"{v:.2f}×",
+                    f"{_DEEPEST * min(1.0, max(0.0, v)):.2f}",
+                )
+                for v in values
             ],
         }
         for setting, values in rows
     ]
-    return _filled("prompt_view", tokens, shown)
+    return _filled("prompt_view", [_visible(token) for token in tokens], shown)
+
+
+def _cell(value: float) -> tuple[str, str, str]:
+    """An activation's figure, its words and the depth of its colour."""
+    depth = _DEEPEST * min(1.0, max(0.0, value))
+    return ("" if value < 0.05 else f"{value:.1f}", f"{value:.2f}×", f"{depth:.2f}")
+
+
+def _visible(token: str) -> str:
+    """A token's text, or a sign for one that nobody would see."""
+    if any(c.isprintable() and not c.isspace() for c in token):
+        return token
+    return "↵" if "\n" in token else "␣"
+
+
+def why_html(found: Attribution, guide: Guide) -> Markup:
+    """Which latents raised a token, with the share that no latent holds."""
+    total = sum(abs(part.effect) for part in found.parts) or 1.0
+    rows = [
+        {
+            "sae": found.sae,
+            "latent": part.latent,
+            "name": guide.label(part.latent) or f"latent {part.latent}",
+            "on": found.tokens[part.position],
+            "effect": f"{part.effect:+.2f}",
+            "width": f"{100 * abs(part.effect) / total:.0f}",
+        }
+        for part in found.parts
+    ]
+    facts = {
+        "token": found.token,
+        "logit": f"{found.logit:.1f}",
+        "latents": f"{found.latents_total:+.2f}",
+        "error": f"{found.error_total:+.2f}",
+        "share": f"{found.error_share:.0%}",
+    }
+    return _filled("why", facts, rows)
 
 
 def dose_html(report: DoseReport, guides: Sequence[Guide]) -> Markup:
     """The sweep as two curves, a table with samples, and the proposal in words."""
-    name, proposed = latent_name(report.setting, guides), ""
+    name, proposed = wish_name(report.setting, guides), ""
     if report.proposed is not None:
         verdict, proposed = "Strongest dose before fluency breaks:", f"{report.proposed:g}"
         if not report.shows:
@@ -279,16 +354,17 @@ def dose_html(report: DoseReport, guides: Sequence[Guide]) -> Markup:
         verdict = "Even the weakest dose here breaks fluency: try smaller ones."
     else:
         verdict = "Measuring…"
+    unit, curves = "×" if isinstance(report.setting, Setting) else "", _dose_curves(report)
     rows = [
         {
-            "dose": f"{p.strength:g}×",
+            "dose": f"{p.strength:g}{unit}",
             "proposed": p.strength == report.proposed,
             "cells": (f"{p.concept:.2f}×", f"{exp(min(p.surprise, 50)):.1f}", f"{p.distinct:.0%}"),
             "sample": p.sample,
         }
         for p in report.points
     ]
-    return _filled("dose", name, verdict, proposed, _dose_curves(report), rows)
+    return _filled("dose", name, verdict, f"{proposed}{unit}" if proposed else "", curves, rows)
 
 
 def _dose_curves(report: DoseReport) -> list[Markup]:
@@ -297,7 +373,9 @@ def _dose_curves(report: DoseReport) -> list[Markup]:
     if len(points) < 2:
         return []
     # The same axes for every latent, and while the sweep grows.
-    dose, chosen = plots.Axis("dose", unit="×", include=(0.0, DEFAULT_STRENGTHS[-1])), []
+    latent = isinstance(report.setting, Setting)
+    most = (DEFAULT_STRENGTHS if latent else CONCEPT_DOSES)[-1]
+    dose, chosen = plots.Axis("dose", unit="×" if latent else "", include=(0.0, most)), []
     if report.proposed is not None:
         chosen = [plots.Rule("x", report.proposed, "proposed")]
     losses = [(p.strength, p.surprise - points[0].surprise) for p in points]

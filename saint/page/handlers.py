@@ -1,9 +1,7 @@
-"""What the steering page does: its handlers and its named API, without the layout.
+"""What the steering page does: its handlers, without the layout; `saint.page.api` has its API.
 
 Handlers are pure functions of what the browser sends, which is checked like any stranger's input:
-between visitors nothing is shared but read-only weights, labels and evidence. The named API
-endpoints (`steer`, `search`, `latent`, `prompt_view`, `dose`, `steering_vector`, `info`) take and
-return plain JSON.
+between visitors nothing is shared but read-only weights, labels and evidence.
 """
 
 from __future__ import annotations
@@ -14,19 +12,23 @@ import inspect
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import gradio as gr
 
 from saint.page import fragments
+from saint.page.mix import MAX_QUERY_CHARS, Mixer
 from saint.stage.errors import UserError, first_line, is_out_of_memory, log
 from saint.steering import search
-from saint.steering.completions import complete_pairs, stream_pairs
-from saint.steering.dose import dose_request, sweep
+from saint.steering.attribution import attribute_ids
+from saint.steering.completions import complete_pairs, request_edits, stream_pairs
+from saint.steering.concepts import ConceptFinder
+from saint.steering.dose import at_strength, dose_request, sweep
 from saint.steering.guide import Guide
 from saint.steering.search import Hit
-from saint.steering.settings import Request, Setting, request_from_json
+from saint.steering.settings import ConceptSetting, Request, Setting, Wish, request_from_json
+from saint.steering.showcase import Shown
 from saint.steering.studio import EXAMPLE_PROMPTS, Studio, fingerprints
 from saint.steering.vector import export_vector
 
@@ -36,12 +38,12 @@ _SEARCHES: dict[str, Callable[..., list[Hit]]] = {
     "example text": search.search_text,
 }
 _FRAME_SECONDS = 0.06
-_MAX_QUERY_CHARS = 2000
 _MAX_LINK_CHARS = 40_000
 _VIEW_LATENTS = 14
 DEFAULT_STRENGTH = 2.0
 OPENING_STRENGTHS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
-_OPENING_TRIES, _OPENING_TOKENS = 2, 24
+OPENING_DOSES = (0.0, 3.0, 5.0, 7.0, 9.0, 11.0, 13.0)
+_OPENING_TOKENS = 24
 OUT_OF_MEMORY = (
     "The server's memory is full: use fewer or shorter prompts, or ask for fewer new tokens."
 )
@@ -89,42 +91,20 @@ class PageHandlers:
     studio: Studio
     guides: list[Guide]
 
+    finder: ConceptFinder | None = None
+    shown: Sequence[Shown] = ()
+
+    @functools.cached_property
+    def concepts(self) -> ConceptFinder:
+        """Where concepts come from: the store, or the model on the spot."""
+        return self.finder or ConceptFinder(self.studio, self.guides, [None] * len(self.guides))
+
+    @functools.cached_property
+    def mixer(self) -> Mixer:
+        """What turns wishes into dials and back."""
+        return Mixer(self.concepts)
+
     # --- what the browser sends, and what it gets back -------------------------------------------
-
-    def dial(self, setting: Setting) -> dict[str, Any]:
-        """A setting as the page's mix shows it.
-
-        share: of the residual, per unit of strength; missing where tokens are not standardised,
-        since it then depends on the token.
-        """
-        self.studio.check_settings([setting])
-        dictionary = self.studio.dictionaries[setting.sae]
-        unit = float(dictionary.units[setting.latent])
-        shown = {
-            "sae": setting.sae,
-            "latent": setting.latent,
-            "mode": setting.mode,
-            "strength": setting.strength,
-            "label": self.guides[setting.sae].label(setting.latent),
-            "raw": dictionary.unit_source.startswith("raw"),
-        }
-        config = dictionary.sae.config
-        if config.normalisation == "per_token_standardise":
-            # A unit decoder direction times std(x), against ‖x − mean(x)‖ = std(x)·√(d_model − 1).
-            shown["share"] = unit / (config.d_model - 1) ** 0.5
-        return shown
-
-    def settings(self, mix: Any) -> tuple[Setting, ...]:
-        """Check the mix that a browser sent. Raises UserError when it is no mix."""
-        try:
-            dials = [(d["latent"], d["mode"], d["strength"], d["sae"]) for d in mix or []]
-            settings = tuple(Setting(int(a), str(m), float(s), int(i)) for a, m, s, i in dials)
-        except (TypeError, KeyError, ValueError, OverflowError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError("the chosen latents are damaged: remove them and start over") from None
-        self.studio.check_settings(settings)
-        return settings
 
     def request(
         self,
@@ -148,13 +128,14 @@ class PageHandlers:
             "seed": seed,
             "chat": chat,
         }
-        return replace(request_from_json(record), settings=self.settings(mix))
+        settings, concepts = self.mixer.read(mix)
+        return replace(request_from_json(record), settings=settings, concepts=concepts)
 
     def fields(self, request: Request) -> list[Any]:
         """The inverse of `request`: values for the page's fields."""
         return [
             "\n".join(" ".join(prompt.split()) for prompt in request.prompts),
-            [self.dial(setting) for setting in request.settings],
+            self.mixer.dials(request.wishes),
             request.where,
             request.max_new_tokens,
             request.temperature,
@@ -175,7 +156,7 @@ class PageHandlers:
             record = json.loads(text)
         except ValueError:
             raise UserError("the settings are not JSON") from None
-        request = request_from_json(record)
+        request = request_from_json(record, self.concepts.setting)
         self.studio.check(request)
         ours = fingerprints(self.studio)
         if record.get("made_with", ours) != ours:
@@ -197,7 +178,12 @@ class PageHandlers:
                 continue
             page = fragments.pairs_html(progress.pairs, self.guides, chat=request.chat)
             results = [
-                {"prompt": p.prompt, "plain": p.plain.text, "steered": p.steered.text}
+                {
+                    "prompt": p.prompt,
+                    "plain": p.plain.text,
+                    "steered": p.steered.text,
+                    "steered_ids": p.steered.ids,
+                }
                 for p in progress.pairs
             ]
             record = self.record(request)
@@ -206,6 +192,14 @@ class PageHandlers:
                 link_query(record),
                 json.dumps(record | {"results": results}, indent=1, ensure_ascii=False),
             )
+
+    def turn_up(self, mix: Any, query: str, against: str) -> list[dict[str, Any]]:
+        """Make a concept of what was typed and add it to the mix."""
+        return self.mixer.with_concept(mix, query, against)
+
+    def reshape(self, mix: Any) -> list[dict[str, Any]]:
+        """Work concepts out anew whose latents or way of steering were changed."""
+        return self.mixer.reshape(mix)
 
     def find(self, kind: str, query: str) -> str:
         """Search for latents and show their cards."""
@@ -219,7 +213,7 @@ class PageHandlers:
         """Search by "label", "token" or "example text"; "#896" and "1:896" name a latent itself."""
         if kind not in _SEARCHES:
             raise UserError(f"search by {kind!r:.40}: expected one of {', '.join(_SEARCHES)}")
-        query = str(query or "")[:_MAX_QUERY_CHARS]
+        query = str(query or "")[:MAX_QUERY_CHARS]
         sae, _, number = query.strip().lstrip("#").rpartition(":")
         if number.isdecimal() and (sae or "0").isdecimal() and len(query) < 20:
             setting = Setting(int(number), sae=int(sae or 0))
@@ -240,67 +234,112 @@ class PageHandlers:
 
     def choose(self, mix: Any, event: gr.EventData) -> list[dict[str, Any]]:
         """Add the latent whose button was pressed to the mix."""
-        settings = self.settings(mix)
-        named = {"sae": event.sae, "latent": event.latent}
-        (chosen,) = self.settings([named | {"mode": "add", "strength": DEFAULT_STRENGTH}])
-        if any((s.sae, s.latent) == (chosen.sae, chosen.latent) for s in settings):
-            raise UserError("this latent is in the mix already")
-        return [self.dial(setting) for setting in (*settings, chosen)]
+        chosen = Setting(int(event.latent), "add", DEFAULT_STRENGTH, int(event.sae))
+        return self.mixer.with_latent(mix, chosen)
 
     def view(self, prompts: str, mix: Any, chat: bool) -> str:
-        """Show the first prompt's tokens against the latents that stand out on it."""
-        tokens, rows = self.prompt_rows(prompts, self.settings(mix), chat)
+        """Show the first prompt's tokens against what is chosen and the latents that stand out."""
+        settings, concepts = self.mixer.read(mix)
+        tokens, rows = self.prompt_rows(prompts, (*settings, *concepts), chat)
+        return fragments.prompt_view_html(tokens, rows, self.guides)
+
+    def view_written(self, text: str) -> str:
+        """Show the first steered text of the results, prompt and all, token by token."""
+        if not text:
+            return ""
+        record = json.loads(text)
+        request, ids = self.read_record(text), record["results"][0]["steered_ids"]
+        tokens, rows = self.prompt_rows(self._ids(ids), request.wishes, False)
         return fragments.prompt_view_html(tokens, rows, self.guides)
 
     def prompt_rows(
-        self, prompts: str, settings: Sequence[Setting], chat: bool
-    ) -> tuple[list[str], list[tuple[Setting, list[float]]]]:
-        """Tokens of the first prompt, and per latent its activation on each, in units."""
-        lines = [line for line in str(prompts or "").splitlines() if line.strip()]
-        if not lines:
-            raise UserError("write a prompt first")
-        prompt = lines[0][: self.studio.limits.prompt_chars]
-        hits = search.search_text(self.studio, self.guides, prompt, limit=_VIEW_LATENTS)
+        self, prompts: str | list[int], wishes: Sequence[Wish], chat: bool
+    ) -> tuple[list[str], list[tuple[Wish, list[float]]]]:
+        """Tokens of the first prompt (or of ids), and each wish's activation on them, in units."""
+        if isinstance(prompts, str):
+            lines = [line for line in prompts.splitlines() if line.strip()]
+            if not lines:
+                raise UserError("write a prompt first")
+            text: str | list[int] = lines[0][: self.studio.limits.prompt_chars]
+        else:
+            text = prompts
+        hits = search.search_text(self.studio, self.guides, text, limit=_VIEW_LATENTS)
         found = [Setting(hit.latent, sae=hit.sae) for hit in hits]
-        named = {(s.sae, s.latent) for s in settings}
-        wanted = [*settings, *(s for s in found if (s.sae, s.latent) not in named)]
-        return search.activation_rows(self.studio, prompt, wanted, chat=chat)
+        named = {(w.sae, w.latent) for w in wishes if isinstance(w, Setting)}
+        wanted = [*wishes, *(s for s in found if (s.sae, s.latent) not in named)]
+        return search.activation_rows(self.studio, text, wanted, chat=chat)
+
+    def _ids(self, ids: Any) -> list[int]:
+        """Check token ids that a browser sent."""
+        limit = min(self.studio.limits.tokens, self.studio.model.args.max_seq_len)
+        if not isinstance(ids, list) or not 2 <= len(ids) <= limit:
+            raise UserError("there is no token to look at")
+        if not all(isinstance(i, int) and 0 <= i < self.studio.tokenizer.n_vocab for i in ids):
+            raise UserError("the text's tokens are damaged: compare again")
+        return ids
+
+    def why(self, text: str, event: gr.EventData) -> str:
+        """Which latents caused the token that was pressed: with its side's edits in place."""
+        ids = self._ids(event.ids)
+        request = self.read_record(text or "{}") if event.side == "steered" else Request(())
+        edits = request_edits(self.studio, request, [int(event.n_prompt)])
+        found = attribute_ids(self.studio, ids[:-1], ids[-1], edits=edits)
+        return fragments.why_html(found, self.guides[found.sae])
 
     def dose_choices(self, mix: Any, chosen: Any) -> Any:
-        """The mix's latents to sweep: the chosen one stays where it is still in the mix."""
-        settings = self.settings(mix)
-        values = [f"{s.sae}:{s.latent}" for s in settings]
-        names = [fragments.latent_name(s, self.guides) for s in settings]
+        """What of the mix can be swept: the chosen one stays where it is still in the mix."""
+        settings, concepts = self.mixer.read(mix)
+        wishes: list[Wish] = [*settings, *concepts]
+        values = [_key(wish) for wish in wishes]
+        names = [fragments.wish_name(wish, self.guides) for wish in wishes]
         value = chosen if chosen in values else next(iter(values), None)
         return gr.Dropdown(choices=list(zip(names, values, strict=True)), value=value)
 
     def sweep_chosen(self, chosen: Any, *fields: Any) -> Iterator[str]:
-        """Sweep one latent of the mix, "sae:latent", and plot concept against fluency."""
+        """Sweep one wish of the mix, "sae:latent" or a concept's name: concept against fluency."""
         request = self.request(*fields)
-        settings = {f"{s.sae}:{s.latent}": s for s in request.settings}
-        if chosen not in settings:
-            raise UserError("choose a latent of your mix first: the sweep turns it up")
+        wishes = {_key(wish): wish for wish in request.wishes}
+        if chosen not in wishes:
+            raise UserError("choose something of your mix first: the sweep turns it up")
         # The examples fill up, but they are no questions.
         examples = [p for p in EXAMPLE_PROMPTS if p not in request.prompts and not request.chat]
         prompts = (*request.prompts, *examples)
         first = replace(request, prompts=prompts[:1])
         varied = dose_request(self.studio, first, more=prompts[1:])
-        for report in sweep(self.studio, settings[chosen], varied):
+        for report in sweep(self.studio, wishes[chosen], varied):
             yield fragments.dose_html(report, self.guides)
 
     def export(self, mix: Any) -> str:
         """Make a download link of the mix as a steering vector; the bytes are in the link."""
-        settings = self.settings(mix)
-        data = base64.b64encode(export_vector(self.studio, settings)).decode()
-        name = "_".join(["steering", *(f"{s.latent}" for s in settings[:4])]) + ".safetensors"
+        settings, concepts = self.mixer.read(mix)
+        data = base64.b64encode(export_vector(self.studio, settings, concepts)).decode()
+        names = [f"{s.latent}" for s in settings] + [_file_word(c.concept.name) for c in concepts]
+        name = "_".join(["steering", *names[:4]]) + ".safetensors"
         return fragments.download_html(name, data)
 
     def restore(self, web_request: gr.Request) -> list[Any]:
-        """Fill the fields from the link's query, where there is one."""
-        query = dict(web_request.query_params).get("steer") if web_request else None
-        if not query:
+        """Fill the fields from the link's query, where there is one.
+
+        "?steer=film=+8,896=+1.5" names concepts and latents, "&prompt=" a prompt of one's own; the
+        page's own links hold everything.
+        """
+        query = dict(web_request.query_params) if web_request else {}
+        steer = query.get("steer")
+        if not steer:
             return [gr.skip()] * 8 + [False]
-        return [*self.fields(self.read_record(read_link(query))), True]
+        if "=" not in steer:
+            return [*self.fields(self.read_record(read_link(steer))), True]
+        if len(steer) > _MAX_LINK_CHARS:
+            raise UserError("the link is too long to be one of this page's")
+        prompt = str(query.get("prompt") or EXAMPLE_PROMPTS[0])
+        record = {
+            "prompts": [prompt],
+            # A plus sign is a space where a query is read.
+            "steer": [one.strip().replace("= ", "=+") for one in steer.split(",")],
+            "temperature": TEMPERATURE,
+            "top_p": TOP_P,
+        }
+        return [*self.fields(self.read_record(json.dumps(record))), True]
 
     def load(self, text: str) -> list[Any]:
         """Fill the fields from copied JSON."""
@@ -320,45 +359,59 @@ class PageHandlers:
     def opening(self) -> str:
         """A finished pair with a dose slider, for a page that nobody has used yet; "" for none.
 
-        Of the first examples, the one whose latent shows most in the text. Takes some seconds.
+        Of the first example, at seven strengths. Takes some seconds.
         """
-        found = []
-        log.info("writing the page's first example")
-        for name, request in self.showcase()[:_OPENING_TRIES]:
-            request = replace(request, max_new_tokens=_OPENING_TOKENS)
-            (pair,) = complete_pairs(self.studio, request)
-            (before,), (after,) = (
-                fragments.mean_activations(reading) or [0.0]
-                for reading in (pair.plain, pair.steered)
-            )
-            found.append((after - before, name, request, pair))
-        if not found:
+        if not self.showcase():
             return ""
-        _, name, request, first = max(found, key=lambda row: row[0])
+        log.info("writing the page's first example")
+        name, request = self.showcase()[0]
+        request = replace(request, max_new_tokens=_OPENING_TOKENS)
+        (wish,) = request.wishes
+        strengths, usual = OPENING_STRENGTHS, DEFAULT_STRENGTH
+        if isinstance(wish, ConceptSetting):
+            strengths, usual = OPENING_DOSES, wish.dose
+        chosen = min(range(1, len(strengths)), key=lambda i: abs(strengths[i] - usual))
         doses = []
-        for strength in OPENING_STRENGTHS:
-            pair = first
-            if strength not in (0.0, DEFAULT_STRENGTH):
-                settings = (replace(request.settings[0], strength=strength),)
-                (pair,) = complete_pairs(self.studio, replace(request, settings=settings))
+        for strength in strengths:
+            one = at_strength(wish, strength or strengths[1])
+            (pair,) = complete_pairs(self.studio, request.only(one))
             doses.append((strength, pair))
-        return fragments.opening_html(name, doses, OPENING_STRENGTHS.index(DEFAULT_STRENGTH))
+        return fragments.opening_html(name, doses, chosen)
 
     def showcase(self) -> list[tuple[str, Request]]:
-        """Up to four examples for the loaded SAEs."""
+        """Up to four examples for the loaded SAEs, each seen to show in written texts."""
         return self._showcase
 
     @functools.cached_property
     def _showcase(self) -> list[tuple[str, Request]]:
-        """Examples for the loaded SAEs: clear latents turned up on the example prompts."""
         found = []
+        for one in self.shown:
+            wish = ConceptSetting(one.concept, "add", one.dose)
+            drawn = {"temperature": TEMPERATURE, "top_p": TOP_P, "seed": one.best.seed}
+            request = Request((one.best.prompt,), concepts=(wish,), **drawn)
+            found.append((one.concept.name, request))
         for sae, guide in enumerate(self.guides):
-            for latent in guide.clearest(4, self.studio.tokenizer):
-                setting = Setting(latent, "add", DEFAULT_STRENGTH, sae)
+            for latent in guide.shown(4):
+                wish = Setting(latent, "add", self._shown_strength(sae, latent), sae)
                 prompt = EXAMPLE_PROMPTS[len(found) % len(EXAMPLE_PROMPTS)]
-                request = Request((prompt,), (setting,), temperature=TEMPERATURE, top_p=TOP_P)
-                found.append((guide.label(latent), request))
+                request = Request((prompt,), (wish,), temperature=TEMPERATURE, top_p=TOP_P)
+                found.append((fragments.wish_name(wish, self.guides), request))
         return found[:4]
+
+    def _shown_strength(self, sae: int, latent: int) -> float:
+        """The strength at which a latent's effect was seen in texts, in its units."""
+        effects = self.guides[sae].effects
+        dose = None if effects is None else effects.rows[latent]["dose_1nat"]
+        unit = float(self.studio.dictionaries[sae].units[latent])
+        return DEFAULT_STRENGTH if dose is None else round(min(4.0, dose / unit), 2)
+
+
+def _key(wish: Wish) -> str:
+    return wish.concept.name if isinstance(wish, ConceptSetting) else f"{wish.sae}:{wish.latent}"
+
+
+def _file_word(name: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in name)[:20]
 
 
 def link_query(record: dict[str, Any]) -> str:
@@ -375,78 +428,3 @@ def read_link(query: str) -> str:
         return base64.urlsafe_b64decode(query + "=" * (-len(query) % 4)).decode()
     except ValueError:
         raise UserError("the link is damaged: copy it again, whole") from None
-
-
-def api_endpoints(handlers: PageHandlers) -> dict[str, Callable[..., Any]]:
-    """Return the named API: plain JSON in, plain JSON out."""
-
-    def steer(request: dict) -> Iterator[dict]:
-        """Complete `prompts` plainly and steered; `request` as in the copied JSON's "request"."""
-        parsed = request_from_json(request)
-        # Gradio ends a generator whose client has left; anything else would run to its end.
-        for progress in stream_pairs(handlers.studio, parsed):
-            if progress.pairs is None:
-                yield {"texts": progress.texts}
-            else:
-                pairs = [pair.to_json() for pair in progress.pairs]
-                yield {"request": parsed.to_json(), "pairs": pairs}
-
-    def search(query: str, by: str = "label") -> list:
-        """Find latents by "label", "token" or "example text"."""
-        hits = handlers.hits(by, query)
-        return [asdict(h) | {"label": handlers.guides[h.sae].label(h.latent)} for h in hits]
-
-    def latent(index: int, sae: int = 0) -> dict:
-        """What is known of one latent: label, unit, density, strongest windows."""
-        handlers.studio.check_settings([Setting(int(index), sae=int(sae))])
-        return asdict(handlers.card(int(sae), int(index)))
-
-    def prompt_view(prompt: str, chat: bool = False) -> dict:
-        """Tokens of a prompt and the activations (in units) of the latents that stand out."""
-        tokens, rows = handlers.prompt_rows(prompt, (), bool(chat))
-        named = [{"sae": s.sae, "latent": s.latent, "activations": v} for s, v in rows]
-        return {"tokens": tokens, "latents": named}
-
-    def dose(
-        setting: str,
-        prompts: list | None = None,
-        seed: int = 0,
-        where: str = "both",
-        chat: bool = False,
-    ) -> Iterator[dict]:
-        """Sweep a latent's strength ("896=+1"); returns the points and the proposed dose."""
-        record = {"prompts": prompts or list(EXAMPLE_PROMPTS[:1]), "steer": [setting]}
-        wanted = request_from_json(record | {"seed": seed, "where": where, "chat": chat})
-        more = () if prompts else EXAMPLE_PROMPTS[1:]
-        varied = dose_request(handlers.studio, wanted, more=more)
-        for report in sweep(handlers.studio, wanted.settings[0], varied):
-            yield report.to_json()
-
-    def steering_vector(steer: list) -> dict:
-        """Return a steering vector: {"safetensors": base64 text}."""
-        wanted = request_from_json({"steer": steer})
-        data = export_vector(handlers.studio, wanted.settings)
-        return {"safetensors": base64.b64encode(data).decode()}
-
-    def info() -> dict:
-        """What is loaded, and what one request may ask for."""
-        return _loaded(handlers)
-
-    endpoints = (steer, search, latent, prompt_view, dose, steering_vector, info)
-    return {function.__name__: function for function in endpoints}
-
-
-def _loaded(handlers: PageHandlers) -> dict[str, Any]:
-    saes = [
-        {
-            "name": d.name,
-            "layer": d.hook.layer,
-            "hook_point": d.hook.name,
-            "n_latents": d.sae.config.n_latents,
-            "unit": d.unit_source,
-            "n_labels": len(guide.labels),
-        }
-        for d, guide in zip(handlers.studio.dictionaries, handlers.guides, strict=True)
-    ]
-    chat = handlers.studio.tokenizer.has_chat
-    return {"saes": saes, "limits": asdict(handlers.studio.limits), "chat": chat}

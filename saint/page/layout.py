@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ import gradio as gr
 from gradio import themes
 from gradio.events import api
 
+from saint.page.api import api_endpoints
 from saint.page.fragments import chips_html, header_html
-from saint.page.handlers import TEMPERATURE, TOP_P, PageHandlers, api_endpoints, shown
+from saint.page.handlers import TEMPERATURE, TOP_P, PageHandlers, shown
+from saint.page.mix import MAX_QUERY_CHARS
 from saint.stage.html import inline
 from saint.stage.plots import STYLE
 from saint.steering.settings import WHERE, Limits
@@ -66,6 +69,10 @@ def css() -> str:
     return str(inline(_HERE / "page.css") + STYLE)
 
 
+def _script(name: str) -> str:
+    return (_HERE / name).read_text(encoding="utf-8")
+
+
 def build_page(handlers: PageHandlers) -> gr.Blocks:
     """Lay the page out and wire it; start it with `launch`."""
     page = gr.Blocks(title="SAINT: steer a language model", analytics_enabled=False)
@@ -75,21 +82,26 @@ def build_page(handlers: PageHandlers) -> gr.Blocks:
             gr.HTML(handlers.opening, js_on_load=_SLIDE, elem_id="opening")
         with gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=320):
-                mix = _latents_column(handlers)
+                mix, turned_up = _latents_column(handlers)
             with gr.Column(scale=6, min_width=320):
-                fields, chips, run, stop, result = _writing_column(handlers, mix)
+                fields, chips, run, stop, result, why = _writing_column(handlers, mix)
         tools = _Tools(handlers, mix, fields)
         outputs = [result, tools.query, tools.json]
-        compare = run.click(shown(handlers.compare), fields, outputs, **_BUSY, **_MODEL)
-        compare.success(None, tools.query, tools.link, js=_SHARE_JS, **_QUIET)
         filled = _wire_chips(handlers, chips, fields)
-        shown_at_once = filled.success(shown(handlers.compare), fields, outputs, **_BUSY, **_MODEL)
-        shown_at_once.success(None, tools.query, tools.link, js=_SHARE_JS, **_QUIET)
         restored = gr.State(False)
         page.load(shown(handlers.restore), None, [*fields, restored], **_QUIET)
+        running = []
         # Only a link's visitor has something to wait for in the queue.
-        again = restored.change(shown(handlers.compare), fields, outputs, **_BUSY, **_MODEL)
-        stop.click(None, cancels=[compare, again, shown_at_once], **_QUIET)
+        for begins in (run.click, turned_up.success, filled.success, restored.change):
+            compare = begins(shown(handlers.compare), fields, outputs, **_BUSY, **_MODEL)
+            compare.success(None, tools.query, tools.link, js=_SHARE_JS, **_QUIET)
+            compare.success(
+                shown(handlers.view_written), tools.json, tools.view, **_QUIET, **_MODEL
+            )
+            running.append(compare)
+        stop.click(None, cancels=running, **_QUIET)
+        result.asked(shown(handlers.why), tools.json, why, **_BUSY, **_MODEL)
+        why.pressed(shown(handlers.choose), mix, mix, **_QUIET)
         for name, function in api_endpoints(handlers).items():
             api(shown(function), api_name=name, **_MODEL)
     page.queue(max_size=32, default_concurrency_limit=1)
@@ -108,8 +120,38 @@ def _facts(handlers: PageHandlers) -> str:
     return " · ".join(parts)
 
 
-def _latents_column(handlers: PageHandlers) -> gr.HTML:
+def _latents_column(handlers: PageHandlers) -> tuple[gr.HTML, Any]:
+    """What to turn up; returns the mix, and the event of something turned up by its name."""
     gr.HTML("<div class='saint'><h2><span class='num'>1</span>Choose concepts</h2></div>")
+    wish = gr.Textbox(
+        label="Turn up …",
+        placeholder="a word, “talk like a lawyer”, a few sentences",
+        submit_btn="Turn up",
+        max_length=MAX_QUERY_CHARS,
+        elem_id="wish",
+    )
+    with gr.Accordion("… and away from another text", open=False, elem_id="away"):
+        against = gr.Textbox(
+            label="What it is to differ from",
+            placeholder="then the concept is the difference of the two texts",
+            max_length=MAX_QUERY_CHARS,
+            elem_id="against",
+        )
+    gr.HTML("<div class='saint'><h2>Your mix</h2></div>")
+    mix = gr.HTML(
+        [],
+        html_template="<div class='saint dials'></div>",
+        js_on_load=_script("page.js"),
+        elem_id="mix",
+    )
+    turned_up = wish.submit(shown(handlers.turn_up), [mix, wish, against], mix, **_BUSY, **_MODEL)
+    mix.reshaped(shown(handlers.reshape), mix, mix, **_QUIET)
+    with gr.Accordion("Search single latents", open=True, elem_id="search"):
+        _search_box(handlers, mix)
+    return mix, turned_up
+
+
+def _search_box(handlers: PageHandlers, mix: gr.HTML) -> None:
     kind = gr.Radio(
         [("Label", "label"), ("Token", "token"), ("Example text", "example text")],
         value="label" if any(g.labels for g in handlers.guides) else "example text",
@@ -124,13 +166,6 @@ def _latents_column(handlers: PageHandlers) -> gr.HTML:
         elem_id="query",
     )
     results = gr.HTML("", js_on_load=_PRESS, elem_id="results")
-    gr.HTML("<div class='saint'><h2>Your mix</h2></div>")
-    mix = gr.HTML(
-        [],
-        html_template="<div class='saint dials'></div>",
-        js_on_load=(_HERE / "page.js").read_text(encoding="utf-8"),
-        elem_id="mix",
-    )
     gr.on(
         [query.submit, kind.change],
         shown(handlers.find),
@@ -141,18 +176,18 @@ def _latents_column(handlers: PageHandlers) -> gr.HTML:
         **_MODEL,
     )
     results.pressed(shown(handlers.choose), mix, mix, **_QUIET)
-    return mix
 
 
 def _search_hint(handlers: PageHandlers) -> str:
     """Words that this SAE's own labels have."""
-    words = [label.partition(",")[0][:24] for label, _ in handlers.showcase()[:2]]
+    labels = (label.text for guide in handlers.guides for label in guide.labels.values())
+    words = [label.partition(",")[0][:24] for label in islice(labels, 2)]
     return ", ".join([*words, "… or #896 for a latent itself"])
 
 
 def _writing_column(
     handlers: PageHandlers, mix: gr.HTML
-) -> tuple[list[Any], gr.HTML, Any, Any, gr.HTML]:
+) -> tuple[list[Any], gr.HTML, Any, Any, gr.HTML, gr.HTML]:
     limits = handlers.studio.limits
     gr.HTML("<div class='saint'><h2><span class='num'>2</span>Write</h2></div>")
     prompts = gr.Textbox(
@@ -172,8 +207,9 @@ def _writing_column(
     empty = (
         "<div class='saint'><p class='empty'>Both completions appear here, side by side.</p></div>"
     )
-    result = gr.HTML(empty, elem_id="result")
-    return fields, chips, run, stop, result
+    result = gr.HTML(empty, js_on_load=_script("why.js"), elem_id="result")
+    why = gr.HTML("", js_on_load=_PRESS, elem_id="why")
+    return fields, chips, run, stop, result, why
 
 
 def _settings(limits: Limits, *, has_chat: bool) -> list[Any]:
@@ -195,8 +231,12 @@ def _settings(limits: Limits, *, has_chat: bool) -> list[Any]:
 
 
 def _chips(handlers: PageHandlers) -> str:
-    labels = [label[:48] for label, _ in handlers.showcase()]
-    return chips_html(labels, EXAMPLE_PROMPTS)
+    seen = [
+        f"in {one.share:.0%} of {len(one.texts)} texts, for {one.loss:.1f} nats per token"
+        for one in handlers.shown
+    ]
+    names = [name[:48] for name, _ in handlers.showcase()]
+    return chips_html([*zip_longest(names, seen[: len(names)], fillvalue="")], EXAMPLE_PROMPTS)
 
 
 def _wire_chips(handlers: PageHandlers, chips: gr.HTML, fields: list[Any]) -> Any:
@@ -206,12 +246,12 @@ def _wire_chips(handlers: PageHandlers, chips: gr.HTML, fields: list[Any]) -> An
     def press(event: gr.EventData) -> list[Any]:
         chosen = event._data or {}
         if chosen.get("show") in range(len(showcase)):
-            return handlers.fields(showcase[int(chosen["show"])][1])[:2]
+            return handlers.fields(showcase[int(chosen["show"])][1])
         if chosen.get("prompt") in range(len(EXAMPLE_PROMPTS)):
-            return [EXAMPLE_PROMPTS[int(chosen["prompt"])], gr.skip()]
-        return [gr.skip(), gr.skip()]
+            return [EXAMPLE_PROMPTS[int(chosen["prompt"])], *[gr.skip()] * 7]
+        return [gr.skip()] * 8
 
-    return chips.pressed(shown(press), None, fields[:2], **_QUIET)
+    return chips.pressed(shown(press), None, fields, **_QUIET)
 
 
 class _Tools:
@@ -222,18 +262,18 @@ class _Tools:
         with gr.Tabs():
             with gr.Tab("Look inside"):
                 look = gr.Button("Show the first prompt, token by token", elem_id="look")
-                view = gr.HTML("", js_on_load=_PRESS, elem_id="view")
+                view = self.view = gr.HTML("", js_on_load=_PRESS, elem_id="view")
                 look.click(shown(handlers.view), [prompts, mix, chat], view, **_BUSY, **_MODEL)
                 view.pressed(shown(handlers.choose), mix, mix, **_QUIET)
             with gr.Tab("Find the dose"):
                 gr.HTML(
-                    "<div class='saint'><p class='muted'>Turns one latent of the mix up step by "
+                    "<div class='saint'><p class='muted'>Turns one part of the mix up step by "
                     "step on a few prompts, and looks for the strongest dose that leaves the text "
                     "fluent.</p></div>"
                 )
-                which = gr.Dropdown([], label="Latent of the mix", elem_id="dose_latent")
+                which = gr.Dropdown([], label="Part of the mix", elem_id="dose_latent")
                 with gr.Row():
-                    start = gr.Button("Sweep this latent", elem_id="sweep")
+                    start = gr.Button("Sweep it", elem_id="sweep")
                     end = gr.Button("Stop", scale=0, min_width=90)
                 plot = gr.HTML("", elem_id="dose")
                 mix.change(shown(handlers.dose_choices), [mix, which], which, **_QUIET)

@@ -8,7 +8,7 @@ says how much of the answer the latents can hold.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -73,9 +73,27 @@ def attribute(
     Raises UserError for an empty prompt or token.
     """
     ids = studio.encode(prompt, chat=chat)
+    token_id = None if token is None else _first_token(studio, token)
+    return attribute_ids(studio, ids, token_id, sae=sae, n_parts=n_parts)
+
+
+def attribute_ids(
+    studio: Studio,
+    ids: Sequence[int],
+    token_id: int | None,
+    *,
+    edits: Mapping[HookPoint, Edit] | None = None,
+    sae: int = 0,
+    n_parts: int = N_PARTS,
+) -> Attribution:
+    """Attribute the token that follows token ids (BOS included); None takes the likeliest.
+
+    edits: those of a steered model, whose latents are then those of the edited activations.
+    """
     dictionary = studio.dictionaries[sae]
-    x, logits = _with_gradient(studio, ids, dictionary.hook)
-    token_id = int(logits.argmax()) if token is None else _first_token(studio, token)
+    x, logits = _with_gradient(studio, ids, dictionary.hook, edits or {})
+    if token_id is None:
+        token_id = int(logits.argmax())
     logit = logits[token_id] - logits.mean()
     (gradient,) = torch.autograd.grad(logit, x)
     x, gradient = x.detach()[0].float(), gradient[0].float()
@@ -125,16 +143,19 @@ def _first_token(studio: Studio, text: str) -> int:
     return ids[0]
 
 
-def _with_gradient(studio: Studio, ids: Sequence[int], hook: HookPoint) -> tuple[Tensor, Tensor]:
-    """Return the activation at a hook, a leaf that carries a gradient, and the last logits."""
+def _with_gradient(
+    studio: Studio, ids: Sequence[int], hook: HookPoint, edits: Mapping[HookPoint, Edit]
+) -> tuple[Tensor, Tensor]:
+    """Return the (edited) activation at a hook, a leaf with a gradient, and the last logits."""
     leaves: list[Tensor] = []
 
     def keep(x: Tensor, positions: Tensor) -> Tensor:
-        leaves.append(x.detach().requires_grad_(True))
+        after = edits[hook](x, positions) if hook in edits else x
+        leaves.append(after.detach().requires_grad_(True))
         return leaves[-1]
 
     with torch.enable_grad():
-        logits = studio.model(_row(studio, ids), edits={hook: keep})[0, -1]
+        logits = studio.model(_row(studio, ids), edits={**edits, hook: keep})[0, -1]
     return leaves[0], logits
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from itertools import zip_longest
 from typing import Any
 
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from llama_3 import Edit, HookPoint, Llama, Sampling, generate
-from saint.steering.settings import Request, Setting
-from saint.steering.studio import Dictionary, Studio, build_edits
+from sae import standardise
+from saint.steering.settings import ConceptSetting, Request, Setting, Wish
+from saint.steering.studio import Dictionary, Studio, build_edits, concept_vector
 
 _UNEMBED_ROWS = 64
 
@@ -23,13 +24,15 @@ class Reading:
 
     tokens: display texts (BOS left out), the first n_prompt of them the prompt's. surprise: nats,
     -log p(token | what came before), None for a first token without BOS. activations: per token,
-    each chosen latent's activation in its units.
+    each chosen latent's activation in its units, and each chosen concept's (1: as its own tokens).
+    ids: of all tokens, BOS included.
     """
 
     tokens: list[str]
     n_prompt: int
     surprise: list[float | None]
     activations: list[list[float]]
+    ids: list[int] = field(default_factory=list)
 
     @property
     def text(self) -> str:
@@ -45,13 +48,14 @@ class Reading:
 
 @dataclass(frozen=True)
 class Effect:
-    """What one setting did, averaged over the edited tokens; activations in the latent's units.
+    """What one wish did, averaged over the edited tokens.
 
-    share: length of what all settings at this hook point added, relative to the activation's own.
-    None where no token was edited.
+    present, target, realised: a latent's activation in its units; a concept's coordinate above an
+    average token's, in standard deviations. share: length of what all wishes at this hook point
+    added, relative to the activation's own. None where no token was edited.
     """
 
-    setting: Setting
+    setting: Wish
     present: float | None
     target: float | None
     realised: float | None
@@ -78,7 +82,11 @@ class Pair:
         for name, reading in (("plain", self.plain), ("steered", self.steered)):
             record[name] = {"text": reading.text, "mean_surprise": reading.mean_surprise}
             record[name] |= {f.name: getattr(reading, f.name) for f in fields(reading)}
-        record["effects"] = [asdict(e) | {"setting": str(e.setting)} for e in self.effects]
+        record["effects"] = [
+            {f.name: getattr(effect, f.name) for f in fields(effect)}
+            | {"setting": str(effect.setting)}
+            for effect in self.effects
+        ]
         record["moved"] = self.moved
         return record
 
@@ -111,7 +119,7 @@ def stream_pairs(studio: Studio, request: Request) -> Iterator[Streamed]:
     pairs = []
     for row, prompt in enumerate(request.prompts):
         plain, steered = (
-            read(studio, run.ids[row], n_prompt=len(prompts[row]), settings=request.settings)
+            read(studio, run.ids[row], n_prompt=len(prompts[row]), settings=request.wishes)
             for run in runs
         )
         effects, moved = measure_effects(
@@ -182,27 +190,28 @@ def generate_ids(
 
 @torch.no_grad()
 def read(
-    studio: Studio, ids: Sequence[int], *, n_prompt: int, settings: Sequence[Setting] = ()
+    studio: Studio, ids: Sequence[int], *, n_prompt: int, settings: Sequence[Wish] = ()
 ) -> Reading:
     """Let the plain model read one sequence, and the SAEs read the plain model.
 
     ids: with BOS where prompts have one. n_prompt: tokens of the prompt, BOS counted.
     """
     last = HookPoint(studio.model.args.n_layers - 1, "resid_post")
-    hooks = {studio.dictionaries[s.sae].hook for s in settings} | {last}
+    hooks = {_dictionary(studio, wish).hook for wish in settings} | {last}
     tokens = torch.tensor([list(ids)], device=studio.model.device)
     captured = studio.model.capture(tokens, hooks)
     surprise = _surprise(studio.model, captured[last][0], tokens[0])
     columns = []
     for setting in settings:
-        dictionary = studio.dictionaries[setting.sae]
-        columns.append(setting_activations(dictionary, captured[dictionary.hook][0], setting))
+        dictionary = _dictionary(studio, setting)
+        columns.append(wish_activations(dictionary, captured[dictionary.hook][0], setting))
     rows = torch.stack(columns, 1).tolist() if columns else [[] for _ in ids]
     decoder = studio.tokenizer.stream_decoder()
     texts = [decoder.decode(studio.tokenizer.token_bytes(token)) for token in ids]
     texts[-1] += decoder.decode(b"", final=True)
     skip = 1 if studio.tokenizer.bos_id == ids[0] else 0
-    return Reading(texts[skip:], n_prompt - skip, [None, *surprise][skip:], rows[skip:])
+    surprises: list[float | None] = [None, *surprise]
+    return Reading(texts[skip:], n_prompt - skip, surprises[skip:], rows[skip:], list(ids))
 
 
 def _surprise(model: Llama, resid: Tensor, ids: Tensor) -> list[float]:
@@ -212,6 +221,33 @@ def _surprise(model: Llama, resid: Tensor, ids: Tensor) -> list[float]:
         logits = model.unembed(resid[start : min(start + _UNEMBED_ROWS, len(ids) - 1)])
         targets = ids[start + 1 : start + 1 + len(logits)]
         values += torch.nn.functional.cross_entropy(logits, targets, reduction="none").tolist()
+    return values
+
+
+def _dictionary(studio: Studio, wish: Wish) -> Dictionary:
+    sae = wish.sae if isinstance(wish, Setting) else wish.concept.sae
+    return studio.dictionaries[sae]
+
+
+_USUAL_LENGTH = 8.0  # of a concept that does not say how far its own tokens lie from average ones
+
+
+def wish_activations(dictionary: Dictionary, x: Tensor, wish: Wish) -> Tensor:
+    """Return (n_tokens,): a latent's activation in its units, a concept's in its own tokens'."""
+    if isinstance(wish, Setting):
+        return setting_activations(dictionary, x, wish)
+    return coordinates(dictionary, x, wish) / (wish.concept.length or _USUAL_LENGTH)
+
+
+def coordinates(dictionary: Dictionary, x: Tensor, wish: ConceptSetting) -> Tensor:
+    """Return (n_tokens,): raw x's place along a concept's direction, in standard deviations.
+
+    0 is an average token's place; 0 at BOS.
+    """
+    vector = concept_vector(dictionary, wish.concept)
+    values = (standardise(x)[0].float() @ vector.to(x.device) - wish.concept.base).cpu()
+    if dictionary.sae.config.prepend_bos:
+        values[0] = 0.0
     return values
 
 
@@ -250,7 +286,7 @@ def measure_effects(
     """Run the steered model over its own text and compare wish with outcome.
 
     Directions overlap, so encoding the edited activation again need not give the target. Returns
-    one effect per latent, and `Pair.moved`.
+    one effect per wish, and `Pair.moved`.
     """
     record: dict[HookPoint, tuple[Tensor, Tensor, Tensor]] = {}
     edits = request_edits(studio, request, [n_prompt], record)
@@ -265,25 +301,38 @@ def measure_effects(
             own = torch.linalg.vector_norm(before.float()[edited], dim=-1)
             shares[hook] = float((added / own).mean())
     effects = []
-    for setting in request.settings:
-        dictionary = studio.dictionaries[setting.sae]
+    for setting in request.wishes:
+        dictionary = _dictionary(studio, setting)
         before, after, edited = (t[0] for t in record[dictionary.hook])
         if dictionary.hook not in shares:
             effects.append(Effect(setting, None, None, None, None))
             continue
         mask = edited.cpu()
-        present = setting_activations(dictionary, before, setting)[mask]
-        realised = setting_activations(dictionary, after, setting)[mask]
+        if isinstance(setting, Setting):
+            present, realised = (
+                setting_activations(dictionary, x, setting)[mask] for x in (before, after)
+            )
+            target = _target(setting, present)
+        else:
+            present, realised = (coordinates(dictionary, x, setting)[mask] for x in (before, after))
+            target = _concept_target(setting, present)
         effects.append(
             Effect(
                 setting,
                 float(present.mean()),
-                float(_target(setting, present).mean()),
+                float(target.mean()),
                 float(realised.mean()),
                 shares[dictionary.hook],
             )
         )
     return effects, {f"layer {hook.layer} {hook.name}": share for hook, share in shares.items()}
+
+
+def _concept_target(setting: ConceptSetting, present: Tensor) -> Tensor:
+    """The wished coordinate above an average token's, per token."""
+    if setting.mode == "add":
+        return present + setting.dose
+    return torch.full_like(present, setting.dose) if setting.mode == "set" else present.clamp_max(0)
 
 
 def _target(setting: Setting, present: Tensor) -> Tensor:

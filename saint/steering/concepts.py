@@ -9,9 +9,11 @@ much their mean activation exceeds their mean over all tokens, so that none is n
 from __future__ import annotations
 
 import argparse
+import re
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 
 import torch
@@ -35,11 +37,18 @@ N_LATENTS = 16
 USE = "means"  # as often in the text as 16 latents at half a nat, and more often beyond
 DOSE = 8.0
 _MAX_ROWS = 512
+_FEW_ROWS = 8  # fewer places in the store do not make a mean
 _MAX_FILLED_TOKENS = 8  # a longer query is read as a text of its own, not looked up
 _ENCODE_ROWS = 4096
 CONCEPTS_FILE = "concepts.yaml"
 _STORE = "activation_outputs"
 # Where no store is at hand, a word is read in sentences that say nothing else.
+_WISH = re.compile(
+    r"(?:please )?(?:talk|speak|write|sound|act|think|be|say|tell|answer|sing|behave)\b"
+    r"(?: more| only)?(?: like| about| as| of| in| on| with)?(?: an?| the| some)? (.+)",
+    re.IGNORECASE,
+)
+_NEAR = 0.8  # likeness of a misspelt word, as difflib measures it
 _FRAMES = (
     "They talked about {} all day.",
     "It is about {} and nothing else.",
@@ -87,6 +96,12 @@ def mean_activations(sae: TopKSparseAutoencoder, x: Tensor) -> Tensor:
     return total / max(1, len(x))
 
 
+def core_of(query: str) -> str:
+    """Return what a wish is about: "talk like a lawyer" is about "lawyer"; others stay."""
+    match = _WISH.fullmatch(" ".join(query.split()))
+    return match[1] if match and len(match[1].split()) <= 3 else query
+
+
 def spellings(studio: Studio, query: str) -> list[list[int]]:
     """Token ids of a query as it may stand in a text: capitals, a space before, a plain plural."""
     word = query.strip()
@@ -122,7 +137,7 @@ def query_rows(
     short = bool(forms) and len(forms[0]) <= _MAX_FILLED_TOKENS and len(query.split()) <= 3
     if short and stored is not None:
         rows = stored.find(forms, limit=_MAX_ROWS)
-        if len(rows) >= 8:
+        if len(rows) >= _FEW_ROWS:
             x = stored.activations(rows).to(dictionary.sae.W_enc.device)
             return x, f"{len(rows)} places in the store"
     if short:
@@ -216,6 +231,34 @@ def concept_of(
         base=float(centre @ vector),
         explained=float(shares.sum().clamp_min(0) ** 2),
         use=use,
+        length=float(torch.linalg.vector_norm(means)),
+    )
+
+
+def reshaped(
+    dictionary: Dictionary, concept: Concept, centre: Tensor, latents: Sequence[int], use: str
+) -> Concept:
+    """Return a concept with some of its latents only, or steering by another of its ways.
+
+    centre: (d_model,), an average token, standardised. Raises UserError where nothing is left.
+    """
+    kept = {i: w for i, w in zip(concept.latents, concept.weights, strict=True) if i in latents}
+    if not kept and use == "latents":
+        raise UserError(f"{concept.name}: no latent is left: remove the concept instead")
+    weights = torch.tensor(list(kept.values()))
+    directions = dictionary.sae.W_dec.detach().cpu()[list(kept)].float()
+    weights = weights / torch.linalg.vector_norm(weights @ directions).clamp_min(1e-12)
+    unit = torch.tensor(concept.means) if concept.means else weights @ directions
+    shares = weights * (directions @ unit)
+    vector = weights @ directions if use == "latents" else unit
+    return replace(
+        concept,
+        latents=tuple(kept),
+        weights=tuple(weights.tolist()),
+        shares=tuple(shares.tolist()),
+        base=float(centre.cpu() @ (vector / torch.linalg.vector_norm(vector).clamp_min(1e-12))),
+        explained=float(shares.sum().clamp_min(0) ** 2),
+        use=use,
     )
 
 
@@ -296,6 +339,7 @@ class ConceptFinder:
         self.studio, self.guides, self.stores, self.path = studio, guides, stores, path
         self.saved = {} if path is None else load_concepts(path, studio)
         self._averages: dict[int, Average] = {}
+        self._words: dict[int, list[str]] = {}
         self._lock = threading.Lock()
 
     def average(self, sae: int) -> Average:
@@ -320,20 +364,52 @@ class ConceptFinder:
         n_latents: int = N_LATENTS,
         use: str = USE,
     ) -> Concept:
-        """Return a new concept, see `find_concept`. Raises UserError for a bad query or SAE."""
+        """Return a new concept, see `find_concept`. Raises UserError for a bad query or SAE.
+
+        A wish is read for what it is about, and a word that the store does not have for the one
+        that is spelt most like it; `source` says so.
+        """
         if not 0 <= sae < len(self.studio.dictionaries):
             raise UserError(f"SAE {sae}: {len(self.studio.dictionaries)} loaded, counted from 0")
-        return find_concept(
+        core = query if against.strip() else self.respelt(core_of(query), sae)
+        concept = find_concept(
             self.studio,
-            query,
+            core,
             against=against,
-            name=name,
+            name=name or " ".join(query.split())[:60].replace("=", " ").strip(),
             sae=sae,
             stored=self.stores[sae],
             average=self.average(sae),
             n_latents=n_latents,
             use=use,
         )
+        if core == query:
+            return concept
+        return replace(concept, query=query, source=f"read as “{core}”: {concept.source}")
+
+    def respelt(self, query: str, sae: int) -> str:
+        """Return the store's word that is spelt most like a word that it does not have."""
+        stored, word = self.stores[sae], query.strip()
+        if stored is None or not word.isalpha():
+            return query
+        if len(stored.find(spellings(self.studio, word), limit=_FEW_ROWS)) >= _FEW_ROWS:
+            return query
+        near = get_close_matches(word.lower(), self.words(sae), n=1, cutoff=_NEAR)
+        return near[0] if near else query
+
+    def words(self, sae: int) -> list[str]:
+        """Words of one token that the store has often enough to make a concept of."""
+        with self._lock:
+            if sae not in self._words:
+                stored = self.stores[sae]
+                counts = () if stored is None else stored.counts()
+                texts = (
+                    self.studio.tokenizer.token_text(i).strip().lower()
+                    for i, n in enumerate(counts)
+                    if n >= _FEW_ROWS
+                )
+                self._words[sae] = sorted({text for text in texts if text.isalpha()})
+            return self._words[sae]
 
     def setting(self, text: str) -> ConceptSetting:
         """Turn "film=+8" into a setting: a saved concept's, or one found from the name itself."""

@@ -8,12 +8,13 @@ from statistics import stdev
 from typing import Any
 
 from saint.stage.errors import UserError
-from saint.steering.completions import generate_ids, read
-from saint.steering.settings import Request, Setting
-from saint.steering.studio import Studio, build_edits
+from saint.steering.completions import generate_ids, read, request_edits
+from saint.steering.settings import ConceptSetting, Request, Setting, Wish
+from saint.steering.studio import Studio
 from saint.steering.texts import distinct_pairs
 
 DEFAULT_STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
+CONCEPT_DOSES = (0.0, 2.0, 4.0, 6.0, 8.0, 9.0, 10.0, 12.0, 14.0)
 # Fluency counts as broken half a nat per token above no dose (more where the texts' own scatter
 # is wider, see `DoseReport.limit`), or when the text runs in circles: a loop is *easy* to predict,
 # so surprise alone would praise it.
@@ -57,7 +58,7 @@ class DosePoint:
 class DoseReport:
     """A sweep, weakest first. proposed: the strongest dose before fluency breaks, if any."""
 
-    setting: Setting
+    setting: Wish
     points: list[DosePoint]
     proposed: float | None
 
@@ -86,7 +87,8 @@ class DoseReport:
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-ready dictionary."""
         known = {"setting": str(self.setting), "max_loss": self.limit, "verdict": self.verdict}
-        return asdict(self) | known
+        points = [asdict(point) for point in self.points]
+        return {"points": points, "proposed": self.proposed} | known
 
 
 def dose_request(
@@ -99,7 +101,9 @@ def dose_request(
     where the prompts leave no room for so many. Raises UserError for a bad request.
     """
     limits, n = studio.limits, len(request.prompts)
-    varied = replace(request, settings=(), max_new_tokens=1, temperature=1.0, top_p=0.95)
+    varied = replace(
+        request, settings=(), concepts=(), max_new_tokens=1, temperature=1.0, top_p=0.95
+    )
     longest = max(map(len, studio.encode_prompts(varied)))
     room = min(studio.model.args.max_seq_len, limits.tokens // n) - longest
     n_new = min(max_new_tokens, limits.new_tokens, room)
@@ -121,26 +125,36 @@ def _fits(studio: Studio, request: Request) -> bool:
 
 def sweep(
     studio: Studio,
-    setting: Setting,
+    setting: Wish,
     request: Request,
-    strengths: Sequence[float] = DEFAULT_STRENGTHS,
+    strengths: Sequence[float] = (),
 ) -> Iterator[DoseReport]:
     """Yield the report so far after each strength, beginning with 0.
 
-    setting: names the latent; its mode is kept for "set" and is "add" otherwise. Every strength
+    setting: names the latent or concept; its mode is kept for "set" and is "add" otherwise.
+    strengths: `DEFAULT_STRENGTHS` for a latent, `CONCEPT_DOSES` for a concept. Every strength
     gets the same prompts and seed. Raises UserError for a bad request.
     """
     mode = "set" if setting.mode == "set" else "add"
     points: list[DosePoint] = []
     plain: list[_Sample] = []
-    for strength in sorted({0.0, *strengths}):
+    plain_request = replace(request, settings=(), concepts=())
+    usual = DEFAULT_STRENGTHS if isinstance(setting, Setting) else CONCEPT_DOSES
+    for strength in sorted({0.0, *(strengths or usual)}):
         # "set 0" would already remove the latent: the reference is no steering at all.
-        settings = (replace(setting, mode=mode, strength=strength),) if strength else ()
-        samples = _write(studio, replace(request, settings=settings), setting)
+        one = at_strength(setting, strength, mode)
+        samples = _write(studio, request.only(one) if strength else plain_request, setting)
         plain = plain or samples
         points.append(_point(strength, samples, plain))
         report = DoseReport(replace(setting, mode=mode), list(points), None)
         yield replace(report, proposed=propose(points, report.limit))
+
+
+def at_strength(wish: Wish, strength: float, mode: str = "add") -> Wish:
+    """Return the same wish at another strength, or dose."""
+    if isinstance(wish, ConceptSetting):
+        return replace(wish, mode=mode, dose=strength)
+    return replace(wish, mode=mode, strength=strength)
 
 
 @dataclass(frozen=True)
@@ -153,12 +167,12 @@ class _Sample:
     distinct: float
 
 
-def _write(studio: Studio, request: Request, setting: Setting) -> list[_Sample]:
+def _write(studio: Studio, request: Request, setting: Wish) -> list[_Sample]:
     """Write every prompt with every seed, and read the texts back one by one.
 
     As many seeds go as one batch as the studio's limit of tokens has room for.
     """
-    prompts = studio.encode_prompts(replace(request, settings=(setting,)))
+    prompts = studio.encode_prompts(request.only(setting))
     widest = max(map(len, prompts)) + request.max_new_tokens
     n_together = max(1, min(SWEEP_SEEDS, studio.limits.tokens // (len(prompts) * widest)))
     samples = []
@@ -181,7 +195,7 @@ def _generate(
 ) -> list[list[int]]:
     """Return the prompts' ids with what was generated; a prompt's draws are its own seed's."""
     lengths = [len(prompt) for prompt in prompts]
-    edits = build_edits(studio, request.settings, where=request.where, prompt_lengths=lengths)
+    edits = request_edits(studio, request, lengths)
     rows = [list(prompt) for prompt in prompts]
     for step in generate_ids(studio, prompts, request, edits, seeds=seeds):
         for row, token in zip(rows, step, strict=True):

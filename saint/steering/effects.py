@@ -37,7 +37,7 @@ from torch import Tensor
 from llama_3 import HookPoint, Llama, Tokenizer
 from sae import TopKSparseAutoencoder
 from saint.evidence.file import Evidence
-from saint.evidence.words import MIN_LETTERS, is_content_word, word_at
+from saint.evidence.words import MIN_LETTERS, is_content_word, is_form, word_at
 from saint.stage.errors import UserError
 from saint.stage.files import atomic_path, write_json
 from saint.steering.texts import read_back, vector_edit, write
@@ -230,12 +230,12 @@ def crossing(doses: Sequence[float], losses: Sequence[float], limit: float) -> f
 
 
 def word_shows(text: str, word: str) -> bool:
-    """Whether a text holds a word or a form of it (its first letters, all but two, at least 4)."""
-    stem = word[: max(4, len(word) - 2)]
-    return any(part.startswith(stem) for part in _words(text))
+    """Whether a text holds a word or a form of it: "films" and "filming" are of "film"."""
+    return any(is_form(part, word) for part in words_of(text))
 
 
-def _words(text: str) -> list[str]:
+def words_of(text: str) -> list[str]:
+    """A text's words in lower case, letters only."""
     return "".join(c if c.isalpha() else " " for c in text.lower()).split()
 
 

@@ -12,7 +12,6 @@ import numpy as np
 from llama_3 import Tokenizer
 from saint.evidence.file import Evidence
 from saint.evidence.labels import SET_SIZE, Label
-from saint.evidence.words import MIN_LETTERS, clarity, is_content_word
 from saint.stage.errors import UserError, log
 from saint.steering.effects import EFFECTS, Effects, load_effects
 
@@ -46,16 +45,9 @@ class Guide:
         with self._lock:
             return self.evidence.latent(latent)
 
-    def clearest(self, n: int, tokenizer: Tokenizer) -> list[int]:
-        """Labelled latents to show first: best tested, then most certain, then clearest.
-
-        Those that were seen to show in written texts come before all others. Latents that fire on
-        more than 0.5 % of the tokens come last. Empty without labels.
-        """
-        shown = [] if self.effects is None else self.effects.strongest(n)
-        shown = [latent for latent in shown if latent in self.labels]
-        rest = [latent for latent in self._clear(n, tokenizer) if latent not in shown]
-        return (shown + rest)[:n]
+    def shown(self, n: int) -> list[int]:
+        """Latents that were seen to show in written texts when they are turned up, best first."""
+        return [] if self.effects is None else self.effects.strongest(n)
 
     def steers(self, latent: int) -> float:
         """How well a latent steers, 0 where it was not measured: the causal score, and 10 more
@@ -63,26 +55,6 @@ class Guide:
         """
         row = None if self.effects is None else self.effects.rows.get(latent)
         return 0.0 if row is None else row["score"] + 10.0 * bool(row["shows"])
-
-    def _clear(self, n: int, tokenizer: Tokenizer) -> list[int]:
-        focus: dict[int, float] = {}
-        for token, places in self.token_index(tokenizer).items():
-            content = is_content_word(token, min_letters=MIN_LETTERS)
-            for latent, share in places if content else ():
-                focus[latent] = max(share, focus.get(latent, 0.0))
-
-        def trust(latent: int) -> tuple[bool, float, float]:
-            label = self.labels[latent]
-            common = self.densities is not None and self.densities[latent] > 0.005
-            return common, -(label.score or 0.0), -(label.certainty or 0.0)
-
-        def unclear(latent: int) -> float:
-            row = self.row(latent)
-            return 0.0 if row is None else -clarity(row)[0]
-
-        # Reading a latent's evidence takes time: only those whose top tokens are mostly one.
-        order = sorted(self.labels, key=lambda i: (*trust(i), -focus.get(i, 0.0)))[: 50 * n]
-        return sorted(order, key=lambda i: (*trust(i), unclear(i)))[:n]
 
     def token_index(self, tokenizer: Tokenizer) -> dict[str, list[tuple[int, float]]]:
         """Map a token (stripped, lower case) to latents and the share of top windows it leads."""

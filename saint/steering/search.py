@@ -7,6 +7,7 @@ example texts through the model itself.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from saint.steering.completions import read
 from saint.steering.guide import Guide
-from saint.steering.settings import Setting
+from saint.steering.settings import Wish
 from saint.steering.studio import Dictionary, Studio
 
 _WORD = re.compile(r"\w+")
@@ -113,19 +114,29 @@ def _word_score(word: str, present: set[str]) -> float:
 def search_token(studio: Studio, guides: list[Guide], query: str, *, limit: int = 12) -> list[Hit]:
     """Return latents that fire most strongly on a token, then latents that promote it.
 
-    The first come from the evidence. The second from the weights: the cosine of the latent's
+    The first come from the evidence; where the token is none there, its nearest spelling stands
+    for it. The second from the weights: the cosine of the latent's
     decoder direction and the token's row of the unembedding (with the final norm's weight).
     """
-    hits = []
-    for sae, guide in enumerate(guides):
-        for latent, share in guide.token_index(studio.tokenizer).get(query.strip().lower(), ()):
-            reason = f"leads {share:.0%} of its strongest sentences"
-            hits.append(Hit(sae, latent, share, reason))
+    hits = _leading_hits(studio, guides, query.strip().lower())
+    if not hits:
+        known = {word for g in guides for word in g.token_index(studio.tokenizer)}
+        near = get_close_matches(query.strip().lower(), sorted(known), n=1, cutoff=_NEAR)
+        hits = _leading_hits(studio, guides, near[0]) if near else []
+        query = near[0] if hits else query
     hits = sorted(hits, key=lambda hit: (-round(hit.score, 1), -_steers(guides, hit), -hit.score))
     hits = hits[: max(1, 2 * limit // 3)]
     seen = {(hit.sae, hit.latent) for hit in hits}
     promoting = _promoting(studio, query, limit)
     return (hits + [hit for hit in promoting if (hit.sae, hit.latent) not in seen])[:limit]
+
+
+def _leading_hits(studio: Studio, guides: list[Guide], word: str) -> list[Hit]:
+    return [
+        Hit(sae, latent, share, f"“{word}” leads {share:.0%} of its strongest sentences")
+        for sae, guide in enumerate(guides)
+        for latent, share in guide.token_index(studio.tokenizer).get(word, ())
+    ]
 
 
 @torch.no_grad()
@@ -154,13 +165,16 @@ def _through_norm(studio: Studio, ids: list[int]) -> Tensor:
 
 
 @torch.no_grad()
-def search_text(studio: Studio, guides: list[Guide], query: str, *, limit: int = 12) -> list[Hit]:
-    """Return the latents that stand out on an example text.
+def search_text(
+    studio: Studio, guides: list[Guide], query: str | list[int], *, limit: int = 12
+) -> list[Hit]:
+    """Return the latents that stand out on an example text, or on token ids with BOS.
 
     A latent's score is its largest activation there, in units, times its rarity where its density
     is known: -log10(density) / 4, at most 1 (one token in 10,000 or fewer).
     """
-    ids = studio.encode(query, chat=False)[:_MAX_QUERY_TOKENS]
+    ids = studio.encode(query, chat=False) if isinstance(query, str) else query
+    ids = ids[:_MAX_QUERY_TOKENS]
     texts = [studio.tokenizer.token_text(token) for token in ids]
     hits = []
     for sae, dictionary in enumerate(studio.dictionaries):
@@ -209,10 +223,13 @@ def strongest(studio: Studio, dictionary: Dictionary, ids: list[int]) -> tuple[T
 
 @torch.no_grad()
 def activation_rows(
-    studio: Studio, text: str, settings: list[Setting], *, chat: bool = False
-) -> tuple[list[str], list[tuple[Setting, list[float]]]]:
-    """Return a text's tokens (BOS left out) and each latent's activation on them, in units."""
-    ids = studio.encode(text, chat=chat)
+    studio: Studio, text: str | list[int], settings: Sequence[Wish], *, chat: bool = False
+) -> tuple[list[str], list[tuple[Wish, list[float]]]]:
+    """Return a text's tokens (BOS left out) and each wish's activation on them, in units.
+
+    text: as a person wrote it, or as token ids with BOS.
+    """
+    ids = studio.encode(text, chat=chat) if isinstance(text, str) else text
     reading = read(studio, ids[:_MAX_QUERY_TOKENS], n_prompt=len(ids), settings=settings)
     rows = [[values[i] for values in reading.activations] for i in range(len(settings))]
     return reading.tokens, list(zip(settings, rows, strict=True))

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import base64
 import binascii
+import json
 import math
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -37,7 +38,7 @@ _CONCEPT_SETTING = re.compile(r"([^=]*[^=\d\s:][^=]*)=(.+)", re.DOTALL)
 _SHORTHAND = {"+": "add", "-": "add", "*": "scale", "x": "scale"}
 
 
-_MAX_CONCEPT_LATENTS = 256
+MAX_CONCEPT_LATENTS = 256
 _MAX_NAME_CHARS = 80
 
 
@@ -97,9 +98,11 @@ class Concept:
 
     latents, weights: Σ weights_i · decoder direction_i has length 1; weights are not negative.
     shares: each latent's part of the cosine of that sum with `means`. means: (d_model,), the unit
-    difference of means, () where it is not known. base: the coordinate of an average token along
-    `vector`'s direction. explained: cosine² of the latents' sum with `means`. use: which of the
-    two steers, "latents" or "means". query, source, n_tokens: what it was found from.
+    difference of means, () where it is not known. length: that difference's, in standard
+    deviations: as far as the query's own tokens lie from average ones, 0 where unknown. base: the
+    coordinate of an average token along `vector`'s direction. explained: cosine² of the latents'
+    sum with `means`. use: which of the two steers, "latents" or "means". query, source, n_tokens:
+    what it was found from.
     """
 
     name: str
@@ -114,14 +117,15 @@ class Concept:
     source: str = ""
     n_tokens: int = 0
     sae: int = 0
+    length: float = 0.0
 
     def __post_init__(self) -> None:
-        numbers = (*self.weights, *self.shares, *self.means, self.base, self.explained)
+        numbers = (*self.weights, *self.shares, *self.means, self.base, self.explained, self.length)
         if not re.fullmatch(r"[^=\x00-\x1f]*[^=\d\s:\x00-\x1f][^=\x00-\x1f]*", self.name):
             raise UserError(f"concept {self.name!r:.40}: a name has a letter and no “=”")
         if len(self.name) > _MAX_NAME_CHARS or self.name != self.name.strip():
             raise UserError(f"concept {self.name!r:.40}: at most {_MAX_NAME_CHARS} characters")
-        if len(self.weights) != len(self.latents) or len(self.latents) > _MAX_CONCEPT_LATENTS:
+        if len(self.weights) != len(self.latents) or len(self.latents) > MAX_CONCEPT_LATENTS:
             raise UserError(f"concept {self.name}: its latents and weights do not fit")
         if self.use not in ("latents", "means") or not (self.means or self.use == "latents"):
             raise UserError(f"concept {self.name}: use {self.use!r:.40} is not there to use")
@@ -132,7 +136,7 @@ class Concept:
         """Return a JSON- and YAML-ready dictionary; `means` as base64 of float16."""
         record: dict[str, Any] = {
             name: getattr(self, name)
-            for name in ("query", "source", "n_tokens", "sae", "use", "explained", "base")
+            for name in ("query", "source", "n_tokens", "sae", "use", "explained", "base", "length")
         }
         shares = self.shares or (0.0,) * len(self.latents)
         record["latents"] = {
@@ -168,6 +172,7 @@ def concept_from_json(name: str, record: Any) -> Concept:
             source=str(record.get("source", ""))[:200],
             n_tokens=int(record.get("n_tokens", 0)),
             sae=int(record.get("sae", 0)),
+            length=float(record.get("length", 0.0)),
         )
     except (KeyError, TypeError, ValueError, OverflowError, binascii.Error) as error:
         if isinstance(error, UserError):
@@ -197,6 +202,9 @@ class ConceptSetting:
     def __str__(self) -> str:
         amount = {"add": f"{self.dose:+g}", "set": f"set:{self.dose:g}", "ablate": "off"}
         return f"{self.concept.name}={amount[self.mode]}"
+
+
+Wish = Setting | ConceptSetting  # what is asked of a latent or of a concept
 
 
 def split_steer(texts: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -265,18 +273,31 @@ class Request:
     chat: bool = False
     concepts: tuple[ConceptSetting, ...] = ()
 
+    @property
+    def wishes(self) -> tuple[Wish, ...]:
+        """All that is turned up or down: latents, then concepts."""
+        return (*self.settings, *self.concepts)
+
+    def only(self, wish: Wish) -> Request:
+        """The same request with one wish instead of all."""
+        if isinstance(wish, Setting):
+            return replace(self, settings=(wish,), concepts=())
+        return replace(self, settings=(), concepts=(wish,))
+
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-ready dictionary; settings in the terminal's notation."""
         record = asdict(replace(self, concepts=())) | {"prompts": list(self.prompts)}
-        record["steer"] = [str(setting) for setting in (*self.settings, *self.concepts)]
+        record["steer"] = [str(wish) for wish in self.wishes]
         del record["settings"]
-        record["concepts"] = {s.concept.name: s.concept.to_json() for s in self.concepts}
+        concepts = {s.concept.name: s.concept.to_json() for s in self.concepts}
+        record["concepts"] = json.loads(json.dumps(concepts))  # keys of JSON are texts
         return record
 
 
-def request_from_json(record: Any) -> Request:
+def request_from_json(record: Any, find: Callable[[str], ConceptSetting] | None = None) -> Request:
     """Read what `Request.to_json` wrote, or a record that has it as "request" (the page's JSON).
 
+    find: turns "film=+8" into a setting where the record does not say what the concept is.
     Absent fields take their defaults. Raises UserError, naming the field, for one that there is not
     and for values of the wrong kind.
     """
@@ -305,13 +326,17 @@ def request_from_json(record: Any) -> Request:
     return Request(
         prompts=tuple(prompts),
         settings=tuple(parse_setting(text) for text in latents),
-        concepts=tuple(_read_concept_setting(text, known_concepts) for text in wishes),
+        concepts=tuple(_read_concept_setting(text, known_concepts, find) for text in wishes),
         **values,
     )
 
 
-def _read_concept_setting(text: str, known: Mapping[str, Any]) -> ConceptSetting:
+def _read_concept_setting(
+    text: str, known: Mapping[str, Any], find: Callable[[str], ConceptSetting] | None
+) -> ConceptSetting:
     name, mode, dose = parse_concept_setting(text)
+    if name not in known and find is not None:
+        return find(text)
     if name not in known:
         raise UserError(f"the settings name the concept {name!r:.40}, and do not say what it is")
     return ConceptSetting(concept_from_json(name, known[name]), mode, dose)

@@ -6,10 +6,10 @@ import json
 from collections.abc import Mapping
 
 from saint.steering.attribution import Attribution, ablate_top, attribute
-from saint.steering.completions import Pair
+from saint.steering.completions import Effect, Pair
 from saint.steering.guide import Guide
 from saint.steering.search import Hit
-from saint.steering.settings import Concept, Request
+from saint.steering.settings import Concept, ConceptSetting, Request
 from saint.steering.studio import Studio
 
 
@@ -69,17 +69,28 @@ def print_pair(pair: Pair, guides: list[Guide]) -> None:
         surprise = reading.mean_surprise
         cost = "" if surprise is None else f"  [{surprise:.2f} nats per token]"
         print(f"{name:>8}:{reading.text}{cost}")
-    if pair.moved and not pair.effects:
+    if pair.moved:
         shares = ", ".join(f"{share:.0%} at {hook}" for hook, share in pair.moved.items())
         print(f"          moved the residual by {shares}")
     for effect in pair.effects:
         setting = effect.setting
+        if isinstance(setting, ConceptSetting):
+            _print_concept_effect(effect, setting)
+            continue
         name = f"latent {setting.latent} {guides[setting.sae].label(setting.latent)}".strip()
         if effect.target is None:
             print(f"          {name}: no token was edited")
             continue
         outcome = f"{effect.present:.2f} → target {effect.target:.2f}, got {effect.realised:.2f}"
         print(f"          {name}: {outcome} × its largest; {effect.share:.0%} of the residual")
+
+
+def _print_concept_effect(effect: Effect, setting: ConceptSetting) -> None:
+    if effect.target is None:
+        print(f"          {setting.concept.name}: no token was edited")
+        return
+    outcome = f"{effect.present:+.1f} → target {effect.target:+.1f}, got {effect.realised:+.1f}"
+    print(f"          {setting.concept.name}: {outcome} standard deviations above an average token")
 
 
 def print_hits(hits: list[Hit], guides: list[Guide], *, as_json: bool) -> None:

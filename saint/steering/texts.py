@@ -7,7 +7,7 @@ Directions are compared on what the model then writes: `write` samples a batch o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from sae import standardise
 
 _UNEMBED_ROWS = 512
 TEMPERATURE = 0.8
+DRAWN = Sampling(TEMPERATURE)
 
 
 @dataclass(frozen=True)
@@ -59,14 +60,15 @@ def write(
     n_tokens: int,
     seeds: Sequence[int],
     edits: Mapping[HookPoint, Edit] | None = None,
+    sampling: Sampling = DRAWN,
 ) -> list[list[int]]:
-    """Sample n_tokens after each prompt at temperature 0.8; a stop token ends a row."""
+    """Sample n_tokens after each prompt, one seed a row; a stop token ends a row."""
     rows: list[list[int]] = [[] for _ in prompts]
     for step in generate(
         model,
         prompts,
         max_new_tokens=n_tokens,
-        sampling=Sampling(TEMPERATURE, 1.0, tuple(seeds)),
+        sampling=replace(sampling, seed=tuple(seeds)),
         stop_ids=tokenizer.stop_ids,
         edits=edits,
     ):

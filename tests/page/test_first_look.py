@@ -1,15 +1,17 @@
 """What a visitor sees and presses first: the finished pair, a chip, a dial's limits."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from playwright import sync_api
 
 from saint.page.fragments import pairs_html
-from saint.page.handlers import DEFAULT_STRENGTH, OPENING_STRENGTHS
+from saint.page.handlers import OPENING_DOSES
 from saint.steering.completions import Effect, Pair, Reading, complete_pairs
+from saint.steering.dose import at_strength
 from saint.steering.search import search_labels
-from saint.steering.settings import Request, Setting
+from saint.steering.settings import Setting
 from tests.support.steering_site import (
     PROMPT,
     Site,
@@ -48,22 +50,17 @@ def readable(tokens: list[str]) -> str:
 def test_the_text_follows_the_slider_without_the_server(site, browser):
     with open_tab(site, browser) as tab:
         shown = tab.locator("#opening .variant:visible")
-        assert shown.count() == 1 and f"{DEFAULT_STRENGTH:g}×" in tab.inner_text("#opening output")
+        assert shown.count() == 1 and tab.inner_text("#opening output") == "dose 9"
         tab.context.set_offline(True)
         slider = tab.locator("#opening input[type=range]")
         slider.focus()
         tab.keyboard.press("End")
-        assert tab.inner_text("#opening output") == f"{OPENING_STRENGTHS[-1]:g}×"
-        name, request = next(
-            (name, request)
-            for name, request in site.handlers.showcase()
-            if name in tab.inner_text("#opening label")
-        )
-        strongest = Setting(request.settings[0].latent, "add", OPENING_STRENGTHS[-1])
-        (pair,) = complete_pairs(
-            site.handlers.studio,
-            Request(request.prompts, (strongest,), max_new_tokens=24, temperature=0.7, top_p=0.95),
-        )
+        assert tab.inner_text("#opening output") == f"dose {OPENING_DOSES[-1]:g}"
+        (name, request), *_ = site.handlers.showcase()
+        assert name in tab.inner_text("#opening label")
+        strongest = at_strength(request.concepts[0], OPENING_DOSES[-1])
+        one = replace(request.only(strongest), max_new_tokens=24)
+        (pair,) = complete_pairs(site.handlers.studio, one)
         assert readable(shown.locator(".tok").all_text_contents()) == readable(pair.steered.tokens)
         tab.keyboard.press("Home")
         plain = tab.locator("#opening .pane.plain .tok").all_text_contents()
@@ -105,7 +102,9 @@ def test_what_does_not_show_is_said_and_a_cut_character_is_not_shown(site):
 
     def page(value: float) -> str:
         effect = Effect(Setting(3), 0.0, 1.0, 0.9, 0.25)
-        pair = Pair("the", reading(" ok", 0.1), reading(" \ufffd", value), [effect])
+        pair = Pair(
+            "the", reading(" ok", 0.1), reading(" \ufffd", value), [effect], {"layer 1": 0.25}
+        )
         return pairs_html([pair], site.handlers.guides)
 
     assert f"{LABELS[3]} (#3) does not show in the text." in page(0.1)

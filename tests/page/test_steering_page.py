@@ -22,7 +22,8 @@ import torch
 
 import llama_3_inference_text_completion_gradio as demo
 from llama_3_inference_text_completion_gradio import choose_auth
-from saint.page.handlers import PageHandlers, api_endpoints, link_query, read_link
+from saint.page.api import api_endpoints
+from saint.page.handlers import PageHandlers, link_query, read_link
 from saint.stage.errors import UserError
 from saint.stage.program import run_stage
 from saint.steering import completions, settings
@@ -69,7 +70,7 @@ def test_api_steers_as_the_library_does(site, client):
 
 def test_named_api_is_all_there_is(client):
     names = set(client.view_api(return_format="dict", print_info=False)["named_endpoints"])
-    wanted = "steer search latent prompt_view dose steering_vector info"
+    wanted = "steer search latent concept prompt_view attribute dose steering_vector info"
     assert names == {f"/{name}" for name in wanted.split()}
 
 
@@ -226,7 +227,7 @@ def test_unexpected_errors_do_not_leak(site, client, monkeypatch):
     def broken(*_args, **_kwargs):
         raise RuntimeError("secret path /etc/shadow")
 
-    monkeypatch.setattr("saint.page.handlers.stream_pairs", broken)
+    monkeypatch.setattr("saint.page.api.stream_pairs", broken)
     with pytest.raises(Exception, match="server's log") as caught:
         client.predict(steer_request(), api_name="/steer")
     assert "secret" not in str(caught.value)
@@ -250,7 +251,7 @@ def map_too_much(*_args, **_kwargs):
 
 @pytest.mark.parametrize("full", [fill_the_gpu, fill_the_computer, fill_python, map_too_much])
 def test_full_memory_is_a_message_that_says_what_to_reduce(client, monkeypatch, full):
-    monkeypatch.setattr("saint.page.handlers.stream_pairs", full)
+    monkeypatch.setattr("saint.page.api.stream_pairs", full)
     with pytest.raises(Exception, match="fewer or shorter prompts, or ask for fewer new tokens"):
         client.predict(steer_request(), api_name="/steer")
 

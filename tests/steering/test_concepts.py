@@ -14,8 +14,10 @@ from saint.steering.completions import complete_pairs
 from saint.steering.concepts import (
     ConceptFinder,
     average_over_store,
+    core_of,
     find_concept,
     load_concepts,
+    reshaped,
     search_concepts,
     spellings,
     total_move,
@@ -312,3 +314,49 @@ def test_a_control_vector_for_llama_cpp(loaded, tmp_path):
     unit = concept_vector(deeper, wishes[0].concept).numpy()
     ratio = np.array(tensor.data) / (4.0 * unit)
     assert np.allclose(ratio, ratio.mean(), rtol=1e-3) and ratio.mean() > 0
+
+
+def test_wishes_and_misspelt_words_are_read_for_what_they_mean(loaded, store):
+    assert core_of("talk like a lawyer") == core_of("Write about the lawyer") == "lawyer"
+    for query in ("lawyer", "talk", "the court ruling", "say what I want you to say today"):
+        assert core_of(query) == query
+    finder = ConceptFinder(*loaded, [StoredTokens(store)])
+    assert finder.respelt("cuort", 0) == "court" and finder.respelt("court", 0) == "court"
+    assert finder.respelt("zebra", 0) == "zebra"
+    concept, right = finder.find("talk like a cuort"), finder.find("court")
+    assert concept.name == "talk like a cuort" and "read as “court”" in concept.source
+    assert concept.means == right.means
+    assert ConceptFinder(*loaded, [None]).respelt("cuort", 0) == "cuort"
+
+
+def test_a_reshaped_concept_is_the_one_made_of_fewer_latents(loaded, store):
+    studio, stored = loaded[0], StoredTokens(store)
+    dictionary = studio.dictionaries[0]
+    average = average_over_store(dictionary.sae, stored)
+    eight, six = (
+        find_concept(studio, "court", stored=stored, average=average, n_latents=n) for n in (8, 6)
+    )
+    again = reshaped(dictionary, eight, average.z, six.latents, "latents")
+    assert again.latents == six.latents
+    for name in ("weights", "shares", "base", "explained"):
+        assert np.allclose(getattr(again, name), getattr(six, name), atol=1e-4), name
+    assert torch.allclose(concept_vector(dictionary, again), concept_vector(dictionary, six))
+
+
+def test_readings_and_effects_of_a_concept_are_its_coordinate(loaded, store):
+    studio = loaded[0]
+    concept = find_concept(studio, "court", stored=StoredTokens(store), use="means")
+    wish = ConceptSetting(concept, "add", 5.0)
+    request = Request(("the nuclear court",), concepts=(wish,), max_new_tokens=3)
+    (pair,) = complete_pairs(studio, request)
+    hook = studio.dictionaries[0].hook
+    ids = torch.tensor([pair.plain.ids])
+    x = studio.model.capture(ids, [hook])[hook][0].double()
+    z = (x - x.mean(1, keepdim=True)) / x.std(1, keepdim=True)
+    expected = (z @ torch.tensor(concept.means).double() - concept.base) / concept.length
+    got = [values[0] for values in pair.plain.activations]
+    assert got == pytest.approx(expected[1:].tolist(), abs=1e-3)
+    (effect,) = pair.effects
+    assert effect.setting == wish and effect.target == pytest.approx(effect.present + 5.0, abs=1e-4)
+    # The edit lengthens the activation, by which it is standardised again.
+    assert effect.present < effect.realised < effect.target

@@ -13,6 +13,7 @@ from saint.evidence.file import SCHEMA, open_evidence
 from saint.evidence.labels import Label
 from saint.page.fragments import cards_html
 from saint.stage.errors import UserError
+from saint.steering.effects import Effects
 from saint.steering.guide import Guide, make_guide
 from saint.steering.search import (
     activation_rows,
@@ -149,17 +150,22 @@ def test_cards_hold_windows_in_units_and_escape_everything(studio, evidence):
 def test_a_latent_that_was_tested_but_not_named_shows_its_score_and_is_no_label(studio, evidence):
     scores = {"scores": {"intruder": {"accuracy": 0.6, "ci_low": 0.3, "ci_high": 0.8, "n": 5}}}
     guide = bind({6: Label("", extra=scores)}, evidence, studio.dictionaries[0])
-    assert not guide.labels and guide.clearest(3, studio.tokenizer) == []
+    assert not guide.labels
     assert search_labels(studio, [guide], "latent") == []
     html = cards_html([(make_card(studio, [guide], 0, 6), None)], n_saes=1)
     assert "latent 6" in html and "odd one out found in 60% (chance 20%)" in html
 
 
-def test_clear_latents_come_tested_first_and_common_ones_last(studio, evidence):
-    labels = {4: Label("common", 1.0, 1.0), 7: Label("plain", 0.9), 8: Label("tested", 0.5, 0.9)}
-    guide = bind(labels, evidence, studio.dictionaries[0])
-    assert guide.clearest(3, studio.tokenizer) == [8, 7, 4]
-    assert Guide().clearest(3, studio.tokenizer) == []
+def test_only_latents_that_were_seen_to_show_are_examples():
+    rows = [(4, True, 0.8, "court"), (7, True, 0.9, "film"), (8, False, 0.9, "war")]
+    rows += [(9, True, 0.75, "courts")]  # the same word
+    known = {
+        latent: {"latent": latent, "shows": shows, "share": share, "text_loss": 0.5, "word": word}
+        for latent, shows, share, word in rows
+    }
+    guide = Guide(effects=Effects({}, known))
+    assert guide.shown(4) == [7, 4] and guide.shown(1) == [7]
+    assert Guide().shown(3) == []
 
 
 def test_labels_and_evidence_of_another_sae_are_refused(studio, evidence):

@@ -13,6 +13,8 @@ from playwright import sync_api
 from llama_3_inference_text_completion_gradio import launch
 from saint.page.handlers import PageHandlers
 from saint.steering import completions
+from saint.steering.concepts import ConceptFinder
+from saint.steering.showcase import Shown, Text
 from tests.support.tiny_steering import make_sae, make_studio, write_setup
 
 PROMPT = "Senior diplomats met to discuss"
@@ -66,10 +68,26 @@ def running_site(root: Path) -> Iterator[Site]:
             yield step
 
     completions.generate = slow
-    page, handlers = launch(studio, guides, host="127.0.0.1", port=None, share=False, auth=None)
+    finder = ConceptFinder(studio, guides, [None, None])
+    page, handlers = launch(
+        studio,
+        guides,
+        finder=finder,
+        shown_concepts=[example(finder)],
+        host="127.0.0.1",
+        port=None,
+        share=False,
+        auth=None,
+    )
     yield Site(str(page.local_url).rstrip("/"), handlers, brake)
     page.close()
     completions.generate = original
+
+
+def example(finder: ConceptFinder) -> Shown:
+    """A concept that is said to show."""
+    texts = [Text(PROMPT, " plain", " the court", True, 5)]
+    return Shown(finder.find("court"), 9.0, 1.0, 0.0, 0.5, ["ruling"], texts, [])
 
 
 @contextmanager
