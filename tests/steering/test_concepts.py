@@ -320,13 +320,13 @@ def test_wishes_and_misspelt_words_are_read_for_what_they_mean(loaded, store):
     assert core_of("talk like a lawyer") == core_of("Write about the lawyer") == "lawyer"
     for query in ("lawyer", "talk", "the court ruling", "say what I want you to say today"):
         assert core_of(query) == query
-    finder = ConceptFinder(*loaded, [StoredTokens(store)])
+    finder = ConceptFinder(loaded[0], loaded[1], [StoredTokens(store)])
     assert finder.respelt("cuort", 0) == "court" and finder.respelt("court", 0) == "court"
     assert finder.respelt("zebra", 0) == "zebra"
     concept, right = finder.find("talk like a cuort"), finder.find("court")
     assert concept.name == "talk like a cuort" and "read as “court”" in concept.source
     assert concept.means == right.means
-    assert ConceptFinder(*loaded, [None]).respelt("cuort", 0) == "cuort"
+    assert ConceptFinder(loaded[0], loaded[1], [None]).respelt("cuort", 0) == "cuort"
 
 
 def test_a_reshaped_concept_is_the_one_made_of_fewer_latents(loaded, store):
@@ -357,6 +357,8 @@ def test_readings_and_effects_of_a_concept_are_its_coordinate(loaded, store):
     got = [values[0] for values in pair.plain.activations]
     assert got == pytest.approx(expected[1:].tolist(), abs=1e-3)
     (effect,) = pair.effects
+    assert effect.present is not None and effect.realised is not None
+    assert effect.target is not None
     assert effect.setting == wish and effect.target == pytest.approx(effect.present + 5.0, abs=1e-4)
     # The edit lengthens the activation, by which it is standardised again.
     assert effect.present < effect.realised < effect.target

@@ -123,8 +123,9 @@ def test_example_texts_rank_by_activation_and_rarity(studio):
 
 
 def test_rows_match_the_sae_and_leave_bos_out(studio):
-    tokens, rows = activation_rows(studio, PROMPT, [Setting(3), Setting(5)])
-    assert "".join(tokens) == PROMPT and [s.latent for s, _ in rows] == [3, 5]
+    settings = [Setting(3), Setting(5)]
+    tokens, rows = activation_rows(studio, PROMPT, settings)
+    assert "".join(tokens) == PROMPT and [s for s, _ in rows] == settings
     dictionary = studio.dictionaries[0]
     ids = torch.tensor([studio.encode(PROMPT, chat=False)])
     x = studio.model.capture(ids, [dictionary.hook])[dictionary.hook][0, 1:]
