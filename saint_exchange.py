@@ -189,13 +189,15 @@ def export_labels(args: argparse.Namespace) -> None:
 
 def pull(args: argparse.Namespace) -> None:
     """Fetch an SAE of ours."""
-    directory = hub.fetch(args.source)
+    directory = hub.fetch(args.source, nested=False)
     found = sorted(directory.glob("*.safetensors")) or sorted(directory.glob("*.pt"))
     if len(found) != 1:
         raise UserError(
             f"{args.source} holds {len(found)} SAEs of ours (others: saint_exchange.py import)"
         )
-    config, state = read_ours(found[0])
+    config, state = read_sae(found[0])
+    if config is None:
+        raise UserError(f"{args.source} holds no SAE of ours (others: saint_exchange.py import)")
     with naming_full_disk(args.output_path.parent):
         write_ours(args.output_path, config, {name: Rows.of(t) for name, t in state.items()})
     log.info("%s is fetched", args.output_path)

@@ -164,9 +164,10 @@ def export_dictionary_learning(
     parts, rule = Parts(config, state), config.activation
     encoder, decoder = {"encoder.weight": parts.w_enc.float()}, None
     if rule == "jumprelu":
-        encoder = {"W_enc": as_tensor(parts.encoder_t), "b_enc": parts.b_enc_of_raw()}
-        decoder = {"W_dec": as_tensor(parts.decoder), "b_dec": parts.b_dec}
-        assert parts.threshold is not None
+        assert parts.threshold is not None and parts.unscaled is not None
+        # Views of mapped files: torch saves them with their strides, and none is in memory.
+        encoder = {"W_enc": parts.w_enc.float().T, "b_enc": parts.b_enc_of_raw()}
+        decoder = {"W_dec": parts.unscaled.float().T, "b_dec": parts.b_dec}
         encoder["threshold"] = parts.threshold
     if decoder is None:
         same = parts.unscaled  # as it is, it need not be in memory

@@ -14,11 +14,12 @@ from saint.stage.errors import UserError
 PREFIX = "hf://"
 
 
-def fetch(source: str) -> Path:
+def fetch(source: str, *, nested: bool = True) -> Path:
     """Return the local directory of `hf://owner/repo[/folder][@revision]`, downloading it.
 
-    Only that folder is fetched. HF_HUB_OFFLINE=1 takes what the hub's own cache has. Raises
-    UserError where huggingface_hub is missing, or there is no such repository or folder.
+    Only that folder is fetched, without the folders in it unless nested. HF_HUB_OFFLINE=1 takes
+    what the hub's own cache has. Raises UserError where huggingface_hub is missing, or there is no
+    such repository or folder.
     """
     address, _, revision = source.removeprefix(PREFIX).partition("@")
     owner, _, rest = address.strip("/").partition("/")
@@ -26,12 +27,13 @@ def fetch(source: str) -> Path:
     if not owner or not name:
         raise UserError(f"{source}: expected hf://owner/repository, with a folder behind it or not")
     hub = _hub()
-    patterns = [f"{folder}/*"] if folder else None
+    inside = f"{folder}/" if folder else ""
+    patterns = {"allow_patterns": [f"{inside}*"]}
+    if not nested:
+        patterns["ignore_patterns"] = [f"{inside}*/*"]
     repository = f"{owner}/{name}"
     try:
-        found = hub.snapshot_download(
-            repository, revision=revision or None, allow_patterns=patterns
-        )
+        found = hub.snapshot_download(repository, revision=revision or None, **patterns)
     except (hub.errors.HfHubHTTPError, hub.errors.LocalEntryNotFoundError, ValueError) as error:
         raise UserError(f"{source}: {str(error).splitlines()[0]}") from None
     directory = Path(found) / folder

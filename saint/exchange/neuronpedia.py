@@ -39,21 +39,33 @@ def feature(row: Mapping[str, Any], label: Label | None, explainer: str) -> dict
     return {
         "index": row["latent"],
         "density": row["density"],
-        "activations": [_activation(window, row["max_activation"]) for window in windows],
+        "activations": [_activation(window, _bounds(windows)) for window in windows],
         "explanations": explanations,
         "topLogits": _logits(row["promoted"]),
         "bottomLogits": _logits(row["suppressed"]),
     }
 
 
-def _activation(window: Mapping[str, Any], largest: float) -> dict[str, Any]:
-    decile = window["decile"] if window["kind"] == "quantile" else None
-    known = decile is not None
+def _bounds(windows: Sequence[Mapping[str, Any]]) -> dict[int, tuple[float, float]]:
+    """Return each decile's least and largest activation: tenths of windows, not of the scale."""
+    deciles: dict[int, list[float]] = {}
+    for window in windows:
+        if window["kind"] == "quantile":
+            deciles.setdefault(window["decile"], []).append(max(window["activations"]))
+    return {decile: (min(found), max(found)) for decile, found in deciles.items()}
+
+
+def _activation(
+    window: Mapping[str, Any], bounds: Mapping[int, tuple[float, float]]
+) -> dict[str, Any]:
+    """bounds: of the deciles. A window among the strongest has none."""
+    known = window["kind"] == "quantile"
+    low, high = bounds[window["decile"]] if known else (None, None)
     return {
         "tokens": list(window["tokens"])[:MAX_TOKENS],
         "values": [float(a) for a in window["activations"]][:MAX_TOKENS],
-        "quantileMin": largest * decile / 10 if known else None,
-        "quantileMax": largest * (decile + 1) / 10 if known else None,
+        "quantileMin": low,
+        "quantileMax": high,
         "quantileFraction": 0.1 if known else None,
     }
 

@@ -394,13 +394,14 @@ def effect_prompt(
 ) -> Prompt | None:
     """Ask what a latent does, from its tokens and (prompt, plain, steered) texts; None without any.
 
-    The latent is turned up in the steered texts only. effect: its row of the effects file: tokens
-    whose probability was measured to rise and fall then stand in place of those that its direction
-    alone promotes and suppresses.
+    The latent is turned up in the steered texts only. effect: its row of the effects file, with the
+    tokens whose probability was measured to rise and fall after neutral beginnings.
     """
-    if effect is not None and (effect["rising"] or effect["falling"]):
-        row = {"promoted": effect["rising"], "suppressed": effect["falling"]}
     text = token_lines(row, options).strip()
+    for name, verb in (("rising", "rises"), ("falling", "falls")):
+        tokens = [clean(t["token"]).strip() for t in (effect or {}).get(name) or ()]
+        if told := ", ".join(filter(None, tokens[: options.n_promoted])):
+            text += f"\n\nTokens whose probability then {verb} most in neutral texts: {told}"
     for start, plain, steered in completions:
         text += f"\n\nBeginning: {cut(clean(start), options.excerpt_chars)}\n"
         text += f"- without: {cut(clean(plain), options.excerpt_chars)}\n"

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+import saint_exchange
 from sae import SAEConfig, TopKSparseAutoencoder, load_sae, save_sae
 from saint.exchange import foreign, hub
 from saint.exchange.hooks import lens_name, module_name, parse_hook
 from saint.exchange.imports import Overrides, read_foreign
+from saint.stage.errors import UserError
 from tests.exchange import peer_files
 from tests.exchange.peer_files import K
 from tests.support.program import call
@@ -274,11 +280,92 @@ def test_a_repository_of_the_hub_is_imported_offline(tmp_path: Path, monkeypatch
     config, tensors = foreign.fold(read_foreign(found, Overrides()))
     foreign.write_ours(tmp_path / "o.safetensors", config, tensors)
     assert_same(load_sae(tmp_path / "o.safetensors", device="cpu"), run(rows().double()))
-    from saint.stage.errors import UserError
-
     for missing in ("hf://someone/saes/layer_9", "hf://nobody/nothing", "hf://broken"):
         with pytest.raises(UserError, match=missing.split("/")[-1]):
             hub.fetch(missing)
+
+
+class Hub(BaseHTTPRequestHandler):
+    """A stand-in for the hub that takes a repository and one commit of plain files."""
+
+    files: ClassVar[dict[str, bytes]] = {}
+    refuse = False
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        assert self.headers["Authorization"] == "Bearer hf_word"
+        if type(self).refuse:
+            return self.answer(403, {"error": "no rights to me"})
+        path = self.path.split("?")[0]
+        if path == "/api/repos/create":
+            assert json.loads(body)["name"] == "mine"
+            return self.answer(200, {"url": "http://127.0.0.1/me/mine", "id": "me/mine"})
+        if path == "/api/validate-yaml":
+            return self.answer(200, {"errors": [], "warnings": []})
+        if path == "/api/models/me/mine/preupload/main":
+            told = [
+                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False}
+                for f in json.loads(body)["files"]
+            ]
+            return self.answer(200, {"files": told})
+        assert path == "/api/models/me/mine/commit/main", path
+        for line in map(json.loads, body.splitlines()):
+            if line["key"] == "file":
+                found = base64.b64decode(line["value"]["content"])
+                self.files[line["value"]["path"]] = found
+        commit = {"commitUrl": "http://127.0.0.1/me/mine/commit/c", "commitOid": "c"}
+        self.answer(200, commit | {"hookOutput": ""})
+
+    def do_GET(self) -> None:
+        self.answer(404, {"error": "nothing here"})
+
+    def answer(self, status: int, value: object) -> None:
+        body = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def test_what_is_pushed_through_the_hubs_client_is_pulled_again(tmp_path: Path, monkeypatch):
+    constants = pytest.importorskip("huggingface_hub.constants")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("HF_TOKEN", "hf_word")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    sae = rule_sae("topk", "none")
+    save_sae(tmp_path / "trained_sae.pt", sae)
+    push = ["push", str(tmp_path / "trained_sae.pt"), "me/mine"]
+    monkeypatch.setattr(Hub, "refuse", True)
+    with pytest.raises(UserError, match="hf://me/mine: .*403"):
+        saint_exchange.main(push)
+    monkeypatch.setattr(Hub, "refuse", False)
+    saint_exchange.main(push)
+    server.shutdown()
+    server.server_close()
+    names = {"README.md", "trained_sae.safetensors", "trained_sae.json"}
+    folders = {f"saelens/{n}" for n in ("cfg.json", "sae_weights.safetensors")}
+    folders |= {f"sparsify/{n}" for n in ("cfg.json", "sae.safetensors")}
+    assert set(Hub.files) == names | folders
+    for name, content in Hub.files.items():
+        path = tmp_path / "repository" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    hub_cache(tmp_path, "me/mine", tmp_path / "repository")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    again = tmp_path / "again.safetensors"
+    saint_exchange.main(["pull", "hf://me/mine", "--output_path", str(again)])
+    back = load_sae(again, device="cpu")
+    assert back.config == sae.config and torch.equal(back.W_dec, sae.W_dec)
+    # A folder of another tool's is none of ours.
+    with pytest.raises(UserError, match="saint_exchange.py import"):
+        saint_exchange.main(["pull", "hf://me/mine/saelens", "--output_path", str(again)])
 
 
 def test_push_prepares_a_card_that_the_hub_reads_and_three_tools_load(tmp_path: Path):

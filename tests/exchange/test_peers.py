@@ -27,6 +27,10 @@ dictionary = pytest.importorskip("dictionary_learning.dictionary")
 from dictionary_learning.trainers.batch_top_k import BatchTopKSAE  # noqa: E402 # pyright: ignore
 from dictionary_learning.trainers.top_k import AutoEncoderTopK  # noqa: E402 # pyright: ignore
 
+neuronpedia_client = pytest.importorskip("neuronpedia")
+from neuronpedia.np_activation import Activation  # noqa: E402 # pyright: ignore
+from neuronpedia.np_explanation import Explanation  # noqa: E402 # pyright: ignore
+
 from sae import SAEConfig, TopKSparseAutoencoder, load_sae, read_sae, save_sae  # noqa: E402
 from saint.exchange.exports import WRITERS  # noqa: E402
 from saint.exchange.foreign import fold, write_ours  # noqa: E402
@@ -260,7 +264,7 @@ def test_ours_out(tool, rule, norm, x, tmp_path: Path):
 
 
 class Upload(BaseHTTPRequestHandler):
-    """A stand-in for Neuronpedia's upload that checks what its client's documents ask for."""
+    """A stand-in for Neuronpedia's upload that reads what comes with the client's own models."""
 
     received: list[tuple[str | None, dict[str, Any]]]
     refuse = False
@@ -273,8 +277,18 @@ class Upload(BaseHTTPRequestHandler):
         for feature in body["features"]:
             assert len(feature["topLogits"]) <= 20
             assert all(len(said["text"]) <= 512 for said in feature["explanations"])
+            place = {"modelId": body["modelId"], "source": body["source"], "index": "3"}
             for shown in feature["activations"]:
-                assert len(shown["tokens"]) == len(shown["values"]) <= 1024
+                assert len(shown["values"]) <= 1024
+                stored = place | shown | {"binMin": shown["quantileMin"]}
+                stored |= {"binMax": shown["quantileMax"]}
+                stored |= {"binContains": shown["quantileFraction"]}
+                read = Activation.from_np_db_json(stored)  # raises where they do not fit
+                if read.quantileMin is not None and read.quantileMax is not None:
+                    assert read.quantileMin <= max(read.values) <= read.quantileMax
+            for said in feature["explanations"]:
+                described = {"description": said["text"], "typeName": said["methodName"]}
+                assert Explanation.from_np_db_json(place | described).text == said["text"]
         self.send_response(400 if type(self).refuse else 200)
         self.end_headers()
         self.wfile.write(b'{"message": "no"}')
@@ -284,14 +298,13 @@ class Upload(BaseHTTPRequestHandler):
 
 
 def test_neuronpedias_client_sends_what_we_wrote(tmp_path: Path, monkeypatch):
-    pytest.importorskip("neuronpedia")
     from neuronpedia.requests.base_request import NPRequest  # pyright: ignore
 
     from saint.exchange import neuronpedia
     from saint.stage.errors import UserError
 
-    def window(kind: str) -> dict[str, Any]:
-        shown = {"tokens": ["a", " b"], "activations": [0.0, 1.5], "decile": 9}
+    def window(kind: str, value: float = 1.5, decile: int = 9) -> dict[str, Any]:
+        shown = {"tokens": ["a", " b"], "activations": [0.0, value], "decile": decile}
         return {"kind": kind, **shown}
 
     class Found:
@@ -301,7 +314,10 @@ def test_neuronpedias_client_sends_what_we_wrote(tmp_path: Path, monkeypatch):
                 yield {
                     "latent": latent, "density": 0.1, "max_activation": 1.5,
                     "n_firing_tokens": int(latent != 5), "promoted": token, "suppressed": token,
-                    "examples": [window("top"), window("quantile"), window("random")],
+                    "examples": [
+                        window("top"), window("quantile"), window("quantile", 1.25),
+                        window("quantile", 0.125, 8), window("random", 0.0),
+                    ],
                 }  # fmt: skip
 
     from saint.evidence.labels import Label
@@ -333,5 +349,13 @@ def test_neuronpedias_client_sends_what_we_wrote(tmp_path: Path, monkeypatch):
     sent = [f["index"] for _, body in Upload.received[1:] for f in body["features"]]
     assert sent == [i for i in range(130) if i != 5]
     third = Upload.received[1][1]["features"][3]
-    assert len(third["activations"]) == 2 and len(third["explanations"][0]["text"]) == 512
+    assert len(third["activations"]) == 4 and len(third["explanations"][0]["text"]) == 512
+    # Windows come as they are, with the bounds of the tenth of windows that they are in.
+    assert [shown["values"] for shown in third["activations"]] == [
+        [0.0, value] for value in (1.5, 1.5, 1.25, 0.125)
+    ]
+    bounds = [(a["quantileMin"], a["quantileMax"]) for a in third["activations"]]
+    assert bounds == [(None, None), (1.25, 1.5), (1.25, 1.5), (0.125, 0.125)]
+    written = [json.loads(p.read_text()) for p in sorted(tmp_path.glob("batch_*.json"))]
+    assert [body for _, body in Upload.received[1:]] == written
     assert "key" not in "".join(p.read_text() for p in tmp_path.iterdir())

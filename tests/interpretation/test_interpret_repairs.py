@@ -400,7 +400,11 @@ def test_measured_effects_and_steered_texts_are_shown(tmp_path: Path):
         facts = {"n_latents": N_LATENTS, "doses": [4.0, 8.0, 16.0]}
         write_effects(place.tops / "effects.parquet", [row], facts)
         measured = asked()
-        assert "raises: risen" in measured[0] and "lowers: fallen" in measured[0]
+        assert (
+            "raises: topic1" in measured[0]
+            and "then rises most in neutral texts: risen" in (measured[0])
+        )
+        assert "then falls most in neutral texts: fallen" in measured[0]
         # The dose is the file's: other words than at the usual strength; latent 2 has none there.
         assert measured[0].count("turned up:") == 3 and measured[1] == usual[1]
         assert measured[0].split("Beginning", 1)[1] != usual[0].split("Beginning", 1)[1]
