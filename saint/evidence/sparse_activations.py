@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import tempfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ from saint.store.activation_store import INDEX_TENSORS, ActivationStore, Shard, 
 from saint.store.row_format import read_tensors, write_tensors
 
 _PROBED_TOKENS = 4096
+_SPOOLED_BYTES = 64 << 20
 
 
 def open_matching_store(data_dir: Path, sae: TopKSparseAutoencoder) -> ActivationStore:
@@ -156,15 +158,47 @@ def entries_per_token(sae: TopKSparseAutoencoder, store: ActivationStore) -> flo
     return len(sae.encode(sae.normalise(x)[0]).values) / max(1, len(x))
 
 
+class _Column:
+    """Entries that come in parts. Beyond `_SPOOLED_BYTES` they lie in an unnamed file."""
+
+    def __init__(self, dtype: torch.dtype, directory: Path) -> None:
+        self.parts, self.directory = [torch.empty(0, dtype=dtype)], directory
+        self.file: IO[bytes] | None = None
+
+    def add(self, part: Tensor) -> None:
+        """Take what comes next."""
+        self.parts.append(part)
+        if sum(part.nbytes for part in self.parts) > _SPOOLED_BYTES:
+            self.file = self.file or tempfile.TemporaryFile(dir=self.directory)
+            for held in self.parts:
+                self.file.write(held.contiguous().numpy().data)
+            self.parts = [self.parts[0][:0]]
+
+    def whole(self) -> Tensor:
+        """Return all of it, in memory or mapped."""
+        if self.file is None:
+            return torch.cat(self.parts)
+        for held in self.parts:
+            self.file.write(held.contiguous().numpy().data)
+        self.file.flush()
+        return torch.from_numpy(np.memmap(self.file, self.parts[0].numpy().dtype, mode="c"))
+
+
 @torch.inference_mode()
 def encode_shard(
-    sae: TopKSparseAutoencoder, encode: Encode, shard: Shard, batch_tokens: int, bar: Any
+    sae: TopKSparseAutoencoder,
+    encode: Encode,
+    shard: Shard,
+    batch_tokens: int,
+    bar: Any,
+    work_dir: Path,
 ) -> SparseShard:
     """Run `encode`, the SAE's, over a shard; returns sparse activations and sentence means on CPU.
 
-    Of equal pre-activations, the C++ encoder keeps the first latent's, whatever the batch.
+    Of equal pre-activations, the C++ encoder keeps the first latent's, whatever the batch. However
+    many latents fire on a token, memory holds a batch of them; work_dir has room for the rest.
     """
-    values, indices = [torch.empty(0)], [torch.empty(0, dtype=torch.int32)]
+    values, indices = _Column(torch.float32, work_dir), _Column(torch.int32, work_dir)
     counts = [torch.zeros(1, dtype=torch.int64)]
     means = torch.zeros(len(shard.sentence_ids), sae.config.d_model, dtype=torch.float16)
     for first, end in batches_of_sentences(shard.offsets.numpy(), batch_tokens):
@@ -172,16 +206,16 @@ def encode_shard(
         x = shard.read(rows).to(sae.W_enc.device)
         z = sae.normalise(x)[0]
         active = encode(z)
-        values.append(active.values.cpu())
-        indices.append(active.indices.to(torch.int32).cpu())
+        values.add(active.values.cpu())
+        indices.add(active.indices.to(torch.int32).cpu())
         counts.append(active.offsets.diff().cpu())
         lengths = (shard.offsets[first + 1 : end + 1] - shard.offsets[first:end]).to(z.device)
         pooled = torch.segment_reduce(z, "mean", lengths=lengths, axis=0, initial=0)
         means[first:end] = pooled.cpu()
         bar.update(len(x))
     return SparseShard(
-        values=torch.cat(values),
-        indices=torch.cat(indices),
+        values=values.whole(),
+        indices=indices.whole(),
         entries=torch.cat(counts).cumsum(0),
         pooled=means,
         offsets=shard.offsets.clone(),
@@ -223,7 +257,9 @@ def tally_store(
                 n_resumed += 1
                 bar.update(len(shard.token_ids))
             else:
-                write_sparse(path, encode_shard(sae, encode, shard, batch_tokens, bar))
+                sparse = encode_shard(sae, encode, shard, batch_tokens, bar, work_dir)
+                write_sparse(path, sparse)
+                del sparse
                 n_encoded += len(shard.sentence_ids)
             if counted is not None:
                 counted.result()

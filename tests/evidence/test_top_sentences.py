@@ -219,6 +219,17 @@ def test_two_ranks_write_the_same_bytes(store: TinyStore, output: Path, tmp_path
     assert not (tmp_path / "two" / stage.WORK_DIR).exists()
 
 
+def test_entries_that_are_too_many_for_memory_wait_in_a_file(
+    store: TinyStore, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memmap, made = np.memmap, []
+    monkeypatch.setattr(sparse_activations, "_SPOOLED_BYTES", 100)
+    monkeypatch.setattr(np, "memmap", lambda *a, **k: made.append(a) or memmap(*a, **k))
+    stage.main(arguments(store, tmp_path / "spooled"))
+    assert len(made) == 2 * open_store(store.data_dir).n_shards
+    assert digests(tmp_path / "spooled") == digests(output)
+
+
 def test_killed_run_resumes_with_the_same_bytes(
     store: TinyStore, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
