@@ -17,7 +17,14 @@ from llama_3 import Edit, HookPoint, Llama
 from sae import ActiveLatents, standardise
 from saint.evidence.token_index import StoredTokens
 from saint.evidence.words import MIN_LETTERS, clearest_latents, is_content_word
-from saint.steering.concepts import average_over_store, concept_of, mean_activations, spellings
+from saint.steering.concepts import (
+    average_over_store,
+    concept_of,
+    difference_of_means,
+    mean_activations,
+    spellings,
+    word_parts,
+)
 from saint.steering.guide import Guide
 from saint.steering.settings import Concept
 from saint.steering.studio import Studio, concept_vector
@@ -75,13 +82,12 @@ class Bench:
 
     @cached_property
     def found(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Concept -> (difference of means, rise of every latent), from the word's own tokens."""
+        """Concept -> (difference of means, rise of every latent), from the word in the store."""
         sae, found = self.studio.dictionaries[0].sae, {}
         for name in self.names:
-            rows = self.stored.find(spellings(self.studio, name), limit=512)
-            x = self.stored.activations(rows)
-            raised = mean_activations(sae, x) - self.average.activations
-            found[name] = standardise(x)[0].mean(0) - self.average.z, raised
+            parts = word_parts(self.stored, spellings(self.studio, name), 512)
+            raised = mean_activations(sae, parts[0]) - self.average.activations
+            found[name] = difference_of_means(parts, self.average.z), raised
         return found
 
     def concept(self, name: str, n_latents: int, use: str = "latents") -> Concept:

@@ -2,8 +2,11 @@
 
 The direction is a difference of means (Belrose, "Diff-in-means concept editing is worst-case
 optimal"; Marks and Tegmark, arXiv:2310.06824): the mean standardised activation of the query's
-tokens minus that of all tokens. The latents are those most raised by the query, weighted by how
-much their mean activation exceeds their mean over all tokens, so that none is negative.
+tokens minus that of all tokens. For a word, the tokens before and after it have a difference of
+their own, and the direction is the mean of the three units: it shows more often in the text at
+equal loss, since the token before is where the model decides to write the word. The latents are
+those most raised by the query, weighted by how much their mean activation exceeds their mean over
+all tokens, so that none is negative.
 """
 
 from __future__ import annotations
@@ -129,27 +132,50 @@ def read_texts(studio: Studio, dictionary: Dictionary, texts: Sequence[str]) -> 
     return found
 
 
-def query_rows(
+def word_parts(stored: StoredTokens, forms: Sequence[Sequence[int]], limit: int) -> list[Tensor]:
+    """Return activations (n, d_model) of a word's tokens in the store, of those before, and after.
+
+    A neighbour may belong to the next sentence, which a mean over hundreds does not feel.
+    """
+    rows = stored.find(forms, limit=limit)
+    last = stored.store.n_tokens - 1
+    return [stored.activations((rows + offset).clip(0, last)) for offset in (0, -1, 1)]
+
+
+def difference_of_means(parts: Sequence[Tensor], centre: Tensor) -> Tensor:
+    """Return the sum of the unit differences (d_model,) of raw activations (n, d_model) each.
+
+    centre: (d_model,), the mean standardised activation of all tokens.
+    """
+    moves = torch.stack([standardise(part)[0].mean(0) - centre for part in parts])
+    return (moves / torch.linalg.vector_norm(moves, dim=1, keepdim=True).clamp_min(1e-12)).sum(0)
+
+
+def query_parts(
     studio: Studio, dictionary: Dictionary, query: str, stored: StoredTokens | None
-) -> tuple[Tensor, str]:
-    """Return the query's own tokens' activations (n, d_model) and where they were found."""
+) -> tuple[list[Tensor], str]:
+    """Return activations of the query's own tokens, of a word's neighbours, and where from."""
     forms = spellings(studio, query)
     short = bool(forms) and len(forms[0]) <= _MAX_FILLED_TOKENS and len(query.split()) <= 3
     if short and stored is not None:
-        rows = stored.find(forms, limit=_MAX_ROWS)
-        if len(rows) >= _FEW_ROWS:
-            x = stored.activations(rows).to(dictionary.sae.W_enc.device)
-            return x, f"{len(rows)} places in the store"
-    if short:
-        parts = []
-        for frame in _FRAMES:
-            text = frame.format(query.strip())
-            n_after = len(studio.tokenizer.encode(frame.split("{}")[1], bos=False))
-            (x,) = read_texts(studio, dictionary, [text])
-            n_own = len(studio.tokenizer.encode(" " + query.strip(), bos=False))
-            parts.append(x[len(x) - n_after - n_own : len(x) - n_after])
-        return torch.cat(parts), "made-up sentences read by the model"
-    return torch.cat(read_texts(studio, dictionary, [query])), "the text, read by the model"
+        n_rows = len(stored.find(forms, limit=_MAX_ROWS))
+        if n_rows >= 8:
+            parts = [
+                x.to(dictionary.sae.W_enc.device) for x in word_parts(stored, forms, _MAX_ROWS)
+            ]
+            return parts, f"{n_rows} places in the store"
+    if not short:
+        return read_texts(studio, dictionary, [query]), "the text, read by the model"
+    found: list[list[Tensor]] = [[], [], []]
+    for frame in _FRAMES:
+        n_after = len(studio.tokenizer.encode(frame.split("{}")[1], bos=False))
+        (x,) = read_texts(studio, dictionary, [frame.format(query.strip())])
+        end = len(x) - n_after
+        begin = end - len(studio.tokenizer.encode(" " + query.strip(), bos=False))
+        rows = (x[begin:end], x[begin - 1 : begin], x[end : end + 1])
+        for part, own in zip(found, rows, strict=True):
+            part.append(own)
+    return [torch.cat(part) for part in found], "made-up sentences read by the model"
 
 
 @torch.no_grad()
@@ -181,12 +207,14 @@ def find_concept(
             average = average_over_store(dictionary.sae, stored)
     if against.strip():
         x = torch.cat(read_texts(studio, dictionary, [query]))
+        parts = [x]
         other = torch.cat(read_texts(studio, dictionary, [against]))
         average = Average(standardise(other)[0].mean(0), mean_activations(dictionary.sae, other))
         source = "two texts, read by the model"
     else:
-        x, source = query_rows(studio, dictionary, query, stored)
-    means = standardise(x)[0].mean(0) - average.z
+        parts, source = query_parts(studio, dictionary, query, stored)
+        x = parts[0]
+    means = difference_of_means(parts, average.z)
     raised = mean_activations(dictionary.sae, x) - average.activations
     concept = concept_of(dictionary, means, raised, average.z, n_latents=n_latents, use=use)
     title = name.strip() or " ".join(query.split())[:60].replace("=", " ").strip()

@@ -26,14 +26,20 @@ import torch
 from torch import Tensor
 
 from llama_3 import CheckpointError, HookPoint, Sampling
-from sae import standardise
 from saint.evidence.token_index import StoredTokens
 from saint.evidence.words import MIN_LETTERS, is_content_word
 from saint.stage.errors import UserError, log
 from saint.stage.files import write_json
 from saint.stage.flags import add_overwrite_flag, positive_int, seed_number
 from saint.stage.program import run_stage
-from saint.steering.concepts import ConceptFinder, add_concept_flags, open_finder, spellings
+from saint.steering.concepts import (
+    ConceptFinder,
+    add_concept_flags,
+    difference_of_means,
+    open_finder,
+    spellings,
+    word_parts,
+)
 from saint.steering.effects import TEXT_PROMPTS, word_shows, words_of
 from saint.steering.settings import Concept, concept_from_json
 from saint.steering.studio import Dictionary, Studio, add_studio_flags, fingerprints, load_studio
@@ -138,12 +144,10 @@ def directions(finder: ConceptFinder, words: Sequence[str], sae: int = 0) -> Ten
     """Return each word's unit difference of means, (n_words, d_model)."""
     studio, stored = finder.studio, finder.stores[sae]
     assert stored is not None, "candidates come from a store"
-    device = studio.model.device
-    found = []
+    found, device = [], studio.model.device
     for word in words:
-        rows = stored.find(spellings(studio, word), limit=_MAX_ROWS)
-        z = standardise(stored.activations(rows).to(device))[0].mean(0)
-        found.append(z - finder.average(sae).z.to(device))
+        parts = word_parts(stored, spellings(studio, word), _MAX_ROWS)
+        found.append(difference_of_means(parts, finder.average(sae).z.cpu()).to(device))
     means = torch.stack(found)
     return means / torch.linalg.vector_norm(means, dim=1, keepdim=True)
 
