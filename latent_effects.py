@@ -38,6 +38,7 @@ from saint.stage.program import log_arguments, progress, run_stage
 from saint.stage.workers import Workers, start_workers
 from saint.steering.effects import (
     EFFECTS,
+    PROBES,
     Prober,
     block_path,
     blocks_of,
@@ -108,7 +109,7 @@ def plan_output(args: argparse.Namespace, dtype: str) -> Output:
         path=directory,
         stage=STAGE,
         arguments={name: getattr(args, name) for name in names}
-        | {"dtype": dtype}
+        | {"dtype": dtype, "n_probes": len(PROBES)}
         | said_of_dtype(args),
         sources={
             "sae": file_checksum(args.sae_model_path)["xxh3"],

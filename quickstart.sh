@@ -68,7 +68,11 @@ fi
 python latent_browser.py --evidence_path $tops/evidence.parquet --labels_path $labels \
     --sae_model_path $run/trained_sae.pt --html $run/latents.html
 
-step "7 a page to look at, and the model steered by one of its latents"
+step "7 words of the text turned up: which of them show in what the model writes"
+python -m saint.steering.showcase --llama_model_dir $model --sae_model_path $run/trained_sae.pt \
+    --families benchmarks/data/concept_families.json
+
+step "8 a page to look at"
 python -m embedded.page --run_dir $run --llama_model_dir $model
 
 step "done. Everything is in $run"

@@ -1,4 +1,4 @@
-"""The quickstart's page: curves, figures, the clearest latents, and one steered completion.
+"""The quickstart's page: curves, figures, the clearest latents, and concepts turned up.
 
 python -m embedded.page --run_dir runs/quickstart --llama_model_dir runs/quickstart/model
 """
@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,29 +28,14 @@ from saint.stage.flags import add_overwrite_flag
 from saint.stage.html import render
 from saint.stage.manifests import Output, State, file_checksum
 from saint.stage.program import run_stage
-from saint.steering.completions import Pair, complete_pairs
-from saint.steering.settings import Request, Setting
-from saint.steering.studio import (
-    EXAMPLE_PROMPTS,
-    Studio,
-    add_studio_flags,
-    build_edits,
-    load_studio,
-)
+from saint.steering.showcase import SHOWCASE, Shown, family_shows, load_showcase
+from saint.steering.studio import EXAMPLE_PROMPTS, Studio, add_studio_flags, load_studio
 from saint.training.curves_page import curves
 from saint.training.run_files import RunFiles
 
 _N_LATENTS = 20
 _N_WINDOWS = 5
 _N_OPEN = 3
-_TRIED_LATENTS = 6
-_STRENGTH = 2.0
-# The shown text should say the concept, not only the concept: more than this adds nothing.
-_ENOUGH_CONCEPT = 0.3
-_MAX_SURPRISE = 1.0  # nats per token beyond the plain text, to the plain model
-_MIN_DISTINCT_SHARE = 0.8
-_NEW_TOKENS = 24
-_DOSES = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
 _NO_DIFFERENCE, _LARGE_DIFFERENCE = 0.1, 3.0  # nats, for the colours of a token
 
 
@@ -74,76 +60,43 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-@torch.inference_mode()
-def steerable(studio: Studio, evidence: Evidence, latents: Sequence[int]) -> list[int]:
-    """Sort latents by how much steering raises their own top tokens right after the prompt."""
-    ids = studio.tokenizer.encode(EXAMPLE_PROMPTS[-1], bos=studio.prepend_bos)
-    tokens = torch.tensor([ids], device=studio.model.device)
-    plain = studio.model(tokens)[0, -1].softmax(dim=-1)
-    gains = {}
-    for latent in latents:
-        top = [e for e in evidence.latent(latent)["examples"] if e["kind"] == "top"]
-        own = sorted({e["token_ids"][e["position"] - e["start"]] for e in top})
-        settings = [Setting(latent, "add", _STRENGTH)]
-        edits = build_edits(studio, settings, where="both", prompt_lengths=[len(ids)])
-        steered = studio.model(tokens, edits=edits)[0, -1].softmax(dim=-1)
-        gains[latent] = float((steered[own] - plain[own]).sum())
-    return sorted(latents, key=lambda latent: -gains[latent])
+def example(one: Shown) -> dict[str, Any]:
+    """Return what the page shows of a concept that was seen to show: its slider and its texts."""
+    doses = [
+        {
+            "strength": row["dose"],
+            "text": row["text"],
+            "says": f"dose {row['dose']:g}, fluency {row['loss']:+.2f} nats per token"
+            if row["dose"]
+            else "not at all: the plain text",
+        }
+        for row in one.doses
+    ]
+    nearest = min(range(len(doses)), key=lambda i: abs(doses[i]["strength"] - one.dose))
+    return {
+        "name": one.concept.name,
+        "seen": f"{sum(text.shows for text in one.texts)} of {len(one.texts)}",
+        "dose": f"{one.dose:g}",
+        "loss": f"{one.loss:+.2f}",
+        "prompt": one.best.prompt,
+        "plain": one.doses[0]["text"],
+        "doses": doses,
+        "chosen": nearest,
+        "texts": [
+            {"prompt": text.prompt, "pieces": marked(text.steered, one), "shows": text.shows}
+            for text in one.texts
+        ],
+    }
 
 
-def showcase(studio: Studio, latents: Sequence[int]) -> tuple[Pair, Setting]:
-    """Try latents on the demo's prompts; return the pair that steers best.
-
-    Best is the text whose own activation of the latent, read by the plain model, is high while
-    the text stays fluent and does not run in circles.
-    """
-    tried: list[tuple[float, Pair, Setting]] = []
-    for number, latent in enumerate(latents, 1):
-        log.info("steering by latent %d, %d of the %d tried", latent, number, len(latents))
-        setting = Setting(latent, "add", _STRENGTH)
-        request = Request(EXAMPLE_PROMPTS, (setting,), max_new_tokens=_NEW_TOKENS)
-        for pair in complete_pairs(studio, request):
-            score = min(concept_gain(pair), _ENOUGH_CONCEPT)
-            score -= max(0.0, surprise_gain(pair) - _MAX_SURPRISE)
-            score -= max(0.0, _MIN_DISTINCT_SHARE - distinct_words(pair.steered.text))
-            tried.append((score, pair, setting))
-    _, pair, setting = max(tried, key=lambda row: row[0])
-    return pair, setting
-
-
-def concept_gain(pair: Pair) -> float:
-    """How much more the steered text itself activates the latent, in its units, per token."""
-    return _mean_activation(pair.steered) - _mean_activation(pair.plain)
-
-
-def distinct_words(text: str) -> float:
-    """Return the share of words that are not repeats: text that runs in circles has few."""
-    words = text.lower().split()
-    return len(set(words)) / max(1, len(words))
-
-
-def surprise_gain(pair: Pair) -> float:
-    """How many nats per token more surprising the steered text is to the plain model."""
-    return (pair.steered.mean_surprise or 0.0) - (pair.plain.mean_surprise or 0.0)
-
-
-def _mean_activation(reading: Any) -> float:
-    rows = [row[0] for row in reading.activations[reading.n_prompt :]]
-    return sum(rows) / max(1, len(rows))
-
-
-def dose_texts(studio: Studio, pair: Pair, setting: Setting) -> list[dict[str, Any]]:
-    """Return what the prompt becomes at each strength of the slider, and what that costs."""
-    found = [{"strength": 0.0, "text": pair.plain.text, "says": "0×: the plain text"}]
-    for strength in _DOSES:
-        request = Request(
-            (pair.prompt,), (replace(setting, strength=strength),), max_new_tokens=_NEW_TOKENS
-        )
-        (one,) = complete_pairs(studio, request)
-        cost = f"{surprise_gain(one):+.2f} nats per token"
-        says = f"{strength:g}×, fluency {cost}"
-        found.append({"strength": strength, "text": one.steered.text, "says": says})
-    return found
+def marked(text: str, one: Shown) -> list[tuple[str, bool]]:
+    """Cut a text at its words; True for those that count as the concept."""
+    pieces = re.split(r"([A-Za-z]+)", text)
+    return [
+        (piece, bool(i % 2) and family_shows(piece, one.concept.name, one.family))
+        for i, piece in enumerate(pieces)
+        if piece
+    ]
 
 
 @torch.inference_mode()
@@ -241,22 +194,15 @@ def page_text(args: argparse.Namespace, known: Known, shown: dict[str, Any]) -> 
 def make_page(args: argparse.Namespace, known: Known) -> tuple[dict[str, Any], str]:
     """Return the record of what was found and the page that shows it."""
     studio, _ = load_studio(args)
-    tried = steerable(studio, known.evidence, known.latents)[:_TRIED_LATENTS]
-    pair, setting = showcase(studio, tried or [0])
-    record = {"latents": known.latents, "setting": str(setting), "prompt": pair.prompt}
-    record |= {"plain": pair.plain.text, "steered": pair.steered.text}
-    record |= {"labels": {str(i): known.labels[i].text for i in known.latents if i in known.labels}}
-    doses = dose_texts(studio, pair, setting)
-    label = known.labels.get(setting.latent)
-    name = f"latent {setting.latent}" + (f" ({label.text})" if label else "")
-    shown = {
-        "prompt": pair.prompt,
-        "plain": pair.plain.text,
-        "doses": doses,
-        "chosen": [dose["strength"] for dose in doses].index(_STRENGTH),
-        "steered": {"latent": setting.latent, "name": name},
-    }
-    shown |= token_losses(studio, pair.prompt + pair.plain.text)
+    concepts = load_showcase(args.run_dir / SHOWCASE, studio)
+    record: dict[str, Any] = {"latents": known.latents, "concepts": []}
+    record["labels"] = {str(i): known.labels[i].text for i in known.latents if i in known.labels}
+    for one in concepts:
+        texts = {"prompt": one.best.prompt, "plain": one.best.plain, "steered": one.best.steered}
+        record["concepts"].append({"setting": f"{one.concept.name}=+{one.dose:g}"} | texts)
+    shown: dict[str, Any] = {"concepts": [example(one) for one in concepts]}
+    text = record["concepts"][0] if concepts else {"prompt": EXAMPLE_PROMPTS[0], "plain": ""}
+    shown |= token_losses(studio, text["prompt"] + text["plain"])
     return record, page_text(args, known, shown)
 
 
@@ -268,6 +214,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     evidence_path = args.run_dir / "top_activating_sentences" / "evidence.parquet"
     labels_path = args.run_dir / "output" / "parsed_responses.yaml"
     inputs = {"evidence": evidence_path, "labels": labels_path, "sae": args.sae_model_path[0]}
+    if (args.run_dir / SHOWCASE).exists():
+        inputs["showcase"] = args.run_dir / SHOWCASE
     output = Output(
         page,
         "quickstart_page",
@@ -301,9 +249,10 @@ def show(record: dict[str, Any]) -> None:
     log.info("the clearest latents:")
     for latent, text in record["labels"].items():
         log.info("  %6s  %s", latent, text)
-    log.info("prompt:  %s", record["prompt"])
-    log.info("plain:   %s", " ".join(record["plain"].split()))
-    log.info("steered (%s):  %s", record["setting"], " ".join(record["steered"].split()))
+    for one in record["concepts"][:1]:
+        log.info("prompt:  %s", one["prompt"])
+        log.info("plain:   %s", " ".join(one["plain"].split()))
+        log.info("steered (%s):  %s", one["setting"], " ".join(one["steered"].split()))
 
 
 if __name__ == "__main__":

@@ -10,9 +10,10 @@
   doses tried costs so much. Doses are standard deviations of the residual stream along the decoder
   direction; divided by the latent's largest activation they are strengths in its units
 - rising, falling: lists of {token, value}, the change in probability, largest first
-- share: float32, share of texts written at dose_1nat (16 at most where that is null) that hold the
-  own word, null where none were written. text_loss: float32, nats per token those texts are more
-  surprising than plain ones. shows: bool, share ≥ 0.75 at a loss ≤ 1. sample: the first such text
+- share: float32, share of texts written at dose_1nat (the largest tried where that is null) that
+  hold the own word, null where none were written. text_loss: float32, nats per token those texts
+  are more surprising than plain ones. shows: bool, share ≥ 0.75 at a loss ≤ 1. sample: the first
+  such text
 
 The causal score is the measure that found steerable latents where the clearest ones are not
 (those say what a latent reads, not what it writes).
@@ -23,7 +24,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ FORMAT = "saint.latent_effects"
 VERSION = 1
 LIMITS = (0.5, 1.0)
 SHOWN_SHARE, SHOWN_LOSS = 0.75, 1.0
-_FACTORS = (0.5, 1.0, 2.0)  # doses tried, of the causal score's own
+_FACTORS = (1.0, 1.75)  # doses tried, of the causal score's own
 _N_OWN = 8
 _TEXT_TOKENS = 24
 _TEXTS_AT_ONCE = 256
@@ -56,7 +57,6 @@ PROBES = (
     "The most important thing is",
     "He told me that the",
     "In this chapter we look at",
-    "There was a",
 )
 TEXT_PROMPTS = (
     "The delegates gathered at the",
@@ -97,7 +97,6 @@ class Prober:
     evidence: Evidence
     dose: float
     n_shown: int
-    _plain: list[Tensor] = field(default_factory=list)
 
     @cached_property
     def live(self) -> list[int]:
@@ -149,60 +148,77 @@ class Prober:
         ]
         return own or [i for i, _ in ids.most_common(1)], best[0] if best else ""
 
+    @cached_property
+    def below(self) -> list[Tensor]:
+        """Each probe's (1, n_tokens, d_model) input of the hook's layer: no edit changes it."""
+        hook = HookPoint(self.hook.layer, "resid_pre")
+        return [
+            self.model.capture(torch.tensor([probe], device=self.model.device), [hook])[hook]
+            for probe in self.probes
+        ]
+
     @torch.no_grad()
     def measure(self, latents: Sequence[int]) -> list[dict[str, Any]]:
         """Return the rows of a block of latents, their texts still to be written."""
         own = [self.own_tokens(latent) for latent in latents]
         directions = self.sae.W_dec.detach()[list(latents)].float()
         losses = np.zeros((len(_FACTORS), len(latents)))
-        at_dose: list[tuple[Tensor, Tensor]] = []
-        for probe in self.probes:
-            plain = self._predict([probe], None)[0]
+        scores, kls = np.zeros(len(latents)), np.zeros(len(latents))
+        change: Tensor | float = 0.0
+        for number in range(len(self.probes)):
+            plain = self._predict(number, torch.zeros_like(directions[:1]))[0]
             entropy = -(plain.exp() * plain).sum()
             for i, factor in enumerate(_FACTORS):
-                vectors = factor * self.dose * directions
-                steered = self._predict([probe] * len(latents), vectors)
-                surprise = -(steered.exp() * plain).sum(-1) - entropy
+                steered = self._predict(number, factor * self.dose * directions)
+                likely = steered.exp()
+                surprise = -(likely @ plain) - entropy
                 losses[i] += surprise.double().cpu().numpy() / len(self.probes)
                 if factor == 1.0:
-                    at_dose.append((steered, plain))
+                    kl = (likely * (steered - plain)).sum(-1).clamp_min(1e-6).cpu()
+                    kls += kl.numpy() / len(self.probes)
+                    rises = [
+                        float(p[ids].logsumexp(0) - plain[ids].logsumexp(0)) if ids else 0.0
+                        for p, (ids, _) in zip(steered, own, strict=True)
+                    ]
+                    scores += np.array(rises) / kl.sqrt().numpy() / len(self.probes)
+                    change = change + (likely - plain.exp()) / len(self.probes)
+        assert isinstance(change, Tensor), "there are probes"
         return [
-            self._row(j, latent, *own[j], at_dose, losses[:, j]) for j, latent in enumerate(latents)
+            self._row(latent, own[j][1], scores[j], kls[j], losses[:, j], change[j])
+            for j, latent in enumerate(latents)
         ]
 
-    def _predict(self, prompts: Sequence[list[int]], vectors: Tensor | None) -> Tensor:
-        """Return (n_prompts, vocab) log-probabilities of the token after each (equal) prompt."""
-        tokens = torch.tensor(prompts, device=self.model.device)
+    def _predict(self, probe: int, vectors: Tensor) -> Tensor:
+        """Return (n_vectors, vocab) log-probabilities of what follows a probe, an edit a row.
+
+        The layers below the edit are not run again.
+        """
+        n, below = len(vectors), self.below[probe]
+        tokens = torch.tensor([self.probes[probe]] * n, device=self.model.device)
         last = HookPoint(len(self.model.layers) - 1, "resid_post")
-        edits = None if vectors is None else {self.hook: vector_edit(vectors, first=self.first)}
-        resid = self.model.capture(tokens, [last], edits=edits)[last]
-        return self.model.unembed(resid[:, -1]).log_softmax(-1)
+        edits = {self.hook: vector_edit(vectors, first=self.first)}
+        start = (self.hook.layer, below.expand(n, -1, -1))
+        resid = self.model.capture(tokens, [last], edits=edits, start=start)[last]
+        return self.model.unembed(resid[:, -1]).float().log_softmax(-1)
 
     def _row(
         self,
-        j: int,
         latent: int,
-        own: Sequence[int],
         word: str,
-        at_dose: Sequence[tuple[Tensor, Tensor]],
+        score: float,
+        kl: float,
         losses: np.ndarray,
+        change: Tensor,
     ) -> dict[str, Any]:
-        scores, kls = [], []
-        change = torch.zeros_like(at_dose[0][1])
-        for steered, plain in at_dose:
-            p, q = steered[j], plain
-            kl = float((p.exp() * (p - q)).sum().clamp_min(1e-6))
-            rise = float(p[list(own)].logsumexp(0) - q[list(own)].logsumexp(0)) if own else 0.0
-            scores.append(rise / kl**0.5)
-            kls.append(kl)
-            change += (p.exp() - q.exp()) / len(at_dose)
-        doses = [factor * self.dose for factor in _FACTORS]
-        half, one = (crossing([0.0, *doses], [0.0, *losses.tolist()], x) for x in LIMITS)
+        doses = [0.0, *(factor * self.dose for factor in _FACTORS)]
+        # Losses grow as squares of the dose.
+        roots = [0.0, *np.sqrt(losses.clip(min=0)).tolist()]
+        half, one = (crossing(doses, roots, limit**0.5) for limit in LIMITS)
         return {
             "latent": latent,
             "word": word,
-            "score": float(np.mean(scores)),
-            "kl": float(np.mean(kls)),
+            "score": float(score),
+            "kl": float(kl),
             "dose_half_nat": half,
             "dose_1nat": one,
             "rising": self._tokens(change, largest=True),

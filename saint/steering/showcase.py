@@ -31,6 +31,7 @@ from saint.evidence.words import MIN_LETTERS, is_content_word
 from saint.stage.errors import UserError, log
 from saint.stage.files import write_json
 from saint.stage.flags import add_overwrite_flag, positive_int, seed_number
+from saint.stage.manifests import Output, State, file_checksum, model_fingerprint
 from saint.stage.program import run_stage
 from saint.steering.concepts import (
     ConceptFinder,
@@ -426,25 +427,44 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def plan_output(args: argparse.Namespace) -> Output:
+    """Say what shapes the file."""
+    sources = {
+        "sae": file_checksum(args.sae_model_path[0])["xxh3"],
+        "model": model_fingerprint(args.llama_model_dir),
+    }
+    if args.families is not None:
+        sources["families"] = file_checksum(args.families)["xxh3"]
+    return Output(
+        args.sae_model_path[0].with_name(SHOWCASE),
+        "showcase",
+        arguments={"n": args.n, "seed": args.seed},
+        sources=sources,
+        single_file=True,
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Find and write the showcase of the first SAE."""
     args = build_parser().parse_args(argv)
-    path, started = args.sae_model_path[0].with_name(SHOWCASE), time.monotonic()
-    studio, guides = load_studio(args)
-    if not args.overwrite and load_showcase(path, studio):
-        log.info("done already: %s", path)
-        return
+    started = time.monotonic()
     families = None if args.families is None else load_families(args.families)
+    output = plan_output(args)
+    if output.begin(overwrite=args.overwrite) is State.DONE:
+        log.info("done already: %s", output.path)
+        return
+    studio, guides = load_studio(args)
     finder = open_finder(args, studio, guides)
     shown, tried = find_showcase(finder, n=args.n, seed=args.seed, families=families)
-    write_showcase(path, studio, shown, tried, args.seed)
+    write_showcase(output.path, studio, shown, tried, args.seed)
+    output.finish(facts={}, counts={"n_concepts": len(shown)}, files=[SHOWCASE])
     for one in shown:
         log.info(
             "%s: in %d of %d texts at dose %g, %+.2f nats per token",
             one.concept.name, round(one.share * len(one.texts)), len(one.texts), one.dose, one.loss,
         )  # fmt: skip
     seconds = time.monotonic() - started
-    log.info("%d concepts show, %.0f s: %s", len(shown), seconds, path)
+    log.info("%d concepts show, %.0f s: %s", len(shown), seconds, output.path)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ from markupsafe import Markup
 from embedded import page
 from saint.evidence.labels import Label
 from saint.stage.html import render
-from saint.steering.completions import complete_pairs
-from saint.steering.settings import Request, Setting
+from saint.steering.concepts import find_concept
+from saint.steering.showcase import Shown, Text
 from tests.support.tiny_steering import make_sae, make_studio, one_thread, write_setup
 
 TEXT = "Senior diplomats met"
@@ -55,12 +55,22 @@ def test_losses_are_those_of_the_model_with_and_without_the_sae(
     assert {token["kind"] for token in same["loss"]} == {""}
 
 
-def test_a_dose_is_what_the_model_writes_at_that_strength(studio: Any) -> None:
-    setting = Setting(3, "add", 2.0)
-    (pair,) = complete_pairs(studio, Request((TEXT,), (setting,), max_new_tokens=24))
-    doses = page.dose_texts(studio, pair, setting)
-    assert doses[0]["text"] == pair.plain.text and doses[0]["strength"] == 0
-    assert [d["text"] for d in doses if d["strength"] == 2.0] == [pair.steered.text]
+def shown(studio: Any) -> Shown:
+    concept = find_concept(studio, "court", use="means")
+    texts = [
+        Text(TEXT, " plain", f" a {word} <i>", word != "none", 1) for word in ("ruling", "none")
+    ]
+    doses = [{"dose": d, "text": f"text {d:g} <i>", "loss": d / 10} for d in (0.0, 7.0, 11.0)]
+    return Shown(concept, 7.5, 0.5, 0.0, 0.4, ["ruling"], texts, doses)
+
+
+def test_an_example_says_what_was_counted(studio: Any) -> None:
+    one = page.example(shown(studio))
+    assert one["seen"] == "1 of 2" and one["loss"] == "+0.40" and one["chosen"] == 1
+    assert one["plain"] == "text 0 <i>" and one["doses"][2]["says"].startswith("dose 11, ")
+    counted = [[p for p, counts in text["pieces"] if counts] for text in one["texts"]]
+    assert counted == [["ruling"], []]
+    assert "".join(p for p, _ in one["texts"][0]["pieces"]) == " a ruling <i>"
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -72,9 +82,8 @@ def test_the_slider_moves_the_text_and_nobody_is_kept_out(
     axe = pytest.importorskip("axe_playwright_python.sync_playwright")
     if CHROMIUM is None:
         pytest.skip("no Chromium is installed: apt-get install chromium")
-    doses = [{"strength": s, "text": f"text {s} <i>", "says": f"{s}×"} for s in (0, 1, 2)]
-    shown: dict[str, Any] = {"prompt": TEXT, "plain": "plain", "doses": doses, "chosen": 1}
-    shown |= {"steered": {"latent": 3, "name": "latent 3"}, **page.token_losses(studio, TEXT)}
+    examples = [page.example(shown(studio)) | {"name": name} for name in ("court", "<u>ruling")]
+    values: dict[str, Any] = {"concepts": examples, **page.token_losses(studio, TEXT)}
     cards = [page.latent_card(row(i), Label("a <u> label"), is_open=i == 0) for i in (0, 1)]
     stages = [{"name": "stage", "made": "1 thing", "size": "1 MB", "seconds": "2 s"}]
     text = render(
@@ -90,7 +99,7 @@ def test_the_slider_moves_the_text_and_nobody_is_kept_out(
         demo="python demo.py",
         n_tokens="5",
         n_sentences="1",
-        **shown,
+        **values,
     )
     assert "<u>" not in text and "<i>" not in text
     (tmp_path / "page.html").write_text(text)
@@ -100,10 +109,12 @@ def test_the_slider_moves_the_text_and_nobody_is_kept_out(
         context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
         tab = context.new_page()
         tab.goto((tmp_path / "page.html").as_uri())
-        tab.locator("#dose").focus()
+        tab.locator("#dose-1").focus()
         tab.keyboard.press("End")
-        assert tab.inner_text("#steered") == "text 2 <i>" and tab.inner_text("#says") == "2×"
-        assert tab.locator("details[open]").count() == 1
+        first, second = tab.locator(".steered").all_inner_texts()
+        assert (first, second) == ("text 7 <i>", "text 11 <i>")
+        assert tab.locator(".example output").nth(1).inner_text().startswith("dose 11")
+        assert tab.locator(".example details[open]").count() == 1
         assert tab.evaluate("document.documentElement.scrollWidth") <= width
         found = axe.Axe().run(tab).response["violations"]
         assert [(v["id"], [n["html"][:200] for n in v["nodes"]]) for v in found] == []
