@@ -68,6 +68,7 @@ PLAN: tuple[tuple[str, tuple[float, ...], bool], ...] = (
     ("prompt_nothing_but", (0.0,), False),
     ("random_direction", (8.0, 13.0), False),
     ("before", (8.0, 13.0), False),
+    ("before_same", (8.0, 13.0), False),
     ("latents_4", (8.0, 11.0), False),
     ("latents_64", (8.0, 11.0), False),
     ("latents_1", (8.0, 13.0), False),
@@ -103,6 +104,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--methods", nargs="+", help="NAME or NAME@DOSE,DOSE of the plan's methods [all]"
     )
+    parser.add_argument(
+        "--down",
+        action="store_true",
+        help="turning down only: prompts that ask for the concept, every way of taking it away",
+    )
     parser.add_argument("--report", action="store_true", help="report what is there, write nothing")
     return parser
 
@@ -110,6 +116,8 @@ def build_parser() -> argparse.ArgumentParser:
 def cells_of(args: argparse.Namespace) -> list[Cell]:
     """The cells to write, in an order in which a run cut short is worth most."""
     plan = [row for row in PLAN if not args.quick or row[0] in QUICK]
+    if args.down:
+        plan = [row for row in PLAN if row[0] == "plain" or row[0].startswith("down_")]
     if args.methods:
         known = {name: (doses, main) for name, doses, main in PLAN}
         plan = []

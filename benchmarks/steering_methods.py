@@ -121,6 +121,17 @@ class Bench:
         return [(i, words[i]) for i in order[: len(self.names)]]
 
     @cached_property
+    def searched(self) -> dict[str, int]:
+        """Today's way to a named concept: the latent that a search for its word finds first."""
+        index = self.guide.token_index(self.studio.tokenizer)
+        found = {}
+        for name in self.names:
+            places = index.get(name, ())
+            best = max(places, key=lambda place: place[1], default=None)
+            found[name] = self.concept(name, 1).latents[0] if best is None else best[0]
+        return found
+
+    @cached_property
     def trained(self) -> dict[str, Tensor]:
         """Unit vectors trained for seconds to make captured sentences with the word likelier.
 
@@ -202,6 +213,8 @@ def unit_of(bench: Bench, method: str, name: str) -> Tensor:
     if method == "random_latent":
         live = [i for i, d in enumerate(bench.guide.densities or []) if 0 < d < 0.01]
         return bench.decoder(draw.choice(live))
+    if method == "before_same":
+        return bench.decoder(bench.searched[name])
     return bench.decoder(bench.clear[bench.names.index(name) % len(bench.clear)][0])
 
 
