@@ -21,6 +21,12 @@ from saint.steering.vector import export_vector
 
 def api_endpoints(handlers: PageHandlers) -> dict[str, Callable[..., Any]]:
     """Return the named API: plain JSON in, plain JSON out."""
+    found = (*_writing(handlers), *_looking(handlers))
+    return {function.__name__: function for function in found}
+
+
+def _writing(handlers: PageHandlers) -> tuple[Callable[..., Any], ...]:
+    """Endpoints that steer, and what they steer with."""
 
     def steer(request: dict) -> Iterator[dict]:
         """Complete `prompts` plainly and steered; `request` as in the copied JSON's "request"."""
@@ -32,26 +38,6 @@ def api_endpoints(handlers: PageHandlers) -> dict[str, Callable[..., Any]]:
             else:
                 pairs = [pair.to_json() for pair in progress.pairs]
                 yield {"request": parsed.to_json(), "pairs": pairs}
-
-    def search(query: str, by: str = "label") -> list:
-        """Find latents by "label", "token" or "example text"."""
-        hits = handlers.hits(by, query)
-        return [asdict(h) | {"label": handlers.guides[h.sae].label(h.latent)} for h in hits]
-
-    def latent(index: int, sae: int = 0) -> dict:
-        """What is known of one latent: label, unit, density, strongest windows."""
-        handlers.studio.check_settings([Setting(int(index), sae=int(sae))])
-        return asdict(handlers.card(int(sae), int(index)))
-
-    def prompt_view(prompt: str, chat: bool = False) -> dict:
-        """Tokens of a prompt and the activations (in units) of the latents that stand out."""
-        tokens, rows = handlers.prompt_rows(prompt, (), bool(chat))
-        named = [
-            {"sae": s.sae, "latent": s.latent, "activations": v}
-            for s, v in rows
-            if isinstance(s, Setting)
-        ]
-        return {"tokens": tokens, "latents": named}
 
     def concept(
         query: str, against: str = "", use: str = "means", n_latents: int = 16, sae: int = 0
@@ -69,20 +55,6 @@ def api_endpoints(handlers: PageHandlers) -> dict[str, Callable[..., Any]]:
         for latent, part in record["latents"].items():
             part["label"] = guide.label(latent)
         return json.loads(json.dumps(record))
-
-    def attribute(
-        prompt: str, token: str = "", chat: bool = False, ablate: bool = False, sae: int = 0
-    ) -> dict:
-        """Which latents raised the next token (the likeliest, where none is named)."""
-        if not 0 <= int(sae) < len(handlers.guides):
-            raise UserError(f"SAE {sae}: {len(handlers.guides)} loaded, counted from 0")
-        prompt = str(prompt)[: handlers.studio.limits.prompt_chars]
-        found = attribution.attribute(
-            handlers.studio, prompt, token=str(token) or None, chat=bool(chat), sae=int(sae)
-        )
-        labels = {str(p.latent): handlers.guides[found.sae].label(p.latent) for p in found.parts}
-        change = attribution.ablate_top(handlers.studio, found) if ablate else None
-        return found.to_json() | {"labels": labels, "ablated": change}
 
     def dose(
         setting: str,
@@ -106,14 +78,51 @@ def api_endpoints(handlers: PageHandlers) -> dict[str, Callable[..., Any]]:
         data = export_vector(handlers.studio, wanted.settings, wanted.concepts)
         return {"safetensors": base64.b64encode(data).decode()}
 
+    return steer, concept, dose, steering_vector
+
+
+def _looking(handlers: PageHandlers) -> tuple[Callable[..., Any], ...]:
+    """Endpoints that look at latents, prompts and what is loaded."""
+
+    def search(query: str, by: str = "label") -> list:
+        """Find latents by "label", "token" or "example text"."""
+        hits = handlers.hits(by, query)
+        return [asdict(h) | {"label": handlers.guides[h.sae].label(h.latent)} for h in hits]
+
+    def latent(index: int, sae: int = 0) -> dict:
+        """What is known of one latent: label, unit, density, strongest windows."""
+        handlers.studio.check_settings([Setting(int(index), sae=int(sae))])
+        return asdict(handlers.card(int(sae), int(index)))
+
+    def prompt_view(prompt: str, chat: bool = False) -> dict:
+        """Tokens of a prompt and the activations (in units) of the latents that stand out."""
+        tokens, rows = handlers.prompt_rows(prompt, (), bool(chat))
+        named = [
+            {"sae": s.sae, "latent": s.latent, "activations": v}
+            for s, v in rows
+            if isinstance(s, Setting)
+        ]
+        return {"tokens": tokens, "latents": named}
+
+    def attribute(
+        prompt: str, token: str = "", chat: bool = False, ablate: bool = False, sae: int = 0
+    ) -> dict:
+        """Which latents raised the next token (the likeliest, where none is named)."""
+        if not 0 <= int(sae) < len(handlers.guides):
+            raise UserError(f"SAE {sae}: {len(handlers.guides)} loaded, counted from 0")
+        prompt = str(prompt)[: handlers.studio.limits.prompt_chars]
+        found = attribution.attribute(
+            handlers.studio, prompt, token=str(token) or None, chat=bool(chat), sae=int(sae)
+        )
+        labels = {str(p.latent): handlers.guides[found.sae].label(p.latent) for p in found.parts}
+        change = attribution.ablate_top(handlers.studio, found) if ablate else None
+        return found.to_json() | {"labels": labels, "ablated": change}
+
     def info() -> dict:
         """What is loaded, and what one request may ask for."""
         return _loaded(handlers)
 
-    endpoints = (
-        steer, search, latent, concept, prompt_view, attribute, dose, steering_vector, info
-    )  # fmt: skip
-    return {function.__name__: function for function in endpoints}
+    return search, latent, prompt_view, attribute, info
 
 
 def _loaded(handlers: PageHandlers) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load
-from torch import Tensor
 
 from saint.evidence.token_index import StoredTokens, write_token_index
 from saint.stage.errors import UserError
@@ -34,48 +33,8 @@ from saint.steering.settings import (
 )
 from saint.steering.studio import build_edits, concept_vector
 from saint.steering.vector import export_vector, write_control_vector
-from saint.store.activation_store import read_shard, shard_file
-from saint.store.row_format import encode_rows
+from tests.support.tiny_concepts import TinyStore, make_studio_of_other_sae
 from tests.support.tiny_steering import D_MODEL, make_studio, one_thread, write_model
-
-TEXTS = [
-    "Senior diplomats met to discuss the nuclear treaty",
-    "the court ruling and the nuclear court",
-    "diplomats met the court to discuss",
-] * 6
-
-
-class TinyStore:
-    """What `StoredTokens` asks of a store: two shards of the tiny model's activations."""
-
-    moved_to = None
-
-    def __init__(self, root, studio):
-        self.root, hook = root, studio.dictionaries[0].hook
-        self.texts: list[tuple[list[int], Tensor]] = []
-        for text in TEXTS:
-            ids = studio.encode(text, chat=False)
-            x = studio.model.capture(torch.tensor([ids]), [hook])[hook][0]
-            self.texts.append((ids[1:], x[1:]))
-        for shard, part in enumerate((self.texts[:7], self.texts[7:])):
-            tokens = [ids for ids, _ in part]
-            with shard_file(self.shard_path(shard), tokens, range(len(part)), d_model=D_MODEL) as f:
-                rows = torch.cat([x for _, x in part])
-                for name, tensor in encode_rows(rows, "bfloat16").items():
-                    f.write(name, 0, tensor)
-
-    n_shards = 2
-
-    @property
-    def n_tokens(self):
-        return sum(len(ids) for ids, _ in self.texts)
-
-    def shard_path(self, index):
-        return self.root / f"shard_{index:05d}.safetensors"
-
-    def read_index(self, index):
-        shard = read_shard(self.shard_path(index))
-        return {"token_ids": shard.token_ids, "offsets": shard.offsets}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -269,15 +228,6 @@ def test_saved_named_searched_and_turned_up(loaded, tmp_path):
     path.write_text("- 1\n")
     with pytest.raises(UserError, match="not a mapping"):
         load_concepts(path, studio)
-
-
-def make_studio_of_other_sae(studio):
-    from dataclasses import replace
-
-    from tests.support.tiny_steering import make_sae
-
-    dictionary = replace(studio.dictionaries[0], sae=make_sae(seed=9))
-    return replace(studio, dictionaries=(dictionary,))
 
 
 def test_dose_0_changes_nothing(loaded):

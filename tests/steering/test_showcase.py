@@ -23,7 +23,7 @@ from saint.steering.showcase import (
     passes,
     write_showcase,
 )
-from tests.steering.test_concepts import TinyStore, make_studio_of_other_sae
+from tests.support.tiny_concepts import TinyStore, make_studio_of_other_sae
 from tests.support.tiny_steering import make_studio, one_thread, write_model
 
 
