@@ -23,6 +23,7 @@ _WIDTH, _HEIGHT = 440, 256
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 16, 46
 _MOST_POINTS = 600
 _FEW_POINTS = 30  # then each is marked by a dot
+_RADIUS = 2.5  # of a dot
 _MOST_HOVERED = 48  # points of a line that say their values under the mouse
 _N_HUES = 6  # of plot.css; further series are dashed, and their dots hollow
 
@@ -112,7 +113,7 @@ def line_chart(
     rules: Sequence[Rule] = (),
     key: bool = True,
 ) -> Markup:
-    """Return lines over x; of more than 600 points every n-th is drawn.
+    """Return lines over x; of more than 600 points every n-th is drawn, the last among them.
 
     Under the mouse a point says its value. key: whether the caption names the series.
     """
@@ -154,7 +155,8 @@ def scatter_chart(
         for i, one in enumerate(kept)
         for (px, py), text in zip(one.points, one.texts or [""] * len(one.points), strict=True)
     ]
-    return _draw(title, frame, kept, dots=dots, rules=rules, key=key)
+    radius = 4.5 if len(dots) <= _FEW_POINTS else _RADIUS
+    return _draw(title, frame, kept, dots=dots, rules=rules, key=key, radius=radius)
 
 
 def histogram_chart(
@@ -226,7 +228,7 @@ def _finite(series: Series, x: Axis, y: Axis) -> Series:
 
 def _thinned(series: Series, most: int) -> Series:
     step = max(1, math.ceil(len(series.points) / most))
-    return Series(series.name, series.points[::step])
+    return Series(series.name, series.points[(len(series.points) - 1) % step :: step])
 
 
 def _frame(series: Sequence[Series], x: Axis, y: Axis, rules: Sequence[Rule]) -> _Frame:
@@ -294,6 +296,7 @@ def _draw(
     rules: Sequence[Rule] = (),
     x_ticks: Sequence[dict[str, Any]] | None = None,
     key: bool = True,
+    radius: float = _RADIUS,
 ) -> Markup:
     empty = not any(one.points for one in series)
     if x_ticks is None:
@@ -310,7 +313,7 @@ def _draw(
         "left": _LEFT,
         "right": _WIDTH - _RIGHT,
         "bottom": _HEIGHT - _BOTTOM,
-        "radius": 2.5,
+        "radius": radius,
         "empty": empty,
         "x_ticks": [] if empty else x_ticks,
         "y_ticks": [] if empty else y_ticks,

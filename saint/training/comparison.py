@@ -22,7 +22,6 @@ FIGURES = {
     "dead": "debug/dead_latents_ratio",
     "loss": "train/loss",
     "step": "step",
-    "tokens": "tokens",
 }
 _ENDING = ".metrics.jsonl"
 
@@ -89,7 +88,9 @@ def read_runs(paths: Sequence[Path]) -> list[RunLog]:
     runs = [read_run(path) for path in paths]
     names = [run.name for run in runs]
     return [
-        run if names.count(run.name) == 1 else read_run(run.path, str(run.path.with_suffix("")))
+        run
+        if names.count(run.name) == 1
+        else read_run(run.path, str(run.path).removesuffix(_ENDING))
         for run in runs
     ]
 
@@ -97,7 +98,9 @@ def read_runs(paths: Sequence[Path]) -> list[RunLog]:
 def differing(runs: Sequence[RunLog]) -> list[str]:
     """Return the settings in which runs differ."""
     known = [run.settings for run in runs if run.settings]
-    names = known[0] if known else {}
+    names = list(known[0]) if known else []
+    if all(settings["k_start"] == settings["k"] for settings in known):
+        names = [name for name in names if name != "k_start"]  # it says nothing of its own
     return [n for n in names if len({str(settings[n]) for settings in known}) > 1]
 
 
@@ -165,9 +168,9 @@ def rows_of(runs: Sequence[RunLog]) -> list[dict[str, Any]]:
     rows = []
     for run in runs:
         row: dict[str, Any] = {"run": run.name}
+        row |= {name: run.figure(name) for name in FIGURES}
         row |= {"layer": run.layer} if len(layers) > 1 else {}
         row |= {name: run.settings.get(name) for name in names}
-        row |= {name: run.figure(name) for name in FIGURES}
         row |= {"best": run in best, "frontier": run in edge, "failure": run.failure}
         rows.append(row)
     return rows

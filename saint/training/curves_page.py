@@ -133,7 +133,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
             cells.append("–")
         elif name == "dead":
             cells.append(f"{value:.1%}")
-        elif name in ("step", "tokens"):
+        elif name == "step":
             cells.append(f"{value:,}")
         else:
             cells.append(f"{value:.4g}" if isinstance(value, float) else str(value))

@@ -76,9 +76,9 @@ def _combinations(entry: Any, where: str) -> list[dict[str, Any]]:
         raise UserError(f"{where} makes {n_runs:,} runs, more than {_MOST_RUNS:,}")
     found = [dict(settings) for settings in itertools.product(*choices)]
     for settings in found:
-        if "data_dir" in settings:
-            settings.setdefault("b_pre_path", _mean_beside(settings["data_dir"], where))
-        elif "b_pre_path" in settings:
+        if "data_dir" in settings and "b_pre_path" not in settings:
+            settings["b_pre_path"] = _mean_beside(settings["data_dir"], where)
+        elif "data_dir" not in settings and "b_pre_path" in settings:
             raise UserError(f"{where}: b_pre_path goes with data_dir")
     return found
 
@@ -120,19 +120,19 @@ def _names(runs: list[dict[str, Any]]) -> list[str]:
     """Name runs by what differs between them: `k=16,seed=1`; all that is said, of a single one."""
     names = sorted({name for run in runs for name in run} - {"b_pre_path"})
     differing = [n for n in names if len({run.get(n) for run in runs}) > 1] or names
-    found = []
-    for run in runs:
-        parts = [f"{n}={_word(run[n])}" for n in differing if n in run]
-        found.append(",".join(parts) or "as_asked")
-    if len(set(found)) < len(found):  # directories of one name
-        found = [f"{number}-{name}" for number, name in enumerate(found, 1)]
-    return found
+    found: list[str] = []
+    for depth in range(1, 4):  # directories of one name are told apart by those that hold them
+        parts = [[f"{n}={_word(run[n], depth)}" for n in differing if n in run] for run in runs]
+        found = [",".join(part) or "as_asked" for part in parts]
+        if len(set(found)) == len(found):
+            return found
+    return [f"{number}-{name}" for number, name in enumerate(found, 1)]
 
 
-def _word(value: Any) -> str:
+def _word(value: Any, depth: int) -> str:
     """Return a value as a part of a file's name."""
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, float):
         return f"{value:g}" if float(f"{value:g}") == value else repr(value)
-    return value.name if isinstance(value, Path) else str(value)
+    return "_".join(value.parts[-depth:]) if isinstance(value, Path) else str(value)

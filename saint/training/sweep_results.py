@@ -50,7 +50,7 @@ def compare(sweep: Path, jobs: Sequence[Job], failures: Mapping[str, str]) -> No
 
 def terminal_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return rows in aligned columns, the lowest FVU first; * the best, + on the frontier."""
-    shown = [name for name in rows[0] if name not in ("best", "frontier", "failure", "tokens")]
+    shown = [name for name in rows[0] if name not in ("best", "frontier", "failure")]
     lines = [["", *shown]]
     for row in sorted(rows, key=lambda row: (bool(row["failure"]), row["fvu"] or 0.0)):
         mark = "*" if row["best"] else "+" if row["frontier"] else ""
