@@ -273,7 +273,7 @@ def test_the_calibrated_threshold_gives_the_asked_number_of_latents(name, monkey
     assert len(active.values) / len(rows) == pytest.approx(5, rel=0.005)
     counts = active.offsets.diff()
     assert int(counts.min()) < 5 < int(counts.max())
-    found, _ = metrics.validate(trainer, Rows(rows))  # pyright: ignore[reportArgumentType]
+    ((found, _),) = metrics.validate([trainer], Rows(rows))  # pyright: ignore[reportArgumentType]
     assert found["val/l0"] == pytest.approx(5, rel=0.005)
 
 
