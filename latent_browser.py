@@ -28,7 +28,7 @@ from saint.evidence.file import Evidence, open_evidence
 from saint.evidence.labels import Label, load_labels
 from saint.stage.devices import pick_device, pick_dtype
 from saint.stage.errors import UserError, log
-from saint.stage.files import write_text
+from saint.stage.files import remove_torn, write_text
 from saint.stage.flags import (
     add_bare_sae_flags,
     add_device_flags,
@@ -227,6 +227,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Write the page, or show the prompt, that the command line asks for."""
     args = build_parser().parse_args(argv)
     log_arguments(args, build_parser())
+    if args.html is not None:
+        remove_torn(args.html.parent, args.html.name)
     if args.prompt is None:
         write_browser(args)
     else:

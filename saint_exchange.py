@@ -29,7 +29,7 @@ from saint.exchange.foreign import Rows, fold, write_ours
 from saint.exchange.imports import Overrides, read_foreign
 from saint.exchange.labels_table import label_rows, write_labels
 from saint.stage.errors import UserError, log
-from saint.stage.files import naming_full_disk
+from saint.stage.files import naming_full_disk, remove_torn
 from saint.stage.flags import positive_float, positive_int, whole_number
 from saint.stage.program import run_stage
 
@@ -115,6 +115,7 @@ def import_sae(args: argparse.Namespace) -> None:
         max_token_length=args.max_token_length,
     )
     config, tensors = fold(read_foreign(path, overrides))
+    remove_torn(args.output_path.parent, args.output_path.name)
     with naming_full_disk(args.output_path.parent):
         write_ours(args.output_path, config, tensors)
     place = "layer unknown: name --sae_layer_idx later"
@@ -144,6 +145,7 @@ def export_sae(args: argparse.Namespace) -> None:
     """Write an SAE, or what is known of its latents, for another tool."""
     config, state = read_ours(args.sae_path, args.model_name)
     args.output_dir.mkdir(parents=True, exist_ok=True)
+    remove_torn(args.output_dir)
     with naming_full_disk(args.output_dir):
         if args.format != "neuronpedia":
             WRITERS[args.format](config, state, args.output_dir)

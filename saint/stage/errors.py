@@ -10,6 +10,8 @@ log = logging.getLogger("saint")
 _COMPUTER_FULL = ("DefaultCPUAllocator: ", "Cannot allocate memory", "cudaHostAlloc")
 # What CUDA's libraries say where torch's own allocator was not the one that found no memory.
 _GPU_FULL = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+# What gloo and NCCL say where a process of the group has ended.
+_RANK_LOST = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
 _NCCL_FULL = ("ncclUnhandledCudaError", "out of memory")  # both, in one message
 
 
@@ -34,6 +36,11 @@ def is_gpu_full(error: BaseException) -> bool:
     text = str(error)
     said = any(words in text for words in _GPU_FULL) or all(words in text for words in _NCCL_FULL)
     return _is_runtime(error) and said
+
+
+def is_rank_lost(error: BaseException) -> bool:
+    """Whether another process of the group has ended, which is then what is to be looked at."""
+    return _is_runtime(error) and any(words in str(error) for words in _RANK_LOST)
 
 
 def _is_runtime(error: BaseException) -> bool:

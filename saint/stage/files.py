@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,25 @@ def atomic_path(path: Path) -> Iterator[Path]:
         sync_directory(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_torn(directory: Path, name: str = "") -> None:
+    """Remove what killed processes of this machine left there of files named `name`… [any name].
+
+    For programs without a manifest; `Output.begin` does it for the others.
+    """
+    for path in directory.glob(".*.tmp"):
+        found = re.fullmatch(r"\.(.+)\.(\d+)\.tmp", path.name)
+        if found and found[1].startswith(name) and not _is_running(int(found[2])):
+            path.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    with suppress(ProcessLookupError, OverflowError):
+        with suppress(PermissionError):
+            os.kill(process, 0)
+        return True
+    return False
 
 
 def require_space(directory: Path, n_bytes: int, remedy: str) -> None:

@@ -19,7 +19,14 @@ from typing import Any, NoReturn
 import xxhash
 from tqdm import tqdm
 
-from saint.stage.errors import UserError, first_line, is_gpu_full, is_out_of_memory, log
+from saint.stage.errors import (
+    UserError,
+    first_line,
+    is_gpu_full,
+    is_out_of_memory,
+    is_rank_lost,
+    log,
+)
 
 
 def run_stage(
@@ -56,6 +63,9 @@ def run_stage(
         say_once(" ".join(str(error).split()), rank)
         sys.exit(1)
     except (RuntimeError, MemoryError) as error:
+        if is_rank_lost(error):
+            say_once("another rank has ended: its last line, not this one's, says why", rank)
+            sys.exit(1)
         if not is_out_of_memory(error):
             raise
         whose = "GPU" if is_gpu_full(error) else "computer"
