@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,9 +95,9 @@ class RunFiles:
             self.best.unlink(missing_ok=True)
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Return all logged metrics; a last line cut short by a kill is left out."""
-        lines = self.metrics.read_text().splitlines() if self.metrics.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("}")]
+        """Return all logged metrics; lines that are damaged, or cut short by a kill, are left out."""
+        text = self.metrics.read_text(errors="replace") if self.metrics.exists() else ""
+        return [entry for line in text.splitlines() if (entry := _entry(line))]
 
     def truncate_metrics(self, step: int) -> None:
         """Drop what was logged after a checkpoint, so that a resumed run logs each step once."""
@@ -117,6 +117,14 @@ class RunFiles:
         title = f"Training {self.model.name}"
         entries = self.read_metrics()
         write_text(self.page, training_page(entries, title=title, settings=settings, done=done))
+
+
+def _entry(line: str) -> dict[str, Any] | None:
+    with suppress(ValueError, RecursionError):
+        entry = json.loads(line)
+        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+            return entry
+    return None
 
 
 class WandbLog:

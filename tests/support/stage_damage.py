@@ -107,8 +107,13 @@ def damages(path: Path, rng: random.Random) -> Iterator[tuple[str, bytes]]:
         yield name, whole[:at] + bytes([whole[at] ^ 1 << rng.randrange(8)]) + whole[at + 1 :]
 
 
-def damage_table(root: Path, directory: Path, seed: int) -> Iterator[Outcome]:
-    """Damage one kind of file after the other in a copy of `root`, and see what is said."""
+def damage_table(
+    root: Path, directory: Path, seed: int, only: tuple[str, ...] = ("",)
+) -> Iterator[Outcome]:
+    """Damage one kind of file after the other in a copy of `root`, and see what is said.
+
+    only: damages whose names have one of these words.
+    """
     copy, kept = directory / "copy", directory / "kept"
     shutil.copytree(root, kept)
     begin_training(kept)
@@ -117,6 +122,8 @@ def damage_table(root: Path, directory: Path, seed: int) -> Iterator[Outcome]:
         place = copy / reading.path.relative_to(kept)
         wanted = None
         for damage, data in [("none", None), *damages(reading.path, random.Random(seed))]:
+            if data is not None and not any(word in damage for word in only):
+                continue
             shutil.rmtree(copy, ignore_errors=True)
             shutil.copytree(kept, copy)
             if data is not None:
