@@ -153,10 +153,11 @@ def preprocess(
 def refuse_what_is_lost(*outputs: Output) -> None:
     """Raise UserError where a file of a store that was preprocessed in place is missing.
 
-    It cannot be made again, and beginning to would spoil what is left.
+    It cannot be made again, and beginning to would spoil what is left. A run that was interrupted
+    before its manifest goes on.
     """
     for output in outputs:
-        missing = [output.manifest_path]
+        missing = [] if output.partial_path.exists() else [output.manifest_path]
         if output.manifest_path.exists():
             names = load_manifest(output.manifest_path).files
             missing = [output.manifest_path.with_name(name) for name in names]

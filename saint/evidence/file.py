@@ -36,6 +36,8 @@ KINDS = ("top", "quantile", "near_miss", "random")
 SPLITS = ("", "explain", "test")
 _METADATA_KEY = b"saint"
 _SUMMARY = ["latent", "density", "max_activation", "n_firing_sentences"]
+# Of every example one for each token.
+_PER_TOKEN = ("token_ids", "tokens", "activations")
 
 
 def _list_of(**fields: pa.DataType) -> pa.DataType:
@@ -242,7 +244,14 @@ class Evidence:
             raise UserError(f"latent {index}: {self.path} has latents 0 to {self.n_latents - 1}")
         group = int(np.searchsorted(self._starts, index, side="right")) - 1
         table = self._group(group)
-        return table.slice(index - int(self._starts[group]), 1).to_pylist()[0]
+        try:
+            row = table.slice(index - int(self._starts[group]), 1).to_pylist()[0]
+            lengths = [{len(e[name]) for name in _PER_TOKEN} for e in row["examples"]]
+        except (ValueError, TypeError) as error:  # no UTF-8, or nothing where there should be
+            raise UserError(f"{self.path} is damaged: {error}") from None
+        if any(len(found) > 1 for found in lengths):
+            raise UserError(f"{self.path} is damaged: tokens and activations differ in number")
+        return row
 
     def iter_latents(self, latents: Iterable[int] | None = None) -> Iterator[dict[str, Any]]:
         """Yield rows of the given latents, or of all of them, in order."""
@@ -262,13 +271,19 @@ def open_evidence(path: Path) -> Evidence:
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path} is not a readable parquet file: {error}") from None
     raw = (file.schema_arrow.metadata or {}).get(_METADATA_KEY)
-    meta = json.loads(raw) if raw else {}
+    try:
+        meta = dict(json.loads(raw)) if raw else {}
+    except (ValueError, TypeError):
+        meta = {}
     if meta.get("format") != FORMAT or meta.get("version") != VERSION:
         raise UserError(
             f"{path}: format {meta.get('format')} version {meta.get('version')} is not known here"
         )
     evidence = Evidence(path, file, meta)
-    latents = evidence.summary().column("latent").to_numpy()
+    try:
+        latents = evidence.summary().column("latent").to_numpy()
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise UserError(f"{path} is damaged: {error}") from None
     if not np.array_equal(latents, np.arange(evidence.n_latents)):
         raise UserError(f"{path} is incomplete: it lacks latents")
     return evidence

@@ -95,7 +95,7 @@ class RunFiles:
             self.best.unlink(missing_ok=True)
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Return all logged metrics; lines that are damaged, or cut short by a kill, are left out."""
+        """Return all logged metrics; damaged lines, or one that a kill cut short, are left out."""
         text = self.metrics.read_text(errors="replace") if self.metrics.exists() else ""
         return [entry for line in text.splitlines() if (entry := _entry(line))]
 

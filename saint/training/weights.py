@@ -19,7 +19,7 @@ from sae import (
     save_sae,
 )
 from saint.stage.errors import UserError
-from saint.stage.manifests import manifest_path, read_manifest
+from saint.stage.manifests import manifest_path, read_manifest, verify_file
 from saint.stage.workers import Workers
 from saint.store.shuffled_rows import BatchedRows
 from saint.training.metrics import calibrate, maxima_over_rows
@@ -110,14 +110,17 @@ def read_mean(path: Path, d_model: int) -> Tensor:
 
 
 def refuse_another_mean(path: Path, rows: BatchedRows) -> None:
-    """Raise UserError where preprocessing made the mean from other rows: another layer's, say."""
+    """Raise UserError where the mean is of other rows (another layer's, say), or damaged."""
     if not manifest_path(path, rows.manifest.stage, single_file=True).exists():
         return  # not preprocessing's: anyone's tensor will do
-    made_from = read_manifest(path, rows.manifest.stage).sources
+    manifest = read_manifest(path, rows.manifest.stage)
+    made_from = manifest.sources
     if made_from != rows.manifest.sources:
         theirs, ours = (s["layer_dir"] for s in (made_from, rows.manifest.sources))
         other = "another store" if theirs == ours else f"{theirs}, the rows are of {ours}"
         raise UserError(f"--b_pre_path {path} is the mean of {other}")
+    if path.name in manifest.files:  # not where it was renamed
+        verify_file(path, manifest.files[path.name])
 
 
 @torch.no_grad()

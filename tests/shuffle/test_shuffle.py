@@ -13,6 +13,7 @@ import torch
 import sae_preprocessing
 from sae import standardise
 from saint.stage.errors import UserError
+from saint.stage.manifests import Output
 from saint.store.activation_store import open_store
 from saint.store.shuffled_rows import open_batched_rows
 from tests.support.pipeline import (
@@ -166,3 +167,24 @@ def test_memory_stays_below_the_flag(tmp_path):
     assert same  # spelling out how hundreds of MB differ would take for ever
     with pytest.raises(UserError, match="raise --memory_gb"):
         preprocess(tmp_path, memory_gb=0.02, rows_per_file=10_000, **outputs(tmp_path / "small"))
+
+
+def test_in_place_goes_on_where_only_its_manifest_was_missing(root, tmp_path, monkeypatch):
+    store_dir = tmp_path / "acts"
+    shutil.copytree(root / "acts", store_dir)
+    where = outputs(tmp_path)
+    finish = Output.finish
+
+    def die(self, **kwargs):
+        if self.path == where["output_dir"]:  # all rows have moved, and the store knows it
+            raise KeyboardInterrupt
+        finish(self, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Output, "finish", die)
+        preprocess(root, "--in_place", input_dir=store_dir, **where)
+    assert open_store(store_dir).has_moved
+    preprocess(root, "--in_place", input_dir=store_dir, **where)
+    plain, moved = tree_bytes(root / "acts_batched"), tree_bytes(tmp_path / "rows")
+    assert {name: moved[name] for name in plain} == plain
+    assert torch.equal(rows_of(open_store(store_dir)), rows_of(open_store(root / "acts")))

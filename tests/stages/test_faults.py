@@ -1,4 +1,4 @@
-"""A short form of `python -m benchmarks.faults`: every stage disturbed, every kind of file damaged."""
+"""A short form of `python -m benchmarks.faults`: stages disturbed, every kind of file damaged."""
 
 from __future__ import annotations
 
