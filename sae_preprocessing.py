@@ -34,11 +34,14 @@ from saint.stage.flags import (
     proper_fraction,
     seed_number,
 )
+from saint.stage.locks import hold
 from saint.stage.manifests import (
     Output,
     State,
     file_checksum,
     load_manifest,
+    lock_path,
+    manifest_path,
     read_manifest,
     recorded_numbers,
 )
@@ -112,19 +115,19 @@ def preprocess(
             f"{store.root / store.layer_dir} was preprocessed in place: {store.moved_to} holds the "
             "only copy of its rows; run capture_activations.py --overwrite to start over"
         )
+    if store.moved_to is not None and store.moved_to.resolve() != output.path.resolve():
+        raise UserError(
+            f"{store.root / store.layer_dir} is preprocessed in place into {store.moved_to}: "
+            f"--output_dir {output.path} cannot have its rows"
+        )
     if store.has_moved:
         refuse_what_is_lost(output, mean_output)
     states = [out.begin(overwrite=args.overwrite) for out in (output, mean_output)]
     if states == [State.DONE, State.DONE]:
         clean_up(store, output.path)
         counts = read_manifest(output.path, STAGE).counts
-        log.info(
-            "done already: %s holds %s rows" + NEXT,
-            output.path,
-            f"{counts['n_rows']:,}",
-            output.path,
-            mean_output.path,
-        )
+        told = (output.path, f"{counts['n_rows']:,}", output.path, mean_output.path)
+        log.info("done already: %s holds %s rows" + NEXT, *told)
         return
     n_files = max(1, round(store.n_tokens / output.arguments["rows_per_file"]))
     shuffle = Shuffle(
@@ -268,6 +271,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     log_arguments(args, build_parser())
     everything = open_stores(args.input_dir, half_moved=True)
+    # The only copy of the rows is one run's at a time, wherever it puts them.
+    lock = (
+        hold(lock_path(manifest_path(args.input_dir, "capture_activations")))
+        if args.in_place
+        else None
+    )
     chosen = open_stores(
         args.input_dir, layer=args.layer, hook_point=args.hook_point, half_moved=True
     )
@@ -281,6 +290,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
         rows, mean = outputs_of(store, args, nested=len(everything) > 1)
         preprocess(store, rows, mean, args)
+    if lock is not None:
+        lock.release()
 
 
 if __name__ == "__main__":

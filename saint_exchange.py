@@ -115,7 +115,7 @@ def import_sae(args: argparse.Namespace) -> None:
         max_token_length=args.max_token_length,
     )
     config, tensors = fold(read_foreign(path, overrides))
-    remove_torn(args.output_path.parent, args.output_path.name)
+    remove_torn(args.output_path.parent, f"{args.output_path.stem}.")
     with naming_full_disk(args.output_path.parent):
         write_ours(args.output_path, config, tensors)
     place = "layer unknown: name --sae_layer_idx later"
