@@ -149,6 +149,8 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except ValueError:
             raise ValueError(f"line {number} is not a base64 token and its rank") from None
+    if not ranks:
+        raise ValueError("it holds no tokens")
     if len(set(ranks.values())) < len(ranks):  # tiktoken would panic
         raise ValueError("two tokens have the same rank: the file is damaged or cut short")
     return ranks
