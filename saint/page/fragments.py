@@ -136,7 +136,7 @@ def _token(reading: Reading, i: int, settings: Sequence[Wish]) -> dict[str, Any]
     notes, styles = [], []
     if activations and max(activations) > _SEEN:
         strongest = max(range(len(activations)), key=activations.__getitem__)
-        alpha = min(0.75, 0.12 + 0.6 * activations[strongest])
+        alpha = min(0.55, 0.12 + 0.43 * activations[strongest])
         styles.append(f"background:rgba({hue(strongest)},{alpha:.2f})")
     for setting, value in zip(settings, activations, strict=False):
         if value > _SEEN:
