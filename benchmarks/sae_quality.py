@@ -4,10 +4,11 @@
 
 Every contender is trained on the same standardised rows in the same order, with the same steps,
 batch, size and k. The same 16 settings are tried for each: learning rate × decay × Adam's β₂. The
-best on one half of the held-out sentences is trained again with the other seeds, and all are
-reported on the other half. One evaluator measures all in float32; what decides by a threshold has
-it calibrated the same way, on training rows (`fvu`) and on the measured rows themselves
-(`fvu_at_k`, at exactly k latents a token, by which contenders are compared).
+search narrows: all settings with a quarter of the steps, the best four with all of them, the best
+of these with the other seeds. One half of the held-out sentences decides, the other is reported.
+One evaluator measures all in float32; what decides by a threshold has it calibrated the same way,
+on training rows (`fvu`) and on the measured rows themselves (`fvu_at_k`, at exactly k latents a
+token, by which contenders are compared).
 
 Each result is kept in --cache_dir, so a run can be stopped and taken up again; settings are tried
 in one order, all contenders at the first before any at the second, so that a run that was cut short
@@ -26,8 +27,8 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ CONTENDERS: dict[str, Train] = {"saint": saint, **PEERS}
 _CALIBRATION_ROWS = 32_768
 _BLOCK_ROWS = 2048
 _HALVES_SEED = 1
+_SHORTER, _FINALISTS = 4, 4  # of the search: steps of the first rung, settings of the second
 
 _RATES, _DECAYS, _BETAS = (0.004, 0.003, 0.006, 0.002), (0.5, 0.3), (0.999, 0.99)
 # The first four differ in everything, and are those of --quick.
@@ -181,12 +183,32 @@ class Cache:
 
 
 def search(
-    args: argparse.Namespace, task: Task, held_out: HeldOut, cache: Cache
-) -> Iterator[tuple[str, Setting | None, dict[str, Any]]]:
-    """Yield every result: all contenders at the first setting, then at the second, and so on."""
-    for setting in SETTINGS[: args.n_settings]:
-        for name in args.contenders:
-            yield name, setting, _made(task, held_out, cache, name, setting, args.seeds[0])
+    args: argparse.Namespace, task: Task, held_out: HeldOut, root: Path
+) -> dict[str, Setting]:
+    """Return each contender's best setting: all of them on a short run, the best on a whole one.
+
+    All contenders take a setting before any takes the next, so that a search that was cut short
+    has given each the same budget.
+    """
+    plan = {name: SETTINGS[: args.n_settings] for name in args.contenders}
+    short = replace(
+        task,
+        n_steps=task.n_steps // _SHORTER,
+        dead_tokens=max(1, task.dead_tokens // _SHORTER),
+    )
+    for rung in (short, task):
+        cache = Cache(root, rung)
+        tried: dict[str, list[tuple[float, Setting]]] = {name: [] for name in plan}
+        for i in range(max(map(len, plan.values()))):
+            for name, settings in plan.items():
+                found = _made(rung, held_out, cache, name, settings[i], args.seeds[0])
+                tried[name].append((found["choose"]["fvu_at_k"], settings[i]))
+        ranked = {name: sorted(each, key=lambda pair: pair[0]) for name, each in tried.items()}
+        plan = {
+            name: tuple(setting for _, setting in each[:_FINALISTS])
+            for name, each in ranked.items()
+        }
+    return {name: settings[0] for name, settings in plan.items()}
 
 
 def _made(
@@ -225,14 +247,14 @@ def final_row(found: Sequence[dict[str, Any]], setting: Setting | None) -> dict[
 
 
 def compare(
-    args: argparse.Namespace, task: Task, held_out: HeldOut, cache: Cache
+    args: argparse.Namespace, task: Task, held_out: HeldOut, root: Path
 ) -> dict[str, dict[str, Any]]:
     """Return the row of SAINT's default, and of each contender at its best setting."""
-    tried: dict[str, list[tuple[float, Setting | None]]] = {}
-    for name, setting, found in search(args, task, held_out, cache):
-        tried.setdefault(name, []).append((found["choose"]["fvu_at_k"], setting))
-    best = {name: min(each, key=lambda pair: pair[0])[1] for name, each in tried.items()}
-    plan = [(name, name if name != "saint" else "saint_tuned", best[name]) for name in best]
+    best = search(args, task, held_out, root)
+    cache = Cache(root, task)
+    plan: list[tuple[str, str, Setting | None]] = [
+        (name, name if name != "saint" else "saint_tuned", best[name]) for name in best
+    ]
     if "saint" in args.contenders:
         plan.insert(0, ("saint", "saint", None))
     results: dict[str, list[dict[str, Any]]] = {row: [] for _, row, _ in plan}
@@ -309,7 +331,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.dead_tokens = min(args.dead_tokens, 150 * args.batch_size // 3)
     task = load_task(args)
     held_out = held_out_halves(args.run_dir, task.device)
-    rows = compare(args, task, held_out, Cache(args.cache_dir, task))
+    rows = compare(args, task, held_out, args.cache_dir)
     print(table(rows))
     settings = {"n_latents": args.n_latents, "k": args.k, "batch_size": args.batch_size}
     settings |= {"n_steps": args.n_steps, "threads": torch.get_num_threads()}

@@ -128,7 +128,7 @@ def trained(task, monkeypatch) -> list[tuple[float, Setting | None, int]]:
 
 
 def arguments(tmp_path: Path) -> list[str]:
-    flags = ["--cache_dir", tmp_path / "cache", "--n_settings", 3, "--seeds", 0, 1]
+    flags = ["--cache_dir", tmp_path / "cache", "--n_settings", 5, "--seeds", 0, 1]
     return [str(f) for f in (*flags, "--contenders", "saint", "good_peer", "bad_peer")]
 
 
@@ -146,11 +146,16 @@ def test_the_last_line_is_the_summary_and_the_cache_is_taken_up_again(
     assert found["dead"] == rows["saint"]["dead"] and found["l0"] == rows["saint"]["l0"]
     assert {row["setting"] for name, row in rows.items() if name != "saint"} == {str(SETTINGS[0])}
     assert rows["saint"]["setting"] == "default" and rows["saint"]["seeds"] == [0, 1]
-    # All contenders at the first setting before any at the second; then the best with all seeds.
-    search = [setting for _, setting, seed in trained[:9]]
-    assert search == [setting for setting in SETTINGS[:3] for _ in range(3)]
-    kept = sorted((tmp_path / "cache").rglob("*.json"))
-    assert len(kept) == 3 * 3 + 2 + 3, "settings, the default's seeds, the best ones' other seed"
+    # All contenders at the first setting before any at the second; the four best again, whole.
+    search = [setting for _, setting, seed in trained[:27]]
+    assert search[:15] == [setting for setting in SETTINGS[:5] for _ in range(3)]
+    nearest = sorted(SETTINGS[:5], key=lambda setting: abs(setting.learning_rate - 0.004))[:4]
+    assert search[15:] == [setting for setting in nearest for _ in range(3)]
+    kept = sorted((tmp_path / "cache").glob(f"*_s{task.n_steps}_*/*.json"))
+    assert len(kept) == 4 * 3 + 2 + 3, (
+        "the search's, the default's seeds, the best ones' other seed"
+    )
+    assert len(list((tmp_path / "cache").rglob("*.json"))) == len(kept) + 5 * 3
 
     trained.clear()
     sae_quality.main(arguments(tmp_path))
