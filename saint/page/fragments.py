@@ -266,6 +266,8 @@ def _card(card: Card, hit: Hit | None, n_saes: int) -> dict[str, Any]:
         facts.append(f"odd one out found in {card.intruder:.0%} (chance {INTRUDER_CHANCE:.0%})")
     if card.effect:
         facts.append(f"turned up: {card.effect}")
+    if card.measured:
+        facts.append(card.measured)
     if card.density is not None:
         facts.append(f"on {card.density:.2%} of tokens" if card.density else "never seen firing")
     return {

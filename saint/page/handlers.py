@@ -234,7 +234,9 @@ class PageHandlers:
 
     def choose(self, mix: Any, event: gr.EventData) -> list[dict[str, Any]]:
         """Add the latent whose button was pressed to the mix."""
-        chosen = Setting(int(event.latent), "add", DEFAULT_STRENGTH, int(event.sae))
+        latent, sae = int(event.latent), int(event.sae)
+        self.studio.check_settings([Setting(latent, sae=sae)])
+        chosen = Setting(latent, "add", self.strength_for(sae, latent), sae)
         return self.mixer.with_latent(mix, chosen)
 
     def view(self, prompts: str, mix: Any, chat: bool) -> str:
@@ -392,16 +394,16 @@ class PageHandlers:
             found.append((one.concept.name, request))
         for sae, guide in enumerate(self.guides):
             for latent in guide.shown(4):
-                wish = Setting(latent, "add", self._shown_strength(sae, latent), sae)
+                wish = Setting(latent, "add", self.strength_for(sae, latent), sae)
                 prompt = EXAMPLE_PROMPTS[len(found) % len(EXAMPLE_PROMPTS)]
                 request = Request((prompt,), (wish,), temperature=TEMPERATURE, top_p=TOP_P)
                 found.append((fragments.wish_name(wish, self.guides), request))
         return found[:4]
 
-    def _shown_strength(self, sae: int, latent: int) -> float:
-        """The strength at which a latent's effect was seen in texts, in its units."""
-        effects = self.guides[sae].effects
-        dose = None if effects is None else effects.rows[latent]["dose_1nat"]
+    def strength_for(self, sae: int, latent: int) -> float:
+        """A strength to begin with, in units: where predictions lose 1 nat, if that is known."""
+        row = self.guides[sae].effect_row(latent)
+        dose = None if row is None else row["dose_1nat"]
         unit = float(self.studio.dictionaries[sae].units[latent])
         return DEFAULT_STRENGTH if dose is None else round(min(4.0, dose / unit), 2)
 

@@ -39,6 +39,13 @@ slider.addEventListener('input', () => {
   says.textContent = variants[slider.value].dataset.says;
 });
 """
+# What was being written says that it was stopped, once the last word on its way has come.
+_STOPPED = """() => { setTimeout(() => {
+  for (const caret of document.querySelectorAll('#result .caret')) {
+    const said = { className: 'stopped', textContent: ' (stopped)' };
+    caret.replaceWith(Object.assign(document.createElement('em'), said));
+  }
+}, 800); }"""
 # After a run: the link, and the same in the address bar, so that reloading brings the pair back.
 _SHARE_JS = """(query) => {
   if (!query) return query;
@@ -100,6 +107,7 @@ def build_page(handlers: PageHandlers) -> gr.Blocks:
             )
             running.append(compare)
         stop.click(None, cancels=running, **_QUIET)
+        stop.click(None, None, None, js=_STOPPED, **_QUIET)
         result.asked(shown(handlers.why), tools.json, why, **_BUSY, **_MODEL)
         why.pressed(shown(handlers.choose), mix, mix, **_QUIET)
         for name, function in api_endpoints(handlers).items():

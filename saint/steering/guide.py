@@ -49,11 +49,25 @@ class Guide:
         """Latents that were seen to show in written texts when they are turned up, best first."""
         return [] if self.effects is None else self.effects.strongest(n)
 
+    def effect_row(self, latent: int) -> dict[str, Any] | None:
+        """What was measured of a latent turned up, or None."""
+        return None if self.effects is None else self.effects.rows.get(latent)
+
+    def measured(self, latent: int) -> str:
+        """That in words: how often its word showed, or the tokens that rise."""
+        row = self.effect_row(latent)
+        if row is None:
+            return ""
+        if row["share"] is not None:
+            return f"turned up, “{row['word']}” shows in {row['share']:.0%} of texts"
+        tokens = [entry["token"].strip() for entry in row["rising"][:4]]
+        return f"turned up, it raises {', '.join(token for token in tokens if token)}"
+
     def steers(self, latent: int) -> float:
         """How well a latent steers, 0 where it was not measured: the causal score, and 10 more
         where it was seen to show in texts.
         """
-        row = None if self.effects is None else self.effects.rows.get(latent)
+        row = self.effect_row(latent)
         return 0.0 if row is None else row["score"] + 10.0 * bool(row["shows"])
 
     def token_index(self, tokenizer: Tokenizer) -> dict[str, list[tuple[int, float]]]:

@@ -47,7 +47,8 @@ class Card:
     activation. intruder: how often the odd one out of its excerpts was found, None where it was not
     measured. windows: (tokens, activations in units) of its strongest examples. promoted: tokens
     that its direction makes likelier when read straight through the unembedding. effect: what it
-    adds to a text when it is turned up, in a model's words, "" where nobody asked.
+    adds to a text when it is turned up, in a model's words, "" where nobody asked. measured: what
+    `latent_effects.py` saw of that, "" where it did not run.
     """
 
     sae: int
@@ -61,6 +62,7 @@ class Card:
     windows: list[tuple[list[str], list[float]]]
     promoted: list[str]
     effect: str = ""
+    measured: str = ""
 
 
 def search_labels(studio: Studio, guides: list[Guide], query: str, *, limit: int = 12) -> list[Hit]:
@@ -259,6 +261,7 @@ def make_card(studio: Studio, guides: list[Guide], sae: int, latent: int) -> Car
         windows,
         promoted or promoted_tokens(studio, dictionary, latent),
         label.effect if label else "",
+        guide.measured(latent),
     )
 
 

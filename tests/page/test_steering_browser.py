@@ -90,7 +90,8 @@ def test_stop_leaves_the_text_and_ends_the_work(site, tab):
     steps = site.brake.steps
     tab.wait_for_timeout(1500)
     assert site.brake.steps == steps
-    assert PROMPT in tab.inner_text("#result")
+    assert PROMPT in tab.inner_text("#result") and "(stopped)" in tab.inner_text("#result")
+    assert tab.locator("#result .caret").count() == 0
     site.brake.seconds = 0.0
     compare(tab)
 

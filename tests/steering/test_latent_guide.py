@@ -167,6 +167,10 @@ def test_only_latents_that_were_seen_to_show_are_examples():
     guide = Guide(effects=Effects({}, known))
     assert guide.shown(4) == [7, 4] and guide.shown(1) == [7]
     assert Guide().shown(3) == []
+    assert guide.measured(7) == "turned up, “film” shows in 90% of texts"
+    known[7] |= {"share": None, "rising": [{"token": " movie", "value": 0.1}]}
+    assert guide.measured(7) == "turned up, it raises movie"
+    assert guide.measured(3) == Guide().measured(3) == ""
 
 
 def test_labels_and_evidence_of_another_sae_are_refused(studio, evidence):
