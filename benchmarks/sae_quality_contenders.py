@@ -132,6 +132,8 @@ def saint(task: Task, setting: Setting | None, seed: int, *more: str) -> Diction
         trainer.train_step(raw, len(raw))
     trained = trainer.plain_sae()
     levels = None if activation == "topk" else torch.ones_like(trained.b_enc)
+    if trained.threshold is not None:
+        levels = trained.threshold
     return Dictionary.of(trained.W_enc, trained.b_enc, trained.W_dec, trained.b_pre, levels)
 
 

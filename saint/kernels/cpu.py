@@ -12,6 +12,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from sae import ActiveLatents
+from saint.kernels import torch_ops
 from saint.stage.errors import UserError
 from saint.stage.files import atomic_path
 
@@ -76,7 +78,8 @@ def library() -> ctypes.CDLL:
     except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home directory
         raise UserError(f"the compiled kernels cannot be used: {error}") from None
     loaded.saint_norm.restype = ctypes.c_double
-    loaded.saint_rescore.restype = ctypes.c_int64
+    for name in ("saint_rescore", "saint_rescore_above", "saint_above"):
+        getattr(loaded, name).restype = ctypes.c_int64
     loaded.saint_reduce_by_sentence.restype = ctypes.c_int64
     return loaded
 
@@ -201,17 +204,30 @@ class Encoder:
     def __call__(self, a: Tensor, w_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """As `sae.encode`, with int32 indices; of equal values the first latent's."""
         n_tokens, n_latents = a.shape[0], w_enc.shape[0]
-        n_rows = max(1, min(n_tokens, _BLOCK_ELEMENTS // n_latents))
-        if self._memory.numel() < n_rows * n_latents:
-            self._memory = torch.empty(n_rows * n_latents)
         values = torch.empty(n_tokens, k)
         indices = torch.empty(n_tokens, k, dtype=torch.int32)
         select = self._select_rounded if self.rounded else self._select
-        for start in range(0, n_tokens, n_rows):
-            block = slice(start, min(start + n_rows, n_tokens))
-            pre = self._memory[: (block.stop - start) * n_latents].view(-1, n_latents)
+        for block, pre in self._blocks(n_tokens, n_latents):
             select(a[block], w_enc, b_enc, pre, values[block], indices[block])
         return values, indices
+
+    def above(self, a: Tensor, w_enc: Tensor, bias: Tensor) -> ActiveLatents:
+        """As `torch_ops.above`, with int32 indices."""
+        find = self._find_rounded if self.rounded else self._find
+        blocks = self._blocks(len(a), len(w_enc))
+        return torch_ops.concatenate([find(a[block], w_enc, bias, pre) for block, pre in blocks])
+
+    def _blocks(self, n_tokens: int, n_latents: int) -> Iterator[tuple[slice, Tensor]]:
+        """Yield tokens, and memory for their pre-activations; once without tokens."""
+        n_rows = max(1, min(n_tokens, _BLOCK_ELEMENTS // n_latents))
+        if self._memory.numel() < n_rows * n_latents:
+            self._memory = torch.empty(n_rows * n_latents)
+        for start in range(0, max(1, n_tokens), n_rows):
+            stop = min(start + n_rows, n_tokens)
+            yield (
+                slice(start, stop),
+                self._memory[: (stop - start) * n_latents].view(-1, n_latents),
+            )
 
     def _select(
         self, a: Tensor, w_enc: Tensor, b_enc: Tensor, pre: Tensor, values: Tensor, indices: Tensor
@@ -222,33 +238,91 @@ class Encoder:
     def _select_rounded(
         self, a: Tensor, w_enc: Tensor, b_enc: Tensor, pre: Tensor, values: Tensor, indices: Tensor
     ) -> None:
-        if self._weights is None:
-            self._weights = _round(w_enc.detach(), is_input=False)
-        rounded = _round(a, is_input=True)
-        rounded_product(rounded, self._weights, pre)
-        unsure = torch.empty(len(a), dtype=torch.bool)
+        inputs, unsure = self._multiply_rounded(a, w_enc, b_enc, pre)
         sizes = (*pre.shape, a.shape[1], values.shape[1])
-        inputs = (a, w_enc.detach(), b_enc.detach(), rounded, self._weights, pre)
-        self.n_candidates += int(_call("saint_rescore", *sizes, *inputs, values, indices, unsure))
-        self.n_tokens += len(a)
-        rows = torch.nonzero(unsure).squeeze(1)
+        n_candidates = int(_call("saint_rescore", *sizes, *inputs, values, indices, unsure))
+        rows = self._count(n_candidates, unsure)
         if len(rows):
-            self.n_unsure += len(rows)
             again = (pre[: len(rows)], values[rows], indices[rows])
             self._select(a[rows], w_enc, b_enc, *again)
             values[rows], indices[rows] = again[1:]
 
+    def _multiply_rounded(
+        self, a: Tensor, w_enc: Tensor, bias: Tensor, pre: Tensor
+    ) -> tuple[tuple[Tensor | _Rounded, ...], Tensor]:
+        """Fill pre; return what is scored again from, and room to say which tokens are unsure."""
+        if self._weights is None:
+            self._weights = _round(w_enc.detach(), is_input=False)
+        rounded = _round(a, is_input=True)
+        rounded_product(rounded, self._weights, pre)
+        inputs = (a, w_enc.detach(), bias.detach(), rounded, self._weights, pre)
+        return inputs, torch.empty(len(a), dtype=torch.bool)
+
+    def _count(self, n_candidates: int, unsure: Tensor) -> Tensor:
+        """Count for the diagnostics; return the unsure tokens."""
+        rows = torch.nonzero(unsure).squeeze(1)
+        self.n_candidates += n_candidates
+        self.n_tokens += len(unsure)
+        self.n_unsure += len(rows)
+        return rows
+
+    def _find(self, a: Tensor, w_enc: Tensor, bias: Tensor, pre: Tensor) -> ActiveLatents:
+        torch.mm(a, w_enc.T, out=pre)
+        counts = torch.empty(len(a), dtype=torch.int64)
+        return _take(counts, int(_call("saint_above", *pre.shape, pre, bias.detach(), counts)))
+
+    def _find_rounded(self, a: Tensor, w_enc: Tensor, bias: Tensor, pre: Tensor) -> ActiveLatents:
+        inputs, unsure = self._multiply_rounded(a, w_enc, bias, pre)
+        counts, n = torch.empty(len(a), dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+        outputs = (counts, unsure, n)
+        found = int(_call("saint_rescore_above", *pre.shape, a.shape[1], *inputs, *outputs))
+        active, rows = _take(counts, found), self._count(int(n), unsure)
+        if not len(rows):
+            return active
+        return torch_ops.fill(active, rows, self._find(a[rows], w_enc, bias, pre[: len(rows)]))
+
+
+def _take(counts: Tensor, found: int) -> ActiveLatents:
+    """Return entries that a kernel found, counts (n_tokens,) of each token."""
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    values = torch.empty(int(offsets[-1]))
+    active = ActiveLatents(values, torch.empty(len(values), dtype=torch.int32), offsets)
+    _call("saint_take", len(counts), found, active.values, active.indices)
+    return active
+
+
+def nest(active: ActiveLatents, prefixes: Sequence[int]) -> ActiveLatents:
+    """As `torch_ops.nest`, with int32 indices."""
+    n_tokens, ends = len(active.offsets) - 1, torch.tensor(prefixes)
+    nested = ActiveLatents(
+        torch.empty_like(active.values),
+        torch.empty_like(active.indices),
+        torch.empty(n_tokens * len(ends) + 1, dtype=torch.int64),
+    )
+    inputs = (ends, active.values, active.indices, active.offsets)
+    outputs = (nested.values, nested.indices, nested.offsets)
+    _call("saint_nest", n_tokens, len(ends), *inputs, *outputs)
+    return nested
+
 
 def reconstruct(
-    x: Tensor, active: ActiveLatents, w_dec: Tensor, b_pre: Tensor, factor: float
+    x: Tensor,
+    active: ActiveLatents,
+    w_dec: Tensor,
+    b_pre: Tensor,
+    factor: float,
+    *,
+    parts: int = 1,
+    at_rest: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As `torch_ops.reconstruct`, with int32 indices."""
-    g, g_values = torch.empty_like(x), torch.empty_like(active.values)
-    squared, normaliser = torch.empty(len(x)), torch.empty(len(x))
+    g, g_values = x.new_empty(len(x) * parts, x.shape[1]), torch.empty_like(active.values)
+    squared, normaliser = torch.empty(len(x), parts), torch.empty(len(x))
     fired = torch.zeros(w_dec.shape[0], dtype=torch.bool)
     inputs = (x, w_dec, b_pre, factor, active.values, active.indices, active.offsets)
-    _call("saint_reconstruct", *x.shape, *inputs, g, g_values, squared, normaliser, fired)
-    return g, g_values, squared, normaliser, fired
+    outputs = (g, g_values, squared, normaliser, fired)
+    _call("saint_reconstruct", *x.shape, parts, int(at_rest), *inputs, *outputs)
+    return outputs
 
 
 class Gradient(ctypes.Structure):
@@ -257,7 +331,7 @@ class Gradient(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_int64 if name in ("n_latents", "d_model") else ctypes.c_void_p)
         for name in (
-            *("n_latents", "d_model", "starts", "tokens", "values", "g_values", "a", "g"),
+            *("n_latents", "d_model", "starts", "tokens", "rows", "values", "g_values", "a", "g"),
             *("aux_position", "aux_dec", "aux_enc", "aux_b"),
         )
     ]
@@ -274,16 +348,18 @@ def group_by_latent(
 ) -> Gradient:
     """Sort a batch's active entries by latent; the result keeps the tensors that it points to.
 
-    g_values: (n_active,). a, g: (n_tokens, d_model). aux: dead (n_dead,) and AuxK's gradients of
+    active, g_values, a, g: see `pieces.SparseGradient`. aux: dead (n_dead,) and AuxK's gradients of
     those decoder and encoder rows (n_dead, d_model) and of b_enc (n_dead,).
     """
     values, indices, offsets = active.values, active.indices, active.offsets
     starts = torch.empty(n_latents + 1, dtype=torch.int32)
-    tokens = torch.empty(len(indices), dtype=torch.int32)
-    outputs = (starts, tokens, torch.empty_like(values), torch.empty_like(values))
+    rows = torch.empty(len(indices), dtype=torch.int32)
+    by_latent = (torch.empty_like(values), torch.empty_like(values))
     inputs = (offsets, indices, values, g_values)
-    _call("saint_group", len(offsets) - 1, n_latents, *inputs, *outputs)
-    tensors: tuple[Tensor, ...] = (*outputs, a, g)
+    _call("saint_group", len(offsets) - 1, n_latents, *inputs, starts, rows, *by_latent)
+    parts = len(g) // max(1, len(a))
+    tokens = rows if parts <= 1 else rows // parts
+    tensors: tuple[Tensor, ...] = (starts, tokens, rows, *by_latent, a, g)
     if aux is not None:
         position = torch.full((n_latents,), -1, dtype=torch.int32)
         position[aux[0]] = torch.arange(len(aux[0]), dtype=torch.int32)

@@ -114,6 +114,24 @@ class TopK {
   std::vector<Entry> found_;
 };
 
+// Call visit(value, i) for every value pre[i] + bias[i] ≥ low.
+template <typename Visit>
+void for_each_reaching(const float* pre, const float* bias, int64_t n, float low, Visit visit) {
+  constexpr int64_t kGroup = 32;
+  for (int64_t start = 0; start < n; start += kGroup) {
+    const int64_t end = std::min(n, start + kGroup);
+    float best = -std::numeric_limits<float>::infinity();
+#pragma omp simd reduction(max : best)
+    for (int64_t i = start; i < end; i++) best = std::max(best, pre[i] + bias[i]);
+    if (best < low) continue;
+    for (int64_t i = start; i < end; i++)
+      if (pre[i] + bias[i] >= low) visit(pre[i] + bias[i], i);
+  }
+}
+
+// Each token's entries, until the caller has room for them: `saint_take` copies and frees them.
+using Found = std::vector<std::vector<TopK::Entry>>;
+
 #if SAINT_ROUNDED_PRODUCT
 // Compilers like to load an operand again for every product: this keeps it in its register.
 #define SAINT_IN_REGISTER(x) asm("" : "+x"(x))
@@ -317,17 +335,57 @@ void saint_rounded_product(int64_t n_tokens, int64_t n_latents, const Rounded* a
 #endif
 }
 
+}  // extern "C"
+
+namespace {
+
+// What the error bound needs of a token, beside the weights': see the top of this file.
+struct Bound {
+  const Rounded *a, *w;
+  int64_t d;
+  float most_square = 0, most_error = 0;
+
+  Bound(const Rounded* a, const Rounded* w, int64_t d, int64_t n_latents) : a(a), w(w), d(d) {
+    for (int64_t l = 0; l < n_latents; l++) {
+      most_square = std::max(most_square, w->square[l]);
+      most_error = std::max(most_error, w->error[l]);
+    }
+  }
+
+  float of(int64_t t, float square, float error) const {
+    return std::sqrt((a->error[t] * square + a->square[t] * error) / d);
+  }
+  float sigma(int64_t t, int64_t l) const { return of(t, w->square[l], w->error[l]); }
+  float widest(int64_t t) const { return of(t, most_square, most_error); }
+
+  // Replace candidates' rounded values by exact ones; false where any erred by more than 6σ.
+  bool score(int64_t t, const float* token, const float* weights, const float* bias,
+             std::vector<TopK::Entry>& candidates) const {
+    bool sure = true;
+    for (size_t i = 0; i < candidates.size(); i++) {
+      auto& [value, l] = candidates[i];
+      if (i + 1 < candidates.size()) prefetch(weights + candidates[i + 1].second * d, d);
+      const float exact = dot(token, weights + l * d, d) + bias[l];
+      // Written so that a NaN is not sure either; 1e-5: rounding of the float32 sums.
+      const float room = 1e-5f * std::sqrt(a->square[t] * w->square[l]);
+      if (!(std::fabs(exact - value) <= kSigmas * sigma(t, l) + room)) sure = false;
+      value = exact;
+    }
+    return sure;
+  }
+};
+
+}  // namespace
+
+extern "C" {
+
 // Keep the k largest of the exact a · wᵀ + bias, given their rounded product in pre.
 // unsure[t]: 1 where the float32 product must decide. Returns the number of candidates.
 int64_t saint_rescore(int64_t n_tokens, int64_t n_latents, int64_t d, int64_t k, const float* a,
                       const float* w, const float* bias, const Rounded* rounded_a,
                       const Rounded* rounded_w, const float* pre, float* values, int32_t* indices,
                       uint8_t* unsure, int64_t threads) {
-  float most_square = 0, most_error = 0;
-  for (int64_t l = 0; l < n_latents; l++) {
-    most_square = std::max(most_square, rounded_w->square[l]);
-    most_error = std::max(most_error, rounded_w->error[l]);
-  }
+  const Bound bound(rounded_a, rounded_w, d, n_latents);
   int64_t n_candidates = 0;
 #pragma omp parallel num_threads(threads) reduction(+ : n_candidates)
   {
@@ -335,38 +393,77 @@ int64_t saint_rescore(int64_t n_tokens, int64_t n_latents, int64_t d, int64_t k,
     std::vector<TopK::Entry> candidates;
 #pragma omp for schedule(dynamic, 8)
     for (int64_t t = 0; t < n_tokens; t++) {
-      const float *row = pre + t * n_latents, *token = a + t * d;
-      const float error = rounded_a->error[t] / d, square = rounded_a->square[t] / d;
-      const auto sigma = [&](int64_t l) {
-        return std::sqrt(error * rounded_w->square[l] + square * rounded_w->error[l]);
-      };
-      const float widest = std::sqrt(error * most_square + square * most_error);
+      const float* row = pre + t * n_latents;
       const float kth = topk.find(row, bias);
       float usual = 0;
-      for (const auto& entry : topk.found()) usual = std::max(usual, sigma(entry.second));
-      const float cut = kth - kSlack * usual, low = cut - kSigmas * widest;
+      for (const auto& entry : topk.found()) usual = std::max(usual, bound.sigma(t, entry.second));
+      const float cut = kth - kSlack * usual, low = cut - kSigmas * bound.widest(t);
       candidates.clear();
       topk.for_each_above(row, bias, low, low, [&](float value, int64_t l) {
-        if (value + kSigmas * sigma(l) >= cut) candidates.emplace_back(value, (int32_t)l);
+        if (value + kSigmas * bound.sigma(t, l) >= cut) candidates.emplace_back(value, (int32_t)l);
       });
       n_candidates += candidates.size();
       // With very many candidates the float32 product is cheaper.
-      bool sure = (int64_t)candidates.size() <= std::max(16 * k + 256, n_latents / 8);
-      if (sure)
-        for (size_t i = 0; i < candidates.size(); i++) {
-          auto& [value, l] = candidates[i];
-          if (i + 1 < candidates.size()) prefetch(w + candidates[i + 1].second * d, d);
-          const float exact = dot(token, w + l * d, d) + bias[l];
-          // Written so that a NaN is not sure either; 1e-5: rounding of the float32 sums.
-          const float room = 1e-5f * std::sqrt(d * square * rounded_w->square[l]);
-          if (!(std::fabs(exact - value) <= kSigmas * sigma(l) + room)) sure = false;
-          value = exact;
-        }
+      const bool sure = (int64_t)candidates.size() <= std::max(16 * k + 256, n_latents / 8) &&
+                        bound.score(t, a + t * d, w, bias, candidates);
       unsure[t] = !(sure && topk.keep_largest(candidates) >= cut);
       if (!unsure[t]) topk.write(candidates, values + t * k, indices + t * k);
     }
   }
   return n_candidates;
+}
+
+// Find where the exact a · wᵀ + bias exceeds 0, given the rounded product in pre: how many of each
+// token in counts, 0 and unsure[t] where the float32 product must decide. Returns what `saint_take`
+// takes, and the number of candidates in n_candidates.
+int64_t saint_rescore_above(int64_t n_tokens, int64_t n_latents, int64_t d, const float* a,
+                            const float* w, const float* bias, const Rounded* rounded_a,
+                            const Rounded* rounded_w, const float* pre, int64_t* counts,
+                            uint8_t* unsure, int64_t* n_candidates, int64_t threads) {
+  const Bound bound(rounded_a, rounded_w, d, n_latents);
+  Found* found = new Found(n_tokens);
+  int64_t total = 0;
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 8) reduction(+ : total)
+  for (int64_t t = 0; t < n_tokens; t++) {
+    auto& entries = (*found)[t];
+    for_each_reaching(pre + t * n_latents, bias, n_latents, -kSigmas * bound.widest(t),
+                      [&](float value, int64_t l) {
+                        if (value + kSigmas * bound.sigma(t, l) >= 0)
+                          entries.emplace_back(value, (int32_t)l);
+                      });
+    total += entries.size();
+    unsure[t] = (int64_t)entries.size() > std::max<int64_t>(512, n_latents / 8) ||
+                !bound.score(t, a + t * d, w, bias, entries);
+    if (unsure[t]) entries.clear();
+    const auto at_rest = [](const TopK::Entry& entry) { return !(entry.first > 0); };
+    entries.erase(std::remove_if(entries.begin(), entries.end(), at_rest), entries.end());
+    counts[t] = entries.size();
+  }
+  *n_candidates = total;
+  return (int64_t)found;
+}
+
+// The same of the float32 product in pre (n_rows, n).
+int64_t saint_above(int64_t n_rows, int64_t n, const float* pre, const float* bias, int64_t* counts,
+                    int64_t threads) {
+  Found* found = new Found(n_rows);
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 8)
+  for (int64_t t = 0; t < n_rows; t++) {
+    auto& entries = (*found)[t];
+    for_each_reaching(pre + t * n, bias, n, 0, [&](float value, int64_t l) {
+      if (value > 0) entries.emplace_back(value, (int32_t)l);
+    });
+    counts[t] = entries.size();
+  }
+  return (int64_t)found;
+}
+
+// Copy what was found of n tokens into room for all their entries, and free it.
+void saint_take(int64_t n, int64_t found, float* values, int32_t* indices, int64_t /* threads */) {
+  Found* tokens = (Found*)found;
+  for (int64_t t = 0; t < n; t++)
+    for (const auto& [value, latent] : (*tokens)[t]) *values++ = value, *indices++ = latent;
+  delete tokens;
 }
 
 // Keep the k largest of pre + bias in each row of pre (n_rows, n), after ReLU.

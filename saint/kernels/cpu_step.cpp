@@ -55,12 +55,12 @@ void weighted_sum(float* out, const float* rows, const int32_t* which, const flo
 extern "C" {
 
 // What a batch's gradient is made of: entry e of latent l (starts[l] ≤ e < starts[l + 1]) is
-// token tokens[e], with activation values[e] and ∂loss/∂activation g_values[e].
+// token tokens[e], its row rows[e], with activation values[e] and ∂loss/∂activation g_values[e].
 struct Gradient {
   int64_t n_latents, d_model;
-  const int32_t *starts, *tokens;
+  const int32_t *starts, *tokens, *rows;
   const float *values, *g_values;
-  const float *a, *g;  // (n_tokens, d_model): the encoder's input, ∂loss/∂reconstruction
+  const float *a, *g;  // the encoder's input by token, ∂loss/∂reconstruction by row
   // AuxK: position of each latent among the dead ones or -1, and their own gradients.
   const int32_t* aux_position;
   const float *aux_dec, *aux_enc, *aux_b;
@@ -140,7 +140,7 @@ struct Rows {
     if (count == 0 && aux < 0) return false;
     b = 0;
     if (count > 0) {
-      weighted_sum(dec.data(), x.g, x.tokens + start, x.values + start, count, d);
+      weighted_sum(dec.data(), x.g, x.rows + start, x.values + start, count, d);
       weighted_sum(enc.data(), x.a, x.tokens + start, x.g_values + start, count, d);
       for (int64_t e = start; e < start + count; e++) b += x.g_values[e];
     } else {
@@ -161,55 +161,87 @@ struct Rows {
 
 extern "C" {
 
-// Decode n tokens and go back: squared error and Σx² per token, g = ∂loss/∂reconstruction for the
-// loss factor/2 · Σ_tokens ‖error‖² / ‖x‖², g_values = ∂loss/∂activation. While a token's
-// decoder rows are in the cache they serve both directions. Token t's entries are offsets[t] to
-// offsets[t + 1].
-void saint_reconstruct(int64_t n, int64_t d, const float* x, const float* w_dec,
-                       const float* b_pre, double factor, const float* values,
-                       const int32_t* indices, const int64_t* offsets, float* g, float* g_values, float* squared,
-                       float* normaliser, uint8_t* fired, int64_t threads) {
-#pragma omp parallel num_threads(threads)
-  {
-    FlushDenormals flush;
-#pragma omp for schedule(dynamic, 8)
-    for (int64_t t = 0; t < n; t++) {
-      float* error = g + t * d;
-      const int64_t first = offsets[t], k = offsets[t + 1] - first;
-      const float *token = x + t * d, *v = values + first;
-      const int32_t* index = indices + first;
-      weighted_sum(error, w_dec, index, v, k, d);
-#pragma omp simd
-      for (int64_t i = 0; i < d; i++) error[i] += b_pre[i] - token[i];
-      squared[t] = dot(error, error, d);
-      normaliser[t] = std::max(dot(token, token, d), kMinNormaliser * d);
-      const float scale = (float)(factor / normaliser[t]);
-#pragma omp simd
-      for (int64_t i = 0; i < d; i++) error[i] *= scale;
-      for (int64_t j = 0; j < k; j++) {
-        const bool active = v[j] > 0;
-        g_values[first + j] = active ? dot(error, w_dec + index[j] * d, d) : 0;
-        if (active) __atomic_store_n(fired + index[j], 1, __ATOMIC_RELAXED);
+// Give each token a row for each nested dictionary (ends: their sizes, ascending), of the latents
+// that it adds; of token t, entries offsets[t] to offsets[t + 1] are put in another order.
+void saint_nest(int64_t n_tokens, int64_t n_parts, const int64_t* ends, const float* values,
+                const int32_t* indices, const int64_t* offsets, float* nested_values,
+                int32_t* nested_indices, int64_t* nested_offsets, int64_t threads) {
+  nested_offsets[n_tokens * n_parts] = offsets[n_tokens];
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t t = 0; t < n_tokens; t++) {
+    int64_t to = offsets[t], least = 0;
+    for (int64_t part = 0; part < n_parts; least = ends[part++]) {
+      nested_offsets[t * n_parts + part] = to;
+      for (int64_t e = offsets[t]; e < offsets[t + 1]; e++) {
+        if (indices[e] < least || indices[e] >= ends[part]) continue;
+        nested_values[to] = values[e];
+        nested_indices[to++] = indices[e];
       }
     }
   }
 }
 
-// Sort the active entries by latent, tokens ascending (counting sort); token t's entries are
-// offsets[t] to offsets[t + 1]. starts: (n_latents + 1); the others have room for every entry.
-void saint_group(int64_t n_tokens, int64_t n_latents, const int64_t* offsets,
-                 const int32_t* indices, const float* values, const float* g_values,
-                 int32_t* starts, int32_t* tokens, float* values_by_latent,
-                 float* g_values_by_latent, int64_t /* threads */) {
+// Decode n tokens and go back. Token t has the rows t · parts to (t + 1) · parts, row r the entries
+// offsets[r] to offsets[r + 1]; a part's reconstruction is the sum of the rows up to its own. Squared
+// error per row and Σx² per token, g = ∂loss/∂(a row's sum) for the loss factor/2 · Σ_rows ‖error‖² /
+// ‖x‖², g_values = ∂loss/∂activation, where it is 0 only if at_rest. While a token's decoder rows
+// are in the cache they serve both directions.
+void saint_reconstruct(int64_t n, int64_t d, int64_t parts, int64_t at_rest, const float* x,
+                       const float* w_dec, const float* b_pre, double factor, const float* values,
+                       const int32_t* indices, const int64_t* offsets, float* g, float* g_values,
+                       float* squared, float* normaliser, uint8_t* fired, int64_t threads) {
+#pragma omp parallel num_threads(threads)
+  {
+    FlushDenormals flush;
+#pragma omp for schedule(dynamic, 8)
+    for (int64_t t = 0; t < n; t++) {
+      const float *token = x + t * d, *before = nullptr;
+      normaliser[t] = std::max(dot(token, token, d), kMinNormaliser * d);
+      for (int64_t row = t * parts; row < (t + 1) * parts; row++) {
+        float* error = g + row * d;
+        const int64_t first = offsets[row];
+        weighted_sum(error, w_dec, indices + first, values + first, offsets[row + 1] - first, d);
+        if (before) {
+          add_scaled(error, before, 1, d);
+        } else {
+#pragma omp simd
+          for (int64_t i = 0; i < d; i++) error[i] += b_pre[i] - token[i];
+        }
+        squared[row] = dot(error, error, d);
+        before = error;
+      }
+      const float scale = (float)(factor / normaliser[t]);
+      const float* after = nullptr;
+      for (int64_t row = (t + 1) * parts - 1; row >= t * parts; row--) {
+        float* error = g + row * d;
+#pragma omp simd
+        for (int64_t i = 0; i < d; i++) error[i] *= scale;
+        if (after) add_scaled(error, after, 1, d);
+        for (int64_t e = offsets[row]; e < offsets[row + 1]; e++) {
+          const bool active = values[e] > 0;
+          g_values[e] = active || at_rest ? dot(error, w_dec + indices[e] * d, d) : 0;
+          if (active) __atomic_store_n(fired + indices[e], 1, __ATOMIC_RELAXED);
+        }
+        after = error;
+      }
+    }
+  }
+}
+
+// Sort the active entries by latent, rows ascending (counting sort); row r's entries are offsets[r]
+// to offsets[r + 1]. starts: (n_latents + 1); the others have room for every entry.
+void saint_group(int64_t n_rows, int64_t n_latents, const int64_t* offsets, const int32_t* indices,
+                 const float* values, const float* g_values, int32_t* starts, int32_t* rows,
+                 float* values_by_latent, float* g_values_by_latent, int64_t /* threads */) {
   std::fill(starts, starts + n_latents + 1, 0);
-  for (int64_t e = 0; e < offsets[n_tokens]; e++) starts[indices[e] + 1] += values[e] > 0;
+  for (int64_t e = 0; e < offsets[n_rows]; e++) starts[indices[e] + 1] += values[e] > 0;
   for (int64_t l = 0; l < n_latents; l++) starts[l + 1] += starts[l];
   std::vector<int32_t> next(starts, starts + n_latents);
-  for (int64_t t = 0; t < n_tokens; t++)
-    for (int64_t e = offsets[t]; e < offsets[t + 1]; e++) {
+  for (int64_t r = 0; r < n_rows; r++)
+    for (int64_t e = offsets[r]; e < offsets[r + 1]; e++) {
       if (!(values[e] > 0)) continue;
       const int32_t to = next[indices[e]]++;
-      tokens[to] = (int32_t)t;
+      rows[to] = (int32_t)r;
       values_by_latent[to] = values[e];
       g_values_by_latent[to] = g_values[e];
     }

@@ -12,7 +12,6 @@ from torch import Tensor
 from sae import ActiveLatents, TopKSparseAutoencoder
 from saint.kernels import cpu
 from saint.kernels.pieces import CpuKernels, Pieces
-from saint.kernels.torch_ops import at_least
 from saint.stage.errors import UserError, log
 
 Encode = Callable[[Tensor], ActiveLatents]
@@ -40,15 +39,9 @@ def encode(sae: TopKSparseAutoencoder, pieces: Pieces, x: Tensor) -> ActiveLaten
     if sae.threshold is not None:
         threshold = sae.threshold.detach()
     threshold = threshold.clamp_min(0).expand(config.n_latents)
-    bias = sae.b_enc - threshold
-
-    def top(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        values, indices = pieces.encode(rows, sae.W_enc, bias, k)
-        return values, indices.long()
-
-    k = 2 * max(1, config.k)
-    above = at_least(top, a, a.new_zeros(()), k, config.n_latents)
-    return replace(above, values=above.values + threshold[above.indices])
+    above = pieces.above(a, sae.W_enc, sae.b_enc - threshold)
+    indices = above.indices.long()
+    return replace(above, values=above.values + threshold[indices], indices=indices)
 
 
 def fastest_encode(sae: TopKSparseAutoencoder) -> Encode:

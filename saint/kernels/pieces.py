@@ -25,10 +25,10 @@ class AuxGradient:
 class SparseGradient:
     """A batch's gradient before any sum over tokens: what the weights' gradients are made of.
 
-    active: the activations. g_values: (n_active,) ∂loss/∂activation. a, g: (n_tokens, d_model), the
-    encoder's input x − b_pre, and ∂loss/∂x̂ as the entries' decoder rows see it. g_b_pre:
-    (d_model,) what reaches b_pre through x̂. A token may stand there several times, each with some
-    of its latents.
+    active: the activations, in n_parts rows a token, see `torch_ops.nest`. g_values: (n_active,)
+    ∂loss/∂activation. a: (n_tokens, d_model), the encoder's input x − b_pre. g: (n_tokens ·
+    n_parts, d_model) ∂loss/∂x̂ as the row's decoder directions see it. g_b_pre: (d_model,) what
+    reaches b_pre through x̂. threshold: (n_latents,) thresholds' gradient, where they are learned.
     """
 
     active: ActiveLatents
@@ -36,7 +36,8 @@ class SparseGradient:
     a: Tensor
     g: Tensor
     g_b_pre: Tensor
-    aux: AuxGradient | None
+    aux: AuxGradient | None = None
+    threshold: Tensor | None = None
 
 
 class Pieces(Protocol):
@@ -45,6 +46,16 @@ class Pieces(Protocol):
     @property
     def encode(self) -> Callable[..., tuple[Tensor, Tensor]]:
         """As `sae.encode`."""
+        ...
+
+    @property
+    def above(self) -> Callable[[Tensor, Tensor, Tensor], ActiveLatents]:
+        """As `torch_ops.above`."""
+        ...
+
+    @property
+    def nest(self) -> Callable[..., ActiveLatents]:
+        """As `torch_ops.nest`."""
         ...
 
     @property
@@ -57,6 +68,8 @@ class TorchKernels:
     """The pieces of the step as torch operations, on any device."""
 
     encode = staticmethod(encode)
+    above = staticmethod(torch_ops.above)
+    nest = staticmethod(torch_ops.nest)
     reconstruct = staticmethod(torch_ops.reconstruct)
 
 
@@ -69,4 +82,6 @@ class CpuKernels:
     def __init__(self, *, rounded: bool) -> None:
         cpu.library()
         self.encode = cpu.Encoder(rounded=rounded)
+        self.above = self.encode.above
+        self.nest = cpu.nest
         self.reconstruct = cpu.reconstruct

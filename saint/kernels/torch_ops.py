@@ -7,13 +7,13 @@ one block of rows, nor (n_active, d_model).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sae import ActiveLatents
+from sae import BLOCK_ELEMENTS, ActiveLatents
 
 MIN_NORMALISER = 1e-12
 TopK = Callable[[Tensor, int], tuple[Tensor, Tensor]]
@@ -50,20 +50,13 @@ def concatenate(parts: Sequence[ActiveLatents]) -> ActiveLatents:
     return ActiveLatents(values, indices, offsets, None if others else k)
 
 
-def at_least(top: TopK, a: Tensor, cut: Tensor, k: int, n_latents: int) -> ActiveLatents:
-    """Return all latents whose pre-activation is at least a cut () and above 0.
-
-    a: (n_tokens, d_model). k: how many of each token to look at first.
-    """
-    return complete(top, a, cut, top(a, min(k, n_latents)), n_latents)
-
-
 def complete(
     top: TopK, a: Tensor, cut: Tensor, found: tuple[Tensor, Tensor], n_latents: int
 ) -> ActiveLatents:
-    """As `at_least`, given what `top` found first.
+    """Return all latents whose pre-activation is at least a cut () and above 0.
 
-    Where all that was found of a token is active there may be more: it is looked at again.
+    a: (n_tokens, d_model). found: some of each token's largest, by `top`. Where all of a token's
+    are active there may be more: it is looked at again.
     """
     values, indices = found
     kept = (values >= cut) & (values > 0)
@@ -73,13 +66,46 @@ def complete(
     if not len(rest):
         return keep(values, indices, kept)
     kept[rest] = False
-    again = at_least(top, a[rest], cut, 4 * k, n_latents)
-    both = concatenate([keep(values, indices, kept), again])
-    tokens = torch.cat([torch.arange(len(a), device=a.device), rest])[both.tokens()]
-    order = torch.argsort(tokens, stable=True)
-    counts = torch.bincount(tokens, minlength=len(a))
-    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    return ActiveLatents(both.values[order], both.indices[order], offsets)
+    wider = top(a[rest], min(4 * k, n_latents))
+    return fill(keep(values, indices, kept), rest, complete(top, a[rest], cut, wider, n_latents))
+
+
+def fill(active: ActiveLatents, rest: Tensor, theirs: ActiveLatents) -> ActiveLatents:
+    """Give the tokens `rest` (n,), which have no entries, those of `theirs`, in their order."""
+    both = concatenate([active, theirs])
+    n_tokens = len(active.offsets) - 1
+    tokens = torch.cat([torch.arange(n_tokens, device=rest.device), rest])[both.tokens()]
+    return _in_rows(both, tokens, n_tokens)
+
+
+def above(a: Tensor, w_enc: Tensor, bias: Tensor) -> ActiveLatents:
+    """Return where a · w_encᵀ + bias exceeds 0, and by how much.
+
+    a: (n_tokens, d_model). w_enc: (n_latents, d_model). bias: (n_latents,).
+    """
+    values, indices, counts = [], [], [torch.zeros(1, dtype=torch.int64, device=a.device)]
+    for rows in a.split(max(1, BLOCK_ELEMENTS // len(w_enc))):
+        pre = torch.addmm(bias, rows, w_enc.T)
+        kept = pre > 0
+        counts.append(kept.sum(dim=1))
+        indices.append(kept.nonzero()[:, 1])
+        values.append(pre[kept])
+    return ActiveLatents(torch.cat(values), torch.cat(indices), torch.cat(counts).cumsum(0))
+
+
+def above_by(
+    encode: Callable[..., tuple[Tensor, Tensor]], k: int
+) -> Callable[[Tensor, Tensor, Tensor], ActiveLatents]:
+    """Return `above`, made of an encoder like `sae.encode` that looks at k latents first."""
+
+    def find(a: Tensor, w_enc: Tensor, bias: Tensor) -> ActiveLatents:
+        def top(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+            return encode(rows, w_enc, bias, k)
+
+        found = top(a, min(k, len(w_enc)))
+        return complete(top, a, a.new_zeros(()), found, len(w_enc))
+
+    return find
 
 
 def gather_dot(g: Tensor, active: ActiveLatents, w_dec: Tensor) -> Tensor:
@@ -94,20 +120,58 @@ def gather_dot(g: Tensor, active: ActiveLatents, w_dec: Tensor) -> Tensor:
     return torch.sparse.sampled_addmm(wanted, g, w_dec.T, beta=0.0).values()
 
 
+def nest(active: ActiveLatents, prefixes: Sequence[int]) -> ActiveLatents:
+    """Give each token as many rows as there are nested dictionaries, of the latents each adds.
+
+    prefixes: the dictionaries' sizes, ascending, the last all latents.
+    """
+    n, n_tokens = len(prefixes), len(active.offsets) - 1
+    ends = torch.tensor(prefixes, device=active.indices.device)
+    row = active.tokens() * n + torch.bucketize(active.indices.long(), ends, right=True)
+    return _in_rows(active, row, n_tokens * n)
+
+
+def _in_rows(entries: ActiveLatents, row: Tensor, n_rows: int) -> ActiveLatents:
+    """Sort entries into rows, given each one's; stably."""
+    order = torch.argsort(row, stable=True)
+    counts = torch.bincount(row, minlength=n_rows)
+    return ActiveLatents(
+        entries.values[order], entries.indices[order], F.pad(counts.cumsum(0), (1, 0))
+    )
+
+
 def reconstruct(
-    x: Tensor, active: ActiveLatents, w_dec: Tensor, b_pre: Tensor, factor: float
+    x: Tensor,
+    active: ActiveLatents,
+    w_dec: Tensor,
+    b_pre: Tensor,
+    factor: float,
+    *,
+    parts: int = 1,
+    at_rest: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Decode, and go back to the activations.
 
-    x: (n_tokens, d_model), the wanted outputs. The loss is factor / 2 · Σ_tokens ‖x̂ − x‖² / ‖x‖².
-    Returns ∂loss/∂x̂ (n_tokens, d_model), ∂loss/∂values (n_active,), 0 at rest, ‖x̂ − x‖² and ‖x‖²
-    (n_tokens,), and which latents are active on any token (n_latents,) bool.
+    x: (n_tokens, d_model), the wanted outputs. parts: rows that active has for each token, see
+    `nest`; x̂ of a part is b_pre and the sum of the rows up to its own. The loss is factor / 2 ·
+    Σ_tokens Σ_parts ‖x̂ − x‖² / ‖x‖². at_rest: whether entries of 0 have a derivative too.
+    Returns ∂loss/∂(a row's sum) (n_tokens · parts, d_model), ∂loss/∂values (n_active,), ‖x̂ − x‖²
+    (n_tokens, parts), ‖x‖² (n_tokens,), and which latents are active on any token, (n_latents,)
+    bool.
     """
-    g = decode(active, w_dec).add_(b_pre).sub_(x)
-    squared = g.square().sum(dim=1)
+    error = decode(active, w_dec).view(len(x), parts, x.shape[1])
+    if parts > 1:
+        error = error.cumsum(dim=1)
+    error += (b_pre - x).unsqueeze(1)
+    squared = error.square().sum(dim=2)
     normaliser = x.square().sum(dim=1).clamp_min(MIN_NORMALISER * x.shape[1])
-    g.mul_((factor / normaliser).unsqueeze(1))
-    g_values = gather_dot(g, active, w_dec) * (active.values > 0)
+    g = error.mul_((factor / normaliser)[:, None, None])
+    if parts > 1:
+        g = g.flip(1).cumsum(dim=1).flip(1)
+    g = g.reshape(-1, x.shape[1])
+    g_values = gather_dot(g, active, w_dec)
+    if not at_rest:
+        g_values *= active.values > 0
     return g, g_values, squared, normaliser, fired_latents(active, w_dec.shape[0])
 
 
@@ -130,6 +194,13 @@ class ByLatent:
     tokens: Tensor
     row_starts: Tensor
     n_tokens: int
+
+    def of_tokens(self, n_tokens: int) -> ByLatent:
+        """Return the same where a token has several rows, see `nest`, as if it had one."""
+        parts = self.n_tokens // max(1, n_tokens)
+        if parts <= 1:
+            return self
+        return replace(self, tokens=self.tokens // parts, n_tokens=n_tokens)
 
 
 def group_by_latent(active: ActiveLatents, n_latents: int) -> ByLatent:

@@ -110,9 +110,19 @@ def _reconstruct(
 
 
 def reconstruct(
-    x: Tensor, active: ActiveLatents, w_dec: Tensor, b_pre: Tensor, factor: float
+    x: Tensor,
+    active: ActiveLatents,
+    w_dec: Tensor,
+    b_pre: Tensor,
+    factor: float,
+    *,
+    parts: int = 1,
+    at_rest: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As `torch_ops.reconstruct`, with int32 indices."""
+    """As `torch_ops.reconstruct`, with int32 indices; and by it where there is no kernel."""
+    if parts > 1 or at_rest:
+        how = {"parts": parts, "at_rest": at_rest}
+        return torch_ops.reconstruct(x, active, w_dec, b_pre, factor, **how)
     values, indices = active.matrices()
     (n_tokens, d_model), k = x.shape, values.shape[1]
     g, g_values = torch.empty_like(x), torch.empty_like(values)
@@ -126,7 +136,7 @@ def reconstruct(
     )
     if active.k is None:  # leave out what only fills the rows up
         g_values = g_values[torch.arange(k, device=x.device) < active.offsets.diff().unsqueeze(1)]
-    return g, g_values.reshape(-1), squared, normaliser, fired.view(torch.bool)
+    return g, g_values.reshape(-1), squared.unsqueeze(1), normaliser, fired.view(torch.bool)
 
 
 @dataclass(frozen=True)
@@ -135,9 +145,9 @@ class LatentGradient:
 
     order: (n_latents,) the busiest first, so that none is begun last. starts: (n_latents + 2,)
     where each latent's active entries begin among tokens, values and g_values.
-    a, g: (n_tokens, d_model). aux: each latent's position among the dead ones or -1 (n_latents,),
-    and AuxK's gradients of W_dec, W_enc (n_dead, d_model) and b_enc (n_dead,); placeholders
-    without AuxK.
+    a, g: (n_rows, d_model), a row being a token or a part of one. aux: each latent's position among
+    the dead ones or -1 (n_latents,), and AuxK's gradients of W_dec, W_enc (n_dead, d_model) and
+    b_enc (n_dead,); placeholders without AuxK.
     """
 
     order: Tensor
@@ -158,7 +168,8 @@ class LatentGradient:
 
 def group_by_latent(n_latents: int, whole: SparseGradient, dead: Tensor | None) -> LatentGradient:
     """Sort a batch's active entries by latent, tokens ascending; dead: (n_dead,) AuxK's latents."""
-    active = whole.active
+    active, parts = whole.active, len(whole.g) // max(1, len(whole.a))
+    a = whole.a.repeat_interleave(parts, dim=0) if parts > 1 else whole.a
     indices = torch.where(active.values > 0, active.indices, n_latents)  # those at rest come last
     by_latent = torch_ops.group_by_latent(replace(active, indices=indices), n_latents + 1)
     values, g_values = (v[by_latent.order] for v in (active.values, whole.g_values))
@@ -171,7 +182,7 @@ def group_by_latent(n_latents: int, whole: SparseGradient, dead: Tensor | None) 
         position[dead] = torch.arange(len(dead), device=dead.device)
         aux = (position, whole.aux.dec, whole.aux.enc, whole.aux.b)
     entries = (by_latent.row_starts, by_latent.tokens, values, g_values)
-    return LatentGradient(order, *entries, whole.a, whole.g, aux, has_aux)
+    return LatentGradient(order, *entries, a, whole.g, aux, has_aux)
 
 
 @triton.jit

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -11,7 +13,7 @@ from saint.kernels import cpu, torch_ops
 from saint.kernels.fastest import encode
 from saint.kernels.pieces import AuxGradient, CpuKernels, Pieces, SparseGradient
 from saint.stage.workers import Workers
-from saint.training.losses import AuxK, Losses, sparse_gradient
+from saint.training.losses import AuxK, Jump, Losses, sparse_gradient
 from saint.training.moments import EPS, Moments
 
 
@@ -33,6 +35,10 @@ class FusedStep:
         """See `Step`."""
         return self.pieces.encode(a, self.sae.W_enc, self.sae.b_enc, k)
 
+    def above(self, a: Tensor, bias: Tensor) -> ActiveLatents:
+        """See `Step`."""
+        return self.pieces.above(a, self.sae.W_enc, bias)
+
     def accumulate(
         self,
         x: Tensor,
@@ -40,11 +46,11 @@ class FusedStep:
         aux: AuxK | None,
         weight: float,
         prefixes: tuple[int, ...] = (),
+        jump: Jump | None = None,
     ) -> Losses:
         """See `Step`."""
-        losses, gradient = sparse_gradient(
-            self.sae, x, chosen, aux, self.pieces, prefixes=prefixes, weight=weight
-        )
+        how = {"prefixes": prefixes, "jump": jump, "weight": weight}
+        losses, gradient = sparse_gradient(self.sae, x, chosen, aux, self.pieces, **how)
         self._parts.append(gradient)
         self._dead = aux.dead if aux is not None else None
         return losses
@@ -60,6 +66,8 @@ class FusedStep:
         names = ("g_values", "a", "g")
         g_values, a, g = (_concatenate([getattr(part, name) for part in parts]) for name in names)
         g_b_pre = torch.stack([part.g_b_pre for part in parts]).sum(dim=0)
+        thresholds = [part.threshold for part in parts if part.threshold is not None]
+        threshold = torch.stack(thresholds).sum(dim=0) if thresholds else None
         aux = _add([part.aux for part in parts if part.aux is not None])
         if self.workers.world_size > 1:
             n_ranks = self.workers.world_size
@@ -72,10 +80,12 @@ class FusedStep:
             offsets = torch.cat([active.offsets[:1], torch.cat(counts).cumsum(0)])
             active = ActiveLatents(values, indices, offsets, active.k)
             dist.all_reduce(g_b_pre)
+            if threshold is not None:
+                dist.all_reduce(threshold)
             if aux is not None:
                 for tensor in (aux.dec, aux.enc, aux.b):
                     dist.all_reduce(tensor)
-        return SparseGradient(active, g_values, a, g, g_b_pre, aux)
+        return SparseGradient(active, g_values, a, g, g_b_pre, aux, threshold)
 
     def _weight_and_moments(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
         """Return a weight and Adam's two moments of it."""
@@ -87,6 +97,23 @@ class FusedStep:
         self.moments.n_steps += 1
         correction1, correction2 = (1 - beta**self.moments.n_steps for beta in self.moments.betas)
         return learning_rate / correction1, correction2**-0.5
+
+    def _move_thresholds(
+        self, gradient: Tensor | None, scale: Tensor | float, constants: tuple[float, float]
+    ) -> None:
+        """Take the thresholds' step, where they are learned; none falls below 0."""
+        if gradient is None:
+            return
+        (beta1, beta2), (rate, inverse_root) = self.moments.betas, constants
+        weight, first, second = self._weight_and_moments("threshold")
+        touched = gradient != 0 if self.moments.lazy else torch.ones_like(gradient).bool()
+        gradient = scale * gradient
+        moved = torch.lerp(first, gradient, 1 - beta1)
+        spread = (beta2 * second).addcmul_(gradient, gradient, value=1 - beta2)
+        rate *= self.moments.threshold_rate
+        lower = weight - rate * moved / (spread.sqrt() * inverse_root + EPS)
+        for mine, new in ((first, moved), (second, spread), (weight, lower.clamp_min_(0))):
+            mine.copy_(torch.where(touched, new, mine))
 
 
 class CppStep(FusedStep):
@@ -116,11 +143,14 @@ class CppStep(FusedStep):
         )
         grad_b_pre = whole.g_b_pre
         norm = cpu.gradient_norm(gradient, parameters, grad_b_pre)
+        if whole.threshold is not None:
+            norm = math.hypot(norm, float(torch.linalg.vector_norm(whole.threshold)))
         scale = min(1.0, grad_clip / (norm + 1e-6))
         constants = self._adam_constants(learning_rate)
         betas, lazy = self.moments.betas, int(self.moments.lazy)
         step = cpu.AdamStep(*betas, *constants, EPS, self.moments.n_steps, lazy)
         cpu.update(gradient, parameters, step, scale, grad_b_pre)
+        self._move_thresholds(whole.threshold, scale, constants)
         self.pieces.encode.forget_weights()
         return torch.tensor(norm)
 

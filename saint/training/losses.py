@@ -5,9 +5,7 @@ Source: Gao et al., "Scaling and evaluating sparse autoencoders", arXiv:2406.040
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Literal
 
 import torch
@@ -57,6 +55,19 @@ class AuxK:
         return slice(-self.first % self.every, None, self.every)
 
 
+@dataclass(frozen=True)
+class Jump:
+    """What moves JumpReLU's thresholds (Rajamanoharan et al., arXiv:2407.14435, sec. 3).
+
+    For |z − θ| < bandwidth / 2 a threshold θ's derivative of its latent's activation z · H(z − θ)
+    is taken to be −θ / bandwidth, and that of H(z − θ), whether it is active, −1 / bandwidth; else
+    both are 0. bandwidth: in the units of pre-activations. price: () ∂loss/∂L0.
+    """
+
+    bandwidth: float
+    price: Tensor
+
+
 def normalised_mse(error: Tensor, normaliser: Tensor) -> Tensor:
     """Sum over tokens of mean_d(error²) / normaliser; error (n, d_model), normaliser (n,)."""
     return (error.square().mean(dim=1) / normaliser.clamp_min(MIN_NORMALISER)).sum()
@@ -68,12 +79,14 @@ def losses_dense(
     chosen: ActiveLatents | int,
     aux: AuxK | None,
     prefixes: tuple[int, ...] = (),
+    jump: Jump | None = None,
 ) -> tuple[Losses, Tensor]:
     """Return the losses and the differentiable total, as plain dense autograd: the reference.
 
-    x: (n_tokens, d_model), standardised. The batch's tokens are weighted equally. chosen, prefixes:
-    see `sparse_gradient`.
+    x: (n_tokens, d_model), standardised. The batch's tokens are weighted equally. chosen, prefixes,
+    jump: see `sparse_gradient`.
     """
+    ramps = x.new_zeros(())
     pre = sae.pre_activations(x)
     if isinstance(chosen, int):
         values, indices = pre.topk(chosen, dim=1)
@@ -81,7 +94,13 @@ def losses_dense(
         hidden = torch.zeros_like(pre).scatter(1, indices, values)
     else:
         at = (chosen.tokens(), chosen.indices.long())
-        hidden = torch.zeros_like(pre).index_put(at, pre[at].relu())
+        values = torch.where(chosen.values > 0, pre[at], 0.0)
+        if jump is not None and sae.threshold is not None:
+            levels = sae.threshold[at[1]]
+            ramp = (levels - levels.detach()) / -jump.bandwidth  # 0, but for its derivative
+            ramp = torch.where(chosen.values - levels < jump.bandwidth / 2, ramp, 0.0)
+            values, ramps = values + levels.detach() * ramp, ramp.sum()
+        hidden = torch.zeros_like(pre).index_put(at, values)
     n_tokens, normaliser = max(1, x.shape[0]), x.square().mean(dim=1)
     parts, reconstruction = [], x
     for end in prefixes or (len(sae.W_dec),):
@@ -89,13 +108,15 @@ def losses_dense(
         parts.append(normalised_mse(reconstruction - x, normaliser) / n_tokens)
     loss = torch.stack(parts).mean()
     total, aux_loss = loss, torch.zeros_like(loss)
+    if jump is not None:
+        total = loss + jump.price * ramps / n_tokens
     if aux is not None and len(x[aux.tokens]):
         residual, dead_pre = (x - reconstruction).detach()[aux.tokens], pre[aux.tokens][:, aux.dead]
         dead_values, dead_indices = dead_pre.topk(aux.k, dim=1)
         dead_hidden = torch.zeros_like(dead_pre).scatter(1, dead_indices, dead_values.relu())
         error = dead_hidden @ sae.W_dec[aux.dead] - residual
         aux_loss = normalised_mse(error, residual.var(dim=1, correction=0)) * aux.every / n_tokens
-        total = loss + aux.coefficient * aux_loss
+        total = total + aux.coefficient * aux_loss
     with torch.no_grad():
         active = hidden > 0
         losses = Losses(
@@ -117,78 +138,57 @@ def sparse_gradient(
     pieces: Pieces,
     *,
     prefixes: tuple[int, ...] = (),
+    jump: Jump | None = None,
     weight: float = 1.0,
 ) -> tuple[Losses, SparseGradient]:
     """Compute the losses and gradients of standardised x (n_tokens, d_model).
 
     chosen: the active latents, or how many of each token's largest are. prefixes: sizes of nested
-    dictionaries whose losses are averaged, the last all of it; () is only all of it. weight: factor
-    on the gradients, a micro-batch's share of the batch.
+    dictionaries whose losses are averaged, the last all of it; () is only all of it. jump: where
+    thresholds are learned; chosen then has, beside what is active, entries of 0 for whatever lies
+    less than half the bandwidth below its threshold. weight: factor on the gradients, a
+    micro-batch's share of the batch.
     """
-    n_tokens, x = max(1, x.shape[0]), x.contiguous()
+    n_tokens, n, x = max(1, x.shape[0]), max(1, len(prefixes)), x.contiguous()
     a = x - sae.b_pre
     if isinstance(chosen, int):
         chosen = ActiveLatents.of_matrices(*pieces.encode(a, sae.W_enc, sae.b_enc, chosen))
-    factor = 2.0 * weight / n_tokens
-    if len(prefixes) > 1:
-        found = _reconstruct_nested(sae, x, a, chosen, prefixes, factor)
-        loss, squared, residual_of, gradient = found
-        fired = torch_ops.fired_latents(chosen, sae.config.n_latents)
-    else:
-        g, g_values, squared, normaliser, fired = pieces.reconstruct(
-            x, chosen, sae.W_dec, sae.b_pre, factor
-        )
-        loss = (squared / normaliser).sum()
-        gradient = SparseGradient(chosen, g_values, a, g, g.sum(dim=0), None)
-        residual_of = partial(_residual, g, normaliser, factor)
+    if n > 1:
+        chosen = pieces.nest(chosen, prefixes)
+    factor = 2.0 * weight / n_tokens / n
+    g, g_values, squared, normaliser, fired = pieces.reconstruct(
+        *(x, chosen, sae.W_dec, sae.b_pre, factor), parts=n, at_rest=jump is not None
+    )
+    by_part = g.view(x.shape[0], n, x.shape[1])
+    gradient = SparseGradient(chosen, g_values, a, g, by_part[:, 0].sum(dim=0))
+    if jump is not None and sae.threshold is not None:
+        threshold = _threshold_gradient(sae.threshold, chosen, g_values, jump, weight / n_tokens)
+        g_values = g_values * (chosen.values > 0)
+        gradient = replace(gradient, g_values=g_values, threshold=threshold)
     aux_loss = x.new_zeros(())
     if aux is not None:
         some, share = aux.tokens, weight * aux.every / n_tokens
-        aux_loss, aux_gradient = _aux_gradient(sae, a[some], residual_of(some), aux, share)
+        residual = by_part[some, -1] * (normaliser[some] / -factor).unsqueeze(1)
+        aux_loss, aux_gradient = _aux_gradient(sae, a[some], residual, aux, share)
         gradient = replace(gradient, aux=aux_gradient)
         aux_loss = aux_loss * aux.every / n_tokens
+    loss = (squared.mean(dim=1) / normaliser).sum() / n_tokens
     l0 = (chosen.values > 0).sum() / n_tokens
-    return Losses(loss / n_tokens, aux_loss, squared.sum(), fired, l0), gradient
+    return Losses(loss, aux_loss, squared[:, -1].sum(), fired, l0), gradient
 
 
-def _residual(g: Tensor, normaliser: Tensor, factor: float, some: slice) -> Tensor:
-    """Return x − x̂ of some tokens, from ∂loss/∂x̂."""
-    return g[some] * (normaliser[some] / -factor).unsqueeze(1)
+def _threshold_gradient(
+    threshold: Tensor, chosen: ActiveLatents, g_values: Tensor, jump: Jump, share: float
+) -> Tensor:
+    """Return thresholds' gradient (n_latents,); g_values: also of entries that are 0.
 
-
-def _reconstruct_nested(
-    sae: TopKSparseAutoencoder,
-    x: Tensor,
-    a: Tensor,
-    active: ActiveLatents,
-    prefixes: tuple[int, ...],
-    factor: float,
-) -> tuple[Tensor, Tensor, Callable[[slice], Tensor], SparseGradient]:
-    """Return Σ loss, ‖x̂ − x‖² (n_tokens,) and x − x̂ (by tokens) of all latents, and the gradient.
-
-    Each token stands in the gradient once for each prefix's own latents: those see the sum of the
-    errors' gradients of that prefix and all longer ones.
+    share: a token's of the batch.
     """
-    n_tokens, n = x.shape[0], len(prefixes)
-    ends = torch.tensor(prefixes, device=x.device)
-    row = active.tokens() * n + torch.bucketize(active.indices.long(), ends, right=True)
-    order = torch.argsort(row, stable=True)
-    counts = torch.bincount(row, minlength=n_tokens * n)
-    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    spread = ActiveLatents(active.values[order], active.indices[order], offsets)
-    error = torch_ops.decode(spread, sae.W_dec).view(n_tokens, n, x.shape[1]).cumsum(dim=1)
-    error += (sae.b_pre - x).unsqueeze(1)
-    squared = error.square().sum(dim=2)
-    normaliser = x.square().sum(dim=1).clamp_min(MIN_NORMALISER * x.shape[1])
-    g = error * (factor / n / normaliser)[:, None, None]
-    seen = g.flip(1).cumsum(dim=1).flip(1).contiguous()
-    rows = seen.view(n_tokens * n, x.shape[1])
-    g_values = torch_ops.gather_dot(rows, spread, sae.W_dec) * (spread.values > 0)
-    gradient = SparseGradient(
-        *(spread, g_values, a.repeat_interleave(n, dim=0), rows, seen[:, 0].sum(dim=0), None)
-    )
-    loss = (squared.mean(dim=1) / normaliser).sum()
-    return loss, squared[:, -1], (-error[:, -1]).__getitem__, gradient
+    indices = chosen.indices.long()
+    levels = threshold[indices]
+    near = chosen.values - levels < jump.bandwidth / 2
+    pull = (levels * g_values + jump.price * share) * (near / -jump.bandwidth)
+    return torch.zeros_like(threshold).index_add_(0, indices, pull)
 
 
 def _aux_gradient(
@@ -222,7 +222,8 @@ def add_to_grad(sae: TopKSparseAutoencoder, gradient: SparseGradient, aux: AuxK 
     """Sum a sparse gradient over its tokens into the parameters' dense `.grad`."""
     by_latent = torch_ops.group_by_latent(gradient.active, sae.config.n_latents)
     dec = torch_ops.outer_by_latent(by_latent, gradient.active.values, gradient.g)
-    enc = torch_ops.outer_by_latent(by_latent, gradient.g_values, gradient.a)
+    by_token = by_latent.of_tokens(len(gradient.a))
+    enc = torch_ops.outer_by_latent(by_token, gradient.g_values, gradient.a)
     b_enc = torch_ops.sum_by_latent(by_latent, gradient.g_values)
     if aux is not None and gradient.aux is not None:
         dec.index_add_(0, aux.dead, gradient.aux.dec)
@@ -234,6 +235,8 @@ def add_to_grad(sae: TopKSparseAutoencoder, gradient: SparseGradient, aux: AuxK 
     _accumulate(sae.W_enc, enc)
     _accumulate(sae.b_enc, b_enc)
     _accumulate(sae.b_pre, b_pre)
+    if sae.threshold is not None and gradient.threshold is not None:
+        _accumulate(sae.threshold, gradient.threshold)
 
 
 def _accumulate(parameter: nn.Parameter, gradient: Tensor) -> None:
@@ -251,19 +254,20 @@ def losses_and_gradients(
     *,
     kernel: Literal["sparse", "dense"],
     prefixes: tuple[int, ...] = (),
+    jump: Jump | None = None,
     weight: float = 1.0,
 ) -> Losses:
     """Compute the losses of standardised x (n_tokens, d_model) and add gradients to `.grad`.
 
-    chosen, prefixes, weight: see `sparse_gradient`. "sparse" touches the active latents only and
-    equals "dense" (autograd) up to rounding.
+    chosen, prefixes, jump, weight: see `sparse_gradient`. "sparse" touches the active latents only
+    and equals "dense" (autograd) up to rounding.
     """
     if kernel == "dense":
-        losses, total = losses_dense(sae, x, chosen, aux, prefixes)
+        losses, total = losses_dense(sae, x, chosen, aux, prefixes, jump)
         (weight * total).backward()
         return losses
     losses, gradient = sparse_gradient(
-        sae, x, chosen, aux, TorchKernels(), prefixes=prefixes, weight=weight
+        sae, x, chosen, aux, TorchKernels(), prefixes=prefixes, jump=jump, weight=weight
     )
     add_to_grad(sae, gradient, aux)
     return losses

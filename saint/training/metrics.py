@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from sae import TopKSparseAutoencoder
 from saint.kernels.fastest import Encode
 from saint.store.shuffled_rows import BatchedRows, Split
 from saint.training.losses import Losses
-from saint.training.objectives import largest_of_batch
+from saint.training.objectives import nth_largest
 from saint.training.together import ALONE, Together
 from saint.training.trainer import Trainer, prepare_each
 
@@ -135,24 +135,33 @@ def _raise_maxima(maximum: Tensor, trainer: Trainer, x: Tensor) -> None:
 
 @torch.no_grad()
 def calibrate(trainer: Trainer, rows: BatchedRows) -> None:
-    """Set the threshold so that k latents per token are active on training rows, on average.
+    """Raise or lower all thresholds by one factor, so that k latents per token are active.
 
-    Over the first 262,144 of them, which are a sample. Does nothing where there is no threshold.
+    On average over the first 262,144 training rows, which are a sample. Does nothing where there
+    are no thresholds.
     """
-    sae, workers = trainer.sae, trainer.workers
-    if sae.config.activation != "batchtopk":
-        return
+    levels, workers = trainer.levels(), trainer.workers
     n_rows = min(rows.n_rows("train"), _CALIBRATION_ROWS) // workers.world_size
-    if not n_rows:
+    if levels is None or not levels.any() or not n_rows:
         return
-    first = workers.rank * n_rows
-    starts = range(first, first + n_rows, _BLOCK_ROWS)
-    blocks = (rows.read("train", s, min(s + _BLOCK_ROWS, first + n_rows)) for s in starts)
-    inputs = [trainer.prepare(raw) - sae.b_pre for raw in blocks]
-    n_latents = sae.config.n_latents
-    _, cut = largest_of_batch(trainer.kernels.top, inputs, sae.config.k, n_latents, workers)
+    n_active = trainer.sae.config.k * n_rows * workers.world_size
+    factor, floor = levels.new_zeros(()), 0.8
+    while not factor and floor > 1e-3:  # what lies above the floor is enough, nearly always
+        ratios = list(_ratios(trainer, rows, n_rows, levels, floor))
+        factor, floor = nth_largest(ratios, n_active, workers), floor / 4
     # Active is what is above the threshold.
-    trainer.settle_threshold(torch.nextafter(cut, cut.new_zeros(())))
+    trainer.raise_levels(torch.nextafter(factor, factor.new_zeros(())))
+
+
+def _ratios(
+    trainer: Trainer, rows: BatchedRows, n_rows: int, levels: Tensor, floor: float
+) -> Iterator[Tensor]:
+    """Yield pre-activations over levels (n_latents,), those above a floor, of this rank's rows."""
+    sae, first = trainer.sae, trainer.workers.rank * n_rows
+    for start in range(first, first + n_rows, _BLOCK_ROWS):
+        raw = rows.read("train", start, min(start + _BLOCK_ROWS, first + n_rows))
+        above = trainer.kernels.above(trainer.prepare(raw) - sae.b_pre, sae.b_enc - floor * levels)
+        yield above.values / levels[above.indices.long()] + floor
 
 
 class LossMeter:

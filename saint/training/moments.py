@@ -39,7 +39,8 @@ class Moments:
     kind: one of MOMENT_KINDS. "int8" holds codes of W_enc and W_dec, int8 in `first`, uint8 in
     `second`, and in `scales` their (2, n_latents) scales, the first moment's and the second's; all
     else is float32, and without codes `scales` is empty. lazy: a step leaves latents without a
-    gradient as they are, weights and moments.
+    gradient as they are, weights and moments. threshold_rate: how many times the others' rate
+    JumpReLU's thresholds move at.
     """
 
     def __init__(
@@ -49,7 +50,9 @@ class Moments:
         *,
         beta2: float = 0.999,
         lazy: bool = False,
+        threshold_rate: float = 1.0,
     ):
+        self.threshold_rate = threshold_rate
         self.n_steps, self.betas, self.lazy = 0, (BETA1, beta2), lazy
         self.first: dict[str, Tensor] = {}
         self.second: dict[str, Tensor] = {}

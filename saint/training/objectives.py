@@ -2,46 +2,72 @@
 
 An objective is one small class: `choose` says which latents of a batch are active, `prefixes` of
 which nested dictionaries the reconstructions are summed up in the loss, and `activation` how the
-trained SAE finds its active latents where there is no batch. To add one, write such a class, name
-it in OBJECTIVES, and give its gradients a reference in the tests.
+trained SAE finds its active latents where there is no batch. Its fields are flags of the recipe. To
+add one, write such a class, name it in OBJECTIVES, and give its gradients a reference in the tests.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sae import ActiveLatents
+from sae import ActiveLatents, TopKSparseAutoencoder
 from saint.kernels.torch_ops import TopK, complete
 from saint.stage.workers import Workers
+from saint.training.losses import Jump
 
 _MATRYOSHKA_SHARES = (16, 8, 4, 2, 1)  # prefixes are n_latents divided by these
+
+
+class Finder(Protocol):
+    """What an objective may ask of a training step; `steps.Step` is one."""
+
+    sae: TopKSparseAutoencoder
+
+    def top(self, a: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """As `kernels.torch_ops.TopK`, of the encoder's inputs x − b_pre."""
+        ...
+
+    def above(self, a: Tensor, bias: Tensor) -> ActiveLatents:
+        """Return where a · W_encᵀ + bias exceeds 0, and by how much; bias: (n_latents,)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is active in a batch.
+
+    active: of each micro-batch; an entry may be 0, where only a threshold's gradient needs it.
+    least: () the least activation, which the running threshold follows, or None. jump: JumpReLU's.
+    """
+
+    active: Sequence[ActiveLatents]
+    least: Tensor | None = None
+    jump: Jump | None = None
 
 
 class Objective(Protocol):
     """What the trainer asks of an objective."""
 
-    @property
-    def activation(self) -> str:
-        """Which of `sae.ACTIVATIONS` the trained SAE has."""
-        ...
+    activation: ClassVar[str]
+    """Which of `sae.ACTIVATIONS` the trained SAE has."""
 
     def prefixes(self, n_latents: int) -> tuple[int, ...]:
         """Return sizes of the nested dictionaries that are to reconstruct, ascending."""
         ...
 
     def choose(
-        self, top: TopK, inputs: Sequence[Tensor], k: int, n_latents: int, workers: Workers
-    ) -> tuple[list[ActiveLatents], Tensor] | None:
-        """Return the active latents of each micro-batch, and the least activation among them ().
+        self, step: Finder, inputs: Sequence[Tensor], k: int, workers: Workers
+    ) -> Choice | None:
+        """Return what is active of this rank's micro-batches.
 
-        None: each token's k largest, which the step finds by itself. inputs: this rank's
-        micro-batches (n, d_model), the encoder's inputs x − b_pre. k: mean number per token.
+        None: each token's k largest, which the step finds by itself. inputs: (n, d_model) each, the
+        encoder's inputs x − b_pre. k: mean number per token.
         """
         ...
 
@@ -50,15 +76,13 @@ class Objective(Protocol):
 class TopKObjective:
     """Each token's k largest latents (Gao et al., arXiv:2406.04093)."""
 
-    activation: str = "topk"
+    activation: ClassVar[str] = "topk"
 
     def prefixes(self, n_latents: int) -> tuple[int, ...]:
         """See `Objective`."""
         return (n_latents,)
 
-    def choose(
-        self, top: TopK, inputs: Sequence[Tensor], k: int, n_latents: int, workers: Workers
-    ) -> None:
+    def choose(self, step: Finder, inputs: Sequence[Tensor], k: int, workers: Workers) -> None:
         """See `Objective`."""
 
 
@@ -70,17 +94,16 @@ class BatchTopK:
     batch there is one threshold, calibrated on training rows at the end.
     """
 
-    activation: str = "batchtopk"
+    activation: ClassVar[str] = "batchtopk"
 
     def prefixes(self, n_latents: int) -> tuple[int, ...]:
         """See `Objective`."""
         return (n_latents,)
 
-    def choose(
-        self, top: TopK, inputs: Sequence[Tensor], k: int, n_latents: int, workers: Workers
-    ) -> tuple[list[ActiveLatents], Tensor]:
+    def choose(self, step: Finder, inputs: Sequence[Tensor], k: int, workers: Workers) -> Choice:
         """See `Objective`."""
-        return largest_of_batch(top, inputs, k, n_latents, workers)
+        active, least = largest_of_batch(step.top, inputs, k, step.sae.config.n_latents, workers)
+        return Choice(active, least)
 
 
 @dataclass(frozen=True)
@@ -95,11 +118,59 @@ class Matryoshka(BatchTopK):
         return tuple(sorted({max(1, n_latents // share) for share in _MATRYOSHKA_SHARES}))
 
 
+@dataclass(frozen=True)
+class JumpReLU:
+    """What exceeds a threshold that each latent learns (Rajamanoharan et al., arXiv:2407.14435).
+
+    A threshold θ is moved by pre-activations within ± bandwidth / 2 of it, as if the step there
+    were a ramp: see `Jump`. To the loss comes l0_coefficient · (L0 / k − 1)², with L0 the batch's
+    mean number of active latents (of all ranks and micro-batches). The thresholds begin as one, at
+    which the first batch has k per token; one factor on all is calibrated at the end.
+    """
+
+    bandwidth: float = 0.5
+    l0_coefficient: float = 2.0
+    activation: ClassVar[str] = "jumprelu"
+
+    def prefixes(self, n_latents: int) -> tuple[int, ...]:
+        """See `Objective`."""
+        return (n_latents,)
+
+    @torch.no_grad()
+    def choose(self, step: Finder, inputs: Sequence[Tensor], k: int, workers: Workers) -> Choice:
+        """See `Objective`."""
+        threshold, n_latents = step.sae.threshold, step.sae.config.n_latents
+        assert threshold is not None
+        if not threshold.any():
+            threshold.fill_(largest_of_batch(step.top, inputs, k, n_latents, workers)[1])
+        half = self.bandwidth / 2
+        bias, active = step.sae.b_enc - threshold + half, []
+        n_active = threshold.new_zeros(())
+        for a in inputs:
+            near = step.above(a, bias)
+            over = near.values - half
+            values = (over + threshold[near.indices.long()]) * (over > 0)
+            n_active += (over > 0).sum()
+            active.append(replace(near, values=values))
+        if workers.world_size > 1:
+            dist.all_reduce(n_active)
+        n_tokens = max(1, sum(map(len, inputs)) * workers.world_size)
+        excess = n_active / n_tokens / k - 1
+        return Choice(active, jump=Jump(self.bandwidth, 2 * self.l0_coefficient * excess / k))
+
+
 OBJECTIVES: dict[str, Objective] = {
     "topk": TopKObjective(),
     "batchtopk": BatchTopK(),
     "matryoshka": Matryoshka(),
+    "jumprelu": JumpReLU(),
 }
+
+
+def objective_of(recipe: Any) -> Objective:
+    """Return the objective that a `Recipe` names, with its flags."""
+    objective: Any = OBJECTIVES[recipe.objective]
+    return replace(objective, **{f.name: getattr(recipe, f.name) for f in fields(objective)})
 
 
 @torch.no_grad()
@@ -113,11 +184,11 @@ def largest_of_batch(
     """
     n_active = k * sum(map(len, inputs)) * workers.world_size
     found = [top(a, min(2 * k, n_latents)) for a in inputs]
-    floor = _nth_largest([values for values, _ in found], n_active, workers)
+    floor = nth_largest([values for values, _ in found], n_active, workers)
     parts = [
         complete(top, a, floor, pair, n_latents) for a, pair in zip(inputs, found, strict=True)
     ]
-    cut = _nth_largest([part.values for part in parts], n_active, workers)
+    cut = nth_largest([part.values for part in parts], n_active, workers)
     return [_at_least(part, cut) for part in parts], cut
 
 
@@ -127,7 +198,7 @@ def _at_least(active: ActiveLatents, cut: Tensor) -> ActiveLatents:
     return ActiveLatents(active.values[kept], active.indices[kept], ends[active.offsets])
 
 
-def _nth_largest(parts: Sequence[Tensor], n: int, workers: Workers) -> Tensor:
+def nth_largest(parts: Sequence[Tensor], n: int, workers: Workers) -> Tensor:
     """Return the n-th largest of all ranks' values (), 0 where there are fewer."""
     values = torch.cat([part.reshape(-1) for part in parts])
     if workers.world_size > 1:

@@ -87,11 +87,27 @@ class Recipe:
     k: int = _field("active latents per token", positive_int, 64, group="autoencoder")
     objective: str = _field(
         "which latents are active: each token's k largest, or k per token of the whole batch; "
-        "matryoshka: the latter, of nested dictionaries",
+        "matryoshka: the latter, of nested dictionaries; jumprelu: what exceeds a threshold that "
+        "each latent learns",
         str,
         "batchtopk",
         choices=tuple(OBJECTIVES),
         before="topk",
+    )
+    bandwidth: float = _field(
+        "of jumprelu: width around a threshold in which it learns, in pre-activations",
+        positive_float,
+        0.5,
+        before=0.5,
+    )
+    l0_coefficient: float = _field(
+        "of jumprelu: weight of (L0 / k − 1)² in the loss", positive_float, 2.0, before=2.0
+    )
+    threshold_rate: float = _field(
+        "of jumprelu: rate of the thresholds as a multiple of learning_rate",
+        positive_float,
+        8.0,
+        before=8.0,
     )
     num_epochs: int = _field("passes over the training rows", positive_int, 10)
     batch_size: int = _field(

@@ -13,12 +13,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sae import ActiveLatents, TopKSparseAutoencoder, encode, normalise_decoder
+from saint.kernels import torch_ops
 from saint.kernels.fastest import fastest_cpu_kernels
 from saint.kernels.pieces import CpuKernels
 from saint.stage.errors import UserError, log
 from saint.stage.workers import Workers
 from saint.training.fused_step import CppStep
-from saint.training.losses import AuxK, Losses, losses_and_gradients
+from saint.training.losses import AuxK, Jump, Losses, losses_and_gradients
 from saint.training.moments import EPS, Moments
 
 KERNELS = ("auto", "cpp", "cpp_float32", "triton", "sparse", "dense")
@@ -26,6 +27,8 @@ KERNELS = ("auto", "cpp", "cpp_float32", "triton", "sparse", "dense")
 
 class Step(Protocol):
     """What the training loop needs of a step."""
+
+    sae: TopKSparseAutoencoder
 
     @property
     def name(self) -> str:
@@ -36,6 +39,10 @@ class Step(Protocol):
         """As `kernels.torch_ops.TopK`, of the encoder's inputs x − b_pre."""
         ...
 
+    def above(self, a: Tensor, bias: Tensor) -> ActiveLatents:
+        """Return where a · W_encᵀ + bias exceeds 0, and by how much; bias: (n_latents,)."""
+        ...
+
     def accumulate(
         self,
         x: Tensor,
@@ -43,10 +50,11 @@ class Step(Protocol):
         aux: AuxK | None,
         weight: float,
         prefixes: tuple[int, ...] = (),
+        jump: Jump | None = None,
     ) -> Losses:
         """Take in a micro-batch: standardised x (n_tokens, d_model), its gradient times weight.
 
-        chosen, prefixes: see `losses.sparse_gradient`.
+        chosen, prefixes, jump: see `losses.sparse_gradient`.
         """
         ...
 
@@ -115,6 +123,11 @@ class TorchStep:
         """See `Step`."""
         return encode(a, self.sae.W_enc, self.sae.b_enc, k)
 
+    @torch.no_grad()
+    def above(self, a: Tensor, bias: Tensor) -> ActiveLatents:
+        """See `Step`."""
+        return torch_ops.above(a, self.sae.W_enc, bias)
+
     def accumulate(
         self,
         x: Tensor,
@@ -122,11 +135,11 @@ class TorchStep:
         aux: AuxK | None,
         weight: float,
         prefixes: tuple[int, ...] = (),
+        jump: Jump | None = None,
     ) -> Losses:
         """See `Step`."""
-        losses = losses_and_gradients(
-            self.sae, x, chosen, aux, kernel=self.name, prefixes=prefixes, weight=weight
-        )
+        how = {"prefixes": prefixes, "jump": jump, "weight": weight}
+        losses = losses_and_gradients(self.sae, x, chosen, aux, kernel=self.name, **how)
         if self.moments.lazy:
             touched = losses.fired.clone()
             if aux is not None:
@@ -176,7 +189,11 @@ class TorchStep:
         beta1, beta2 = self.moments.betas
         for name, parameter in self.sae.named_parameters():
             assert parameter.grad is not None
-            for rows, first, second in self.moments.blocks(name, touched):
+            some, rate = touched, learning_rate
+            if name == "threshold":
+                some = None if touched is None else parameter.grad != 0
+                rate *= self.moments.threshold_rate
+            for rows, first, second in self.moments.blocks(name, some):
                 weight = parameter[rows]  # a copy, unless rows are a slice
                 adam(
                     [weight],
@@ -189,13 +206,15 @@ class TorchStep:
                     amsgrad=False,
                     beta1=beta1,
                     beta2=beta2,
-                    lr=learning_rate,
+                    lr=rate,
                     weight_decay=0.0,
                     eps=EPS,
                     maximize=False,
                 )
                 if not isinstance(rows, slice):
                     parameter[rows] = weight
+        if self.sae.threshold is not None:
+            self.sae.threshold.clamp_(min=0)
 
 
 @torch.no_grad()

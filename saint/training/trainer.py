@@ -13,12 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sae import ActiveLatents, TopKSparseAutoencoder, normalise_decoder
+from sae import TopKSparseAutoencoder, normalise_decoder
 from saint.stage.errors import UserError
 from saint.stage.workers import Workers
 from saint.training.losses import AuxK, Losses
 from saint.training.moments import Moments
-from saint.training.objectives import OBJECTIVES
+from saint.training.objectives import Choice, objective_of
 from saint.training.recipe import Recipe
 from saint.training.steps import make_step
 
@@ -41,11 +41,17 @@ class Trainer:
         basis: Tensor | None = None,
     ):
         self.sae, self.recipe, self.n_steps, self.workers = sae, recipe, n_steps, workers
-        self.objective = OBJECTIVES[recipe.objective]
+        self.objective = objective_of(recipe)
         self.basis = basis
         if basis is not None:
             turn(sae, basis)
-        self.moments = Moments(sae, recipe.moments, beta2=recipe.beta2, lazy=recipe.lazy)
+        self.moments = Moments(
+            sae,
+            recipe.moments,
+            beta2=recipe.beta2,
+            lazy=recipe.lazy,
+            threshold_rate=recipe.threshold_rate,
+        )
         self.kernels = make_step(kernels, sae, self.moments, workers)
         self.tokens_since_fired = torch.zeros(
             recipe.n_latents, dtype=torch.int64, device=workers.device
@@ -90,12 +96,15 @@ class Trainer:
         prefixes = self.objective.prefixes(self.recipe.n_latents)
         parts: list[tuple[float, Losses]] = []
         first = self.workers.rank * n_rows
-        for x, chosen in zip(micros, self._choose(micros, k), strict=True):
+        choice = self._choose(micros, k)
+        chosen = choice.active if choice is not None else [k] * len(micros)
+        how = (prefixes, choice.jump if choice is not None else None)
+        for x, active in zip(micros, chosen, strict=True):
             aux = self._aux(dead, first)
             first += len(x)
             share = len(x) / n_rows
             weight = share / self.workers.world_size
-            parts.append((share, self.kernels.accumulate(x, chosen, aux, weight, prefixes)))
+            parts.append((share, self.kernels.accumulate(x, active, aux, weight, *how)))
         losses = self._over_ranks(combine(parts))
         learning_rate = self.recipe.learning_rate_at(self.step, self.n_steps)
         norm = self.kernels.apply(learning_rate, self.recipe.grad_clip)
@@ -105,22 +114,36 @@ class Trainer:
         return losses, norm
 
     @torch.no_grad()
-    def _choose(self, micros: Sequence[Tensor], k: int) -> Sequence[ActiveLatents | int]:
-        """Return each micro-batch's active latents, and let the threshold follow the batches'."""
+    def _choose(self, micros: Sequence[Tensor], k: int) -> Choice | None:
+        """Return what the objective does, and let the threshold follow the batches'."""
         inputs = [x - self.sae.b_pre for x in micros]
-        n_latents = self.recipe.n_latents
-        found = self.objective.choose(self.kernels.top, inputs, k, n_latents, self.workers)
-        if found is None:
-            return [k] * len(micros)
-        followed = torch.lerp(self.threshold, found[1], _FOLLOWS)
-        self.threshold = torch.where(self.threshold > 0, followed, found[1])
-        return found[0]
+        choice = self.objective.choose(self.kernels, inputs, k, self.workers)
+        if choice is not None and choice.least is not None:
+            followed = torch.lerp(self.threshold, choice.least, _FOLLOWS)
+            self.threshold = torch.where(self.threshold > 0, followed, choice.least)
+        return choice
 
-    def settle_threshold(self, threshold: Tensor | None = None) -> None:
-        """Let the SAE encode with a threshold (), by default the running one; topk has none."""
+    def settle_threshold(self) -> None:
+        """Let a batchtopk SAE encode with the running threshold."""
         if self.objective.activation == "batchtopk":
-            self.threshold = self.threshold if threshold is None else threshold
             self.sae.config = replace(self.sae.config, threshold=float(self.threshold))
+
+    @torch.no_grad()
+    def levels(self) -> Tensor | None:
+        """Return what latents must exceed to be active, (n_latents,); topk has no such thing."""
+        if self.sae.threshold is not None:
+            return self.sae.threshold.detach()
+        if self.objective.activation == "batchtopk":
+            return self.threshold.expand(self.recipe.n_latents)
+        return None
+
+    @torch.no_grad()
+    def raise_levels(self, factor: Tensor) -> None:
+        """Multiply them all by a factor ()."""
+        self.threshold = self.threshold * factor
+        if self.sae.threshold is not None:
+            self.sae.threshold.mul_(factor)
+        self.settle_threshold()
 
     def _aux(self, dead: Tensor, first: int) -> AuxK | None:
         """Return AuxK for tokens from number `first` of the batch on; other ones at each step."""

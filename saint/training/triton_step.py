@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sae import TopKSparseAutoencoder
-from saint.kernels import triton_ops
+from saint.kernels import torch_ops, triton_ops
 from saint.kernels.triton_encoder import Encoder
 from saint.stage.errors import UserError
 from saint.stage.workers import Workers
@@ -14,6 +14,7 @@ from saint.training.fused_step import FusedStep
 from saint.training.moments import EPS, Moments
 
 _LEAST_CAPABILITY = (8, 0)  # Ampere: products of bfloat16
+_LOOKED_AT = 128  # a token's latents that are looked at first where their number is not known
 
 
 class TritonKernels:
@@ -31,6 +32,8 @@ class TritonKernels:
                     f"{name} has {capability[0]}.{capability[1]}"
                 )
         self.encode = Encoder()
+        self.above = torch_ops.above_by(self.encode, _LOOKED_AT)
+        self.nest = torch_ops.nest
         self.reconstruct = triton_ops.reconstruct
 
 
@@ -51,15 +54,20 @@ class TritonStep(FusedStep):
         grad_b, squares = triton_ops.gradient_squares(gradient, sae.W_dec.detach())
         # b_pre also enters every pre-activation, through W_enc · (x − b_pre).
         grad_b_pre = whole.g_b_pre - sae.W_enc.T @ grad_b
-        norm = (squares.double().sum() + grad_b_pre.double().square().sum()).sqrt()
+        norm = squares.double().sum() + grad_b_pre.double().square().sum()
+        if whole.threshold is not None:
+            norm += whole.threshold.double().square().sum()
+        norm = norm.sqrt()
         scale = (grad_clip / (norm + 1e-6)).clamp(max=1.0).float()
         betas, lazy = self.moments.betas, self.moments.lazy
-        step = triton_ops.AdamStep(*betas, EPS, *self._adam_constants(learning_rate), lazy)
+        constants = self._adam_constants(learning_rate)
+        step = triton_ops.AdamStep(*betas, EPS, *constants, lazy)
         weights = self.pieces.encode.rounded_weights(sae.W_enc)
         parameters = [self._weight_and_moments(name) for name in ("W_enc", "b_enc", "W_dec")]
         rounded = (weights.rows, weights.norms)
         triton_ops.update(gradient, parameters, rounded, grad_b, scale, step)
         step.move(*self._weight_and_moments("b_pre"), scale * grad_b_pre)
+        self._move_thresholds(whole.threshold, scale, constants)
         return norm.float()
 
     def diagnostics(self) -> dict[str, float]:

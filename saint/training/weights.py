@@ -131,7 +131,12 @@ def _copy_weights(sae: TopKSparseAutoencoder, path: Path) -> None:
         mine, theirs = getattr(sae.config, name), getattr(other.config, name)
         if mine != theirs:
             raise UserError(f"--model_load_path {path} has {name} {theirs}, this run has {mine}")
-    sae.load_state_dict(other.state_dict())
+    state = other.state_dict()
+    if sae.threshold is None:
+        state.pop("threshold", None)
+    else:  # another rule's SAE has none: they begin with the first batch
+        state.setdefault("threshold", sae.threshold)
+    sae.load_state_dict(state)
     normalise_decoder(sae)
 
 

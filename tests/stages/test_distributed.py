@@ -17,6 +17,7 @@ from torch import Tensor
 
 from saint.stage.workers import Workers
 from saint.store.activation_store import open_store
+from saint.training.objectives import OBJECTIVES
 from tests.support.pipeline import capture_args, evaluate_args, train_args, tree_bytes
 from tests.support.program import REPO, Finished, call, call_ranks, fork
 from tests.support.training_ranks import rank_main, walk
@@ -87,23 +88,39 @@ def test_two_ranks_of_which_one_is_killed_end_with_the_same_bits(
         assert (save.parent / name).read_bytes() == (whole.parent / name).read_bytes()
 
 
-def test_four_ranks_take_one_ranks_steps_with_all_kernels(tmp_path: Path):
-    processes = [fork(rank_main, i, 4, tmp_path) for i in range(4)]
+def check_ranks(n_ranks: int, directory: Path, walks: list[dict]) -> None:
+    """Every walk of each of n ranks against one that a single process takes."""
+    processes = [fork(rank_main, i, n_ranks, directory, walks) for i in range(n_ranks)]
     for process in processes:
         process.join(120)
         assert process.exitcode == 0
-    ranks = [torch.load(tmp_path / f"{i}.pt", weights_only=True) for i in range(4)]
-    for kernels in ("cpp", "sparse"):
-        alone = walk(kernels, Workers(0, 1, torch.device("cpu")))
+    ranks = [torch.load(directory / f"{i}.pt", weights_only=True) for i in range(n_ranks)]
+    for i, how in enumerate(walks):
+        alone = walk(**how, workers=Workers(0, 1, torch.device("cpu")))
         assert alone["n_dead"] > 5
         for rank in ranks:
-            assert rank[kernels]["losses"] == pytest.approx(alone["losses"], rel=1e-3)
+            assert rank[i]["losses"] == pytest.approx(alone["losses"], rel=1e-3)
+            assert rank[i]["l0"] == pytest.approx(alone["l0"], rel=1e-2)
             for name, wanted in alone["first"].items():
-                difference = (rank[kernels]["first"][name] - wanted).norm() / wanted.norm()
-                assert difference < 1e-6, (kernels, name)
-            for name, weights in rank[kernels]["weights"].items():
-                assert torch.equal(weights, ranks[0][kernels]["weights"][name])
+                difference = (rank[i]["first"][name] - wanted).norm() / wanted.norm()
+                assert difference < 1e-6, (how, name)
+            for name, weights in rank[i]["weights"].items():
+                assert torch.equal(weights, ranks[0][i]["weights"][name])
                 torch.testing.assert_close(weights, alone["weights"][name], rtol=0, atol=1e-4)
+
+
+def test_four_ranks_take_one_ranks_steps_with_all_kernels(tmp_path: Path):
+    check_ranks(4, tmp_path, [{"kernels": kernels} for kernels in ("cpp", "sparse")])
+
+
+def test_two_ranks_take_one_ranks_steps_with_every_objective(tmp_path: Path):
+    names = [name for name in OBJECTIVES if name != "topk"]
+    how = {"lazy": True, "beta2": 0.99}
+    check_ranks(
+        2,
+        tmp_path,
+        [how | {"kernels": k, "objective": name} for k in ("cpp", "sparse") for name in names],
+    )
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,8 @@
-"""What one rank of `test_distributed` does: twenty steps on its share of the same batches."""
+"""What a rank of the tests does: twenty steps on its share of the same batches."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ import torch.distributed as dist
 
 from sae import standardise
 from saint.stage.workers import Workers
+from saint.training.objectives import OBJECTIVES
 from saint.training.recipe import Recipe
 from saint.training.trainer import Trainer
 from tests.support.training_checks import make_sae
@@ -21,30 +23,37 @@ RECIPE = Recipe(
 )  # fmt: skip
 
 
-def walk(kernels: str, workers: Workers) -> dict:
-    """Take 20 steps on this rank's share; return losses, the first step's gradient, and weights."""
-    sae = make_sae()
+def walk(kernels: str, workers: Workers, **changes) -> dict:
+    """Take 20 steps on this rank's share; return losses, the first step's gradient, and weights.
+
+    changes: to the recipe.
+    """
+    recipe = replace(RECIPE, **changes)
+    sae = make_sae(activation=OBJECTIVES[recipe.objective].activation)
     with torch.no_grad():
         sae.b_enc[:20] -= 3  # some latents are dead soon
-    trainer = Trainer(sae, RECIPE, N_STEPS, workers, kernels)
+    trainer = Trainer(sae, recipe, N_STEPS, workers, kernels)
     generator = torch.Generator().manual_seed(9)
-    losses, first, n_dead = [], {}, 0
+    losses, l0s, first, n_dead = [], [], {}, 0
     for step in range(N_STEPS):
         batch = standardise(torch.randn(BATCH, 24, generator=generator))[0]
         n_dead = max(n_dead, len(trainer.dead()))
         share = batch.chunk(workers.world_size)[workers.rank]
-        losses.append(float(trainer.train_step(share, 11)[0].loss))
+        found = trainer.train_step(share, 11)[0]
+        losses.append(float(found.loss))
+        l0s.append(float(found.l0))
         if step == 0:
             first = {name: moment.clone() for name, moment in trainer.moments.first.items()}
     weights = {name: p.detach().clone() for name, p in sae.named_parameters()}
-    return {"losses": losses, "first": first, "weights": weights, "n_dead": n_dead}
+    weights["running_threshold"] = trainer.threshold
+    return {"losses": losses, "l0": l0s, "first": first, "weights": weights, "n_dead": n_dead}
 
 
-def rank_main(rank: int, world_size: int, directory: Path) -> None:
+def rank_main(rank: int, world_size: int, directory: Path, changes: list[dict]) -> None:
     torch.set_num_threads(1)
     store = f"file://{directory}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
     workers = Workers(rank, world_size, torch.device("cpu"))
-    results = {kernels: walk(kernels, workers) for kernels in ("cpp", "sparse")}
+    results = [walk(**how, workers=workers) for how in changes]
     torch.save(results, directory / f"{rank}.pt")
     dist.destroy_process_group()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from sae import ActiveLatents, TopKSparseAutoencoder, standardise
@@ -16,7 +16,7 @@ from saint.kernels.fastest import fastest_encode
 from saint.training import metrics
 from saint.training.losses import AuxK
 from saint.training.moments import Moments
-from saint.training.objectives import OBJECTIVES, largest_of_batch
+from saint.training.objectives import OBJECTIVES, Choice, JumpReLU, largest_of_batch
 from saint.training.steps import make_step
 from saint.training.trainer import Trainer, turn
 from tests.support.training_checks import ALONE, WEIGHTS, make_sae, relative
@@ -24,6 +24,7 @@ from tests.support.training_ranks import RECIPE
 
 KERNELS = (*(("cpp", "cpp_float32") if is_available() else ()), "sparse", "dense")
 FAST = KERNELS[0]
+CHOOSING = [name for name in OBJECTIVES if name != "topk"]
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +38,7 @@ def top_of(sae: TopKSparseAutoencoder):
 
 def chosen_mask(active: ActiveLatents, n_latents: int) -> torch.Tensor:
     mask = torch.zeros(len(active.offsets) - 1, n_latents, dtype=torch.bool)
-    mask[active.tokens(), active.indices.long()] = True
+    mask[active.tokens(), active.indices.long()] = active.values > 0
     return mask
 
 
@@ -64,12 +65,16 @@ def test_the_batchs_largest_are_chosen_whatever_a_single_token_has(n, n_latents,
     assert float(cut) == float(least)
 
 
-def reference(sae, x, mask, prefixes, aux) -> tuple[float, dict[str, torch.Tensor]]:
-    """The objective in float64, by autograd: the loss, and gradients with W_dec's projected."""
+def reference(sae, x, mask, prefixes, aux, jump=None) -> tuple[float, dict[str, torch.Tensor]]:
+    """The objective in float64, by autograd: the loss, and gradients with W_dec's projected.
+
+    jump: bandwidth and ∂loss/∂L0; thresholds' gradient is written out as the paper has it.
+    """
     p = {n: v.detach().double().requires_grad_() for n, v in sae.named_parameters()}
     x = x.double()
     pre = (x - p["b_pre"]) @ p["W_enc"].T + p["b_enc"]
     hidden = torch.where(mask & (pre > 0), pre, 0.0)
+    hidden.retain_grad()
     loss, error = torch.zeros((), dtype=torch.float64), x
     for end in prefixes:
         error = x - hidden[:, :end] @ p["W_dec"][:end] - p["b_pre"]
@@ -87,28 +92,53 @@ def reference(sae, x, mask, prefixes, aux) -> tuple[float, dict[str, torch.Tenso
     total.backward()
     gradients = {n: v.grad if v.grad is not None else torch.zeros_like(v) for n, v in p.items()}
     with torch.no_grad():
+        if jump is not None:
+            bandwidth, price = jump
+            window = ((pre - p["threshold"]) / bandwidth).abs() < 0.5
+            pull = p["threshold"] * hidden.grad + price / max(1, len(x))
+            gradients["threshold"] = -(window * pull).sum(0) / bandwidth
         along = (gradients["W_dec"] * p["W_dec"]).sum(1, keepdim=True)
         gradients["W_dec"] -= along * p["W_dec"]
     return float(loss.detach()), gradients
 
 
-def gradients_of(sae, x, objective, k, kernels, aux, parts=1):
-    """Choose, take a step of no size, and return the loss, what was chosen, and the gradients."""
+@dataclass
+class Outcome:
+    """What a step of no size found, and what the objective chose."""
+
+    loss: float
+    mask: torch.Tensor
+    gradients: dict[str, torch.Tensor]
+    choice: Choice
+
+
+def gradients_of(sae, x, objective, k, kernels, aux, parts=1) -> Outcome:
     moments = Moments(sae)
     step = make_step(kernels, sae, moments, ALONE)
     micros = x.split(-(-len(x) // parts)) if len(x) else (x,)
     n_latents = sae.config.n_latents
     inputs = [part - sae.b_pre.detach() for part in micros]
-    actives, _ = objective.choose(step.top, inputs, k, n_latents, ALONE)
+    choice = objective.choose(step, inputs, k, ALONE)
     prefixes, loss, first = objective.prefixes(n_latents), 0.0, 0
-    for part, active in zip(micros, actives, strict=True):
+    for part, active in zip(micros, choice.active, strict=True):
         share = len(part) / max(1, len(x))
         here = None if aux is None else replace(aux, first=first)
-        loss += share * float(step.accumulate(part, active, here, share, prefixes).loss)
+        how = (prefixes, choice.jump)
+        loss += share * float(step.accumulate(part, active, here, share, *how).loss)
         first += len(part)
     step.apply(0.0, float("inf"))
-    mask = chosen_mask(torch_ops.concatenate(actives), n_latents)
-    return loss, mask, {name: m / (1 - 0.9) for name, m in moments.first.items()}
+    mask = chosen_mask(torch_ops.concatenate(choice.active), n_latents)
+    gradients = {name: m / (1 - 0.9) for name, m in moments.first.items()}
+    return Outcome(loss, mask, gradients, choice)
+
+
+def assert_close(mine: dict, wanted: dict) -> None:
+    norm = torch.stack([g.norm() for g in wanted.values()]).norm()
+    assert mine.keys() == wanted.keys()
+    for weight, gradient in wanted.items():
+        assert relative(mine[weight], gradient) < 1e-4 or (
+            (mine[weight] - gradient).norm() < 1e-5 * norm
+        ), weight
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
@@ -128,29 +158,99 @@ def test_gradients_equal_float64_autograd(kernels, name, n, d, n_latents, data):
     if n_dead:
         aux = AuxK(torch.randperm(n_latents)[:n_dead], data.draw(st.integers(1, n_dead)), 0.5)
     objective = OBJECTIVES[name]
-    loss, mask, mine = gradients_of(sae, x, objective, k, kernels, aux, parts)
-    assert int(mask.sum()) >= min(k * n, int((sae.pre_activations(x) > 1e-5).sum()))
-    wanted_loss, wanted = reference(sae, x, mask, objective.prefixes(n_latents), aux)
-    assert loss == pytest.approx(wanted_loss, rel=1e-4)
-    norm = torch.stack([g.norm() for g in wanted.values()]).norm()
-    for weight in WEIGHTS:
-        assert relative(mine[weight], wanted[weight]) < 1e-4 or (
-            (mine[weight] - wanted[weight]).norm() < 1e-5 * norm
-        ), weight
+    found = gradients_of(sae, x, objective, k, kernels, aux, parts)
+    assert int(found.mask.sum()) >= min(k * n, int((sae.pre_activations(x) > 1e-5).sum()))
+    loss, wanted = reference(sae, x, found.mask, objective.prefixes(n_latents), aux)
+    assert found.loss == pytest.approx(loss, rel=1e-4)
+    assert_close(found.gradients, wanted)
+
+
+def jump_sae(d: int, n_latents: int, seed: int = 0) -> TopKSparseAutoencoder:
+    sae = make_sae(d, n_latents, 3, seed=seed, activation="jumprelu")
+    assert sae.threshold is not None
+    with torch.no_grad():
+        sae.threshold.copy_(2 * torch.rand(n_latents) ** 2)  # some windows reach below 0
+    return sae
+
+
+def jump_of(sae, x, k, objective: JumpReLU) -> tuple[torch.Tensor, tuple[float, float]]:
+    """What is active in float64, and `reference`'s jump."""
+    pre = (x.double() - sae.b_pre) @ sae.W_enc.double().T + sae.b_enc
+    active = (pre > sae.threshold).detach()
+    l0 = float(active.sum()) / max(1, len(x))
+    return active, (objective.bandwidth, objective.l0_coefficient * 2 * (l0 / k - 1) / k)
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
-@pytest.mark.parametrize("name", ["batchtopk", "matryoshka"])
+@settings(
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(n=st.integers(1, 50), d=st.integers(2, 30), n_latents=st.integers(1, 120), data=st.data())
+def test_jumprelus_gradients_equal_float64_autograd(kernels, n, d, n_latents, data):
+    k, n_dead = data.draw(st.integers(1, n_latents)), data.draw(st.integers(0, n_latents))
+    parts, objective = data.draw(st.integers(1, 3)), JumpReLU(0.7, 3.0)
+    sae, x = jump_sae(d, n_latents, seed=n), standardise(torch.randn(n, d))[0]
+    if data.draw(st.booleans()):
+        x = x[torch.randint((n + 1) // 2, (n,))]
+    over = ((x - sae.b_pre) @ sae.W_enc.T + sae.b_enc - sae.threshold).detach()
+    edges = torch.stack([over, over - 0.35, over + 0.35])
+    assume(float(edges.abs().min()) > 1e-5)  # rounding decides on which side these lie
+    aux = None
+    if n_dead:
+        aux = AuxK(torch.randperm(n_latents)[:n_dead], data.draw(st.integers(1, n_dead)), 0.5)
+    found = gradients_of(sae, x, objective, k, kernels, aux, parts)
+    active, jump = jump_of(sae, x, k, objective)
+    assert torch.equal(found.mask, active)
+    loss, wanted = reference(sae, x, active, (n_latents,), aux, jump)
+    assert found.loss == pytest.approx(loss, rel=1e-4)
+    assert_close(found.gradients, wanted)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_what_equals_its_threshold_is_at_rest_and_moves_it(kernels):
+    """In whole numbers, where no rounding decides."""
+    torch.manual_seed(0)
+    sae, x = jump_sae(24, 64), torch.randint(-8, 9, (50, 24)).float()
+    assert sae.threshold is not None
+    with torch.no_grad():
+        sae.b_pre.zero_()
+        sae.W_enc.copy_(torch.randint(-1000, 1001, (64, 24)) / 1024)
+        sae.b_enc.copy_(torch.randint(-1000, 1001, (64,)) / 1024)
+        pre = x @ sae.W_enc.T + sae.b_enc
+        sae.threshold.copy_(pre[torch.randint(50, (64,)), torch.arange(64)].clamp_min(0.25))
+    ties = pre == sae.threshold
+    assert ties.sum() > 20
+    objective = JumpReLU(0.5, 3.0)
+    found = gradients_of(sae, x, objective, 5, kernels, None)
+    active, jump = jump_of(sae, x, 5, objective)
+    assert torch.equal(found.mask, active) and not (active & ties).any()
+    assert_close(found.gradients, reference(sae, x, active, (64,), None, jump)[1])
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_thresholds_begin_where_the_first_batch_has_k_per_token(kernels):
+    sae, x = make_sae(24, 200, activation="jumprelu"), standardise(torch.randn(60, 24))[0]
+    assert sae.threshold is not None and not sae.threshold.any()
+    found = gradients_of(sae, x, JumpReLU(), 5, kernels, None)
+    assert len(sae.threshold.unique()) == 1 and abs(int(found.mask.sum()) - 300) <= 1
+    before = sae.threshold.clone()
+    gradients_of(sae, 2 * x, JumpReLU(), 5, kernels, None)
+    assert torch.equal(sae.threshold, before)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("name", CHOOSING)
 def test_an_empty_batch_and_latents_that_never_fire(kernels, name):
     for x, bias in ((torch.empty(0, 24), 0.0), (standardise(torch.randn(9, 24))[0], -100.0)):
-        sae = make_sae()
+        sae = make_sae(activation=OBJECTIVES[name].activation)
         with torch.no_grad():
             sae.b_enc.add_(bias)
         aux = AuxK(torch.arange(64), 8, 0.5)
-        loss, mask, mine = gradients_of(sae, x, OBJECTIVES[name], 5, kernels, aux)
-        assert not mask.any() and all(torch.isfinite(g).all() for g in mine.values())
+        found = gradients_of(sae, x, OBJECTIVES[name], 5, kernels, aux)
+        assert not found.mask.any()
+        assert all(torch.isfinite(g).all() for g in found.gradients.values())
         if not len(x):
-            assert loss == 0 and all(not g.any() for g in mine.values())
+            assert found.loss == 0 and all(not g.any() for g in found.gradients.values())
 
 
 def recipe_of(**changes):
@@ -201,7 +301,7 @@ def test_lazy_steps_leave_latents_without_a_gradient_alone(kernels, moments):
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
-@pytest.mark.parametrize("name", ["batchtopk", "matryoshka"])
+@pytest.mark.parametrize("name", CHOOSING)
 def test_a_checkpoint_continues_with_the_same_bits(kernels, name, tmp_path):
     x = batches(8)
     basis = torch.linalg.qr(torch.randn(24, 24, generator=torch.Generator().manual_seed(1)))[0]
@@ -217,13 +317,47 @@ def test_a_checkpoint_continues_with_the_same_bits(kernels, name, tmp_path):
         after.train_step(batch, 64)
     for mine, theirs in zip(after.sae.parameters(), whole.sae.parameters(), strict=True):
         assert torch.equal(mine, theirs)
-    assert torch.equal(after.threshold, whole.threshold) and float(whole.threshold) > 0
+    assert torch.equal(after.threshold, whole.threshold)
+    levels = whole.levels()
+    assert levels is not None and float(levels.min()) > 0
+    assert len(levels.unique()) == 1 or name == "jumprelu"
 
 
-def test_all_kernels_walk_the_same_way_lazily():
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_a_threshold_moves_by_what_lies_near_it_and_not_below_0(kernels):
+    trainer = trainer_of(kernels, objective="jumprelu", lazy=True)
+    x, threshold = batches(1)[0], trainer.sae.threshold
+    assert threshold is not None
+    with torch.no_grad():
+        threshold.copy_(torch.where(torch.arange(200) % 40 == 39, 1e-3, 2 + 2 * torch.rand(200)))
+    pre = trainer.sae.pre_activations(x).detach()
+    near = ((pre - threshold).abs() < trainer.recipe.bandwidth / 2).any(0)
+    before = threshold.detach().clone()
+    trainer.train_step(x, 30)
+    assert 20 < int(near.sum()) < 199
+    assert torch.equal(threshold[~near], before[~near])
+    after = threshold.detach()
+    moved = (after - before)[near].abs()
+    rate = trainer.recipe.threshold_rate * trainer.recipe.learning_rate_at(0, 20)
+    assert float(moved.max()) == pytest.approx(rate, rel=1e-3), "Adam's first step"
+    assert float(after.min()) == 0 and int((after == 0).sum()) > 1
+
+
+def test_jumprelu_holds_the_l0_that_was_asked_for():
+    trainer = trainer_of(FAST, objective="jumprelu", lazy=True, learning_rate=4e-3)
+    trainer.n_steps = 300
+    l0s = []
+    for batch in batches(40) * 4:
+        l0s.append(float(trainer.train_step(batch, 64)[0].l0))
+    assert l0s[0] == pytest.approx(5, rel=0.01)
+    assert sum(l0s[-80:]) / 80 == pytest.approx(5, rel=0.06)
+
+
+@pytest.mark.parametrize("name", CHOOSING)
+def test_all_kernels_walk_the_same_way_lazily(name):
     ends = {}
     for kernels in KERNELS:
-        trainer = trainer_of(kernels, objective="batchtopk", lazy=True, beta2=0.99)
+        trainer = trainer_of(kernels, objective=name, lazy=True, beta2=0.99)
         for batch in batches(8):
             trainer.train_step(batch, 30)
         ends[kernels] = trainer
@@ -260,7 +394,7 @@ class Rows:
         return self.x[start:stop]
 
 
-@pytest.mark.parametrize("name", ["batchtopk", "matryoshka"])
+@pytest.mark.parametrize("name", CHOOSING)
 def test_the_calibrated_threshold_gives_the_asked_number_of_latents(name, monkeypatch):
     monkeypatch.setattr(metrics, "_BLOCK_ROWS", 100)
     trainer = trainer_of(FAST, objective=name)
