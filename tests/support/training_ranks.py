@@ -19,7 +19,8 @@ N_STEPS, BATCH = 20, 64
 RECIPE = Recipe(
     n_latents=64, k=5, num_epochs=1, batch_size=BATCH, learning_rate=1e-3, warmup_fraction=0.1,
     decay_fraction=0.5, lr_floor=0.0, k_start=8, k_anneal_steps=4, grad_clip=0.5, k_aux=4,
-    aux_coefficient=1 / 32, dead_tokens=128, seed=0,
+    aux_coefficient=1 / 32, dead_tokens=128, seed=0, objective="topk", lazy=False, basis="none",
+    beta2=0.999,
 )  # fmt: skip
 
 

@@ -192,6 +192,7 @@ def test_jumprelus_gradients_equal_float64_autograd(kernels, n, d, n_latents, da
     sae, x = jump_sae(d, n_latents, seed=n), standardise(torch.randn(n, d))[0]
     if data.draw(st.booleans()):
         x = x[torch.randint((n + 1) // 2, (n,))]
+    assert sae.threshold is not None
     over = ((x - sae.b_pre) @ sae.W_enc.T + sae.b_enc - sae.threshold).detach()
     edges = torch.stack([over, over - 0.35, over + 0.35])
     assume(float(edges.abs().min()) > 1e-5)  # rounding decides on which side these lie
