@@ -22,6 +22,7 @@ from saint.stage.workers import Workers
 from saint.training.losses import Jump
 
 _MATRYOSHKA_SHARES = (16, 8, 4, 2, 1)  # prefixes are n_latents divided by these
+_ROUNDING = 1e-5  # what a product of other rows at once may change of an activation, and more
 
 
 class Finder(Protocol):
@@ -184,7 +185,7 @@ def largest_of_batch(
     """
     n_active = k * sum(map(len, inputs)) * workers.world_size
     found = [top(a, min(2 * k, n_latents)) for a in inputs]
-    floor = nth_largest([values for values, _ in found], n_active, workers)
+    floor = nth_largest([values for values, _ in found], n_active, workers) * (1 - _ROUNDING)
     parts = [
         complete(top, a, floor, pair, n_latents) for a, pair in zip(inputs, found, strict=True)
     ]
