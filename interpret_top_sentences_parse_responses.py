@@ -18,7 +18,7 @@ from saint.evidence.labels import TOP_TOKENS, top_token_labels
 from saint.interpretation.ledger import Ledger, LedgerState, read_response_ids
 from saint.interpretation.report import build_report, report_page, show_report
 from saint.interpretation.responses import AnswerSet, count, read_all
-from saint.interpretation.scores import Measured, add_effects, add_scores, made_labels
+from saint.interpretation.scores import MeasuredLabels, add_effects, add_scores, made_labels
 from saint.stage.errors import UserError, log
 from saint.stage.files import write_json, write_text
 from saint.stage.flags import add_overwrite_flag
@@ -147,7 +147,7 @@ def _write(
     args: argparse.Namespace,
     labels: _Labels,
     answers: AnswerSet,
-    measured: Measured,
+    measured: MeasuredLabels,
     evidence: str | None,
 ) -> None:
     path, names = args.parsed_responses_output_filepath, []
@@ -186,7 +186,7 @@ def _sure(row: dict[str, Any]) -> float:
 
 
 def _summarise(
-    args: argparse.Namespace, labels: _Labels, answers: AnswerSet, measured: Measured
+    args: argparse.Namespace, labels: _Labels, answers: AnswerSet, measured: MeasuredLabels
 ) -> None:
     kinds = count(answers.kinds)
     if args.report:

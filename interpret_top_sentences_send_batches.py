@@ -43,7 +43,7 @@ from saint.interpretation.questions import (
 )
 from saint.interpretation.sending import (
     USUAL_STRENGTH,
-    Job,
+    Sending,
     config_of,
     effects_path,
     form_of,
@@ -166,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         form = form_of(args, ledger, client, fresh=fresh)
         config["form"] = asdict(form)
         ask = _questions(args, ledger, source, labels, latents, options)
-        job = Job(args, ledger, ask, config, form, fresh)
+        job = Sending(args, ledger, ask, config, form, fresh)
         if args.dry_run or client is None:
             job.dry_run(client, source, latents, options)
             return

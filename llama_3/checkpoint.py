@@ -24,7 +24,7 @@ _WORDS = (
 _TO_HF = {meta: hf for meta, hf in (pair.split("=") for pair in _WORDS)}
 _DERIVED = ("rope.freqs", ".rotary_emb.inv_freq")  # stored by older tools, not weights
 
-Stored = dict[str, list[tuple[Path, Tensor]]]  # by name: the tensor, or its shards in order
+TensorShards = dict[str, list[tuple[Path, Tensor]]]  # by name: the tensor, or its shards in order
 
 
 def load_llama(
@@ -65,7 +65,7 @@ def load_llama(
     return model.eval(), tokenizer
 
 
-def _map_files(model_dir: Path, is_meta: bool) -> Stored:
+def _map_files(model_dir: Path, is_meta: bool) -> TensorShards:
     """All tensors in the directory, mapped: nothing is read before it is used."""
     index_path = model_dir / "model.safetensors.index.json"
     pattern = "consolidated.*.pth" if is_meta else "*.safetensors"
@@ -76,7 +76,7 @@ def _map_files(model_dir: Path, is_meta: bool) -> Stored:
             paths = sorted({model_dir / name for name in files})
     if not paths:
         raise CheckpointError(f"{model_dir}: no weights (no {pattern})")
-    stored: Stored = {}
+    stored: TensorShards = {}
     for path in paths:
         with naming(path):
             for name, tensor in _map_file(path).items():
@@ -107,7 +107,9 @@ def _map_file(path: Path) -> dict[str, Tensor]:
     return load_file(path)
 
 
-def _check(model_dir: Path, is_meta: bool, shapes: dict[str, list[int]], stored: Stored) -> None:
+def _check(
+    model_dir: Path, is_meta: bool, shapes: dict[str, list[int]], stored: TensorShards
+) -> None:
     """All tensors are there, in each of Meta's files, have these shapes, and none is unknown."""
     paths = {path for parts in stored.values() for path, _ in parts}
     for name, shape in shapes.items():

@@ -23,7 +23,7 @@ from saint.stage.html import fragment, render
 from saint.stage.plots import Axis, Series, scatter_chart
 from saint.stage.program import run_stage
 
-Report = Mapping[str, Any]
+Evaluation = Mapping[str, Any]
 
 # name → where it stands in a report, digits
 MEASURES: dict[str, tuple[tuple[str, ...], str]] = {
@@ -43,7 +43,7 @@ MEASURES: dict[str, tuple[tuple[str, ...], str]] = {
 _SAME = ("model", "dataset", "layer", "hook_point", "n_tokens")
 
 
-def figure(report: Report, measure: str) -> float | None:
+def figure(report: Evaluation, measure: str) -> float | None:
     """Return one of MEASURES from a report, None where it was not measured."""
     found: Any = report
     for key in MEASURES[measure][0]:
@@ -51,9 +51,9 @@ def figure(report: Report, measure: str) -> float | None:
     return None if found is None else float(found)
 
 
-def noise_floor(reports: Mapping[str, Report]) -> dict[str, float]:
+def noise_floor(reports: Mapping[str, Evaluation]) -> dict[str, float]:
     """Return for each measure the largest difference between SAEs that differ in the seed alone."""
-    groups: dict[str, list[Report]] = {}
+    groups: dict[str, list[Evaluation]] = {}
     for report in reports.values():
         recipe = dict(report.get("training") or {})
         if recipe.pop("seed", None) is not None:
@@ -69,9 +69,9 @@ def noise_floor(reports: Mapping[str, Report]) -> dict[str, float]:
     return floor
 
 
-def read_reports(paths: Sequence[Path]) -> dict[str, Report]:
+def read_reports(paths: Sequence[Path]) -> dict[str, Evaluation]:
     """Return name → report. Raises UserError where a file is none, or was made of other text."""
-    reports: dict[str, Report] = {}
+    reports: dict[str, Evaluation] = {}
     for path in paths:
         try:
             report = json.loads(path.read_text(encoding="utf-8"))
@@ -88,7 +88,7 @@ def read_reports(paths: Sequence[Path]) -> dict[str, Report]:
     return reports
 
 
-def comparison_page(reports: Mapping[str, Report]) -> Markup:
+def evaluations_page(reports: Mapping[str, Evaluation]) -> Markup:
     """Return the page: FVU and the other measures against L0, and a table with the noise floor."""
     floor = noise_floor(reports)
     charts = []
@@ -133,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Write the page."""
     args = build_parser().parse_args(argv)
     reports = read_reports(args.reports)
-    write_text(args.output_path, comparison_page(reports))
+    write_text(args.output_path, evaluations_page(reports))
     log.info("%d SAEs compared in %s", len(reports), args.output_path)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sae import SAEConfig
-from saint.exchange.foreign import Rows, as_tensor, per_row, write_tensors
+from saint.exchange.foreign import LazyTensor, as_tensor, per_row, write_tensors
 from saint.exchange.hooks import lens_name, module_name
 from saint.stage.errors import UserError
 from saint.stage.files import save_torch, write_text
@@ -49,10 +49,12 @@ class Parts:
         topk_scale = scale if config.activation == "topk" else None
         self.unscaled = decoder if topk_scale is None else None
         wide = torch.ones(n) if topk_scale is None else topk_scale
-        self.encoder = Rows.of(self.w_enc)
-        self.encoder_t = Rows((d, n), lambda a, b: self.w_enc.T[a:b])
-        self.decoder_t = Rows((d, n), lambda a, b: decoder[a:b].float() * wide)
-        self.decoder = Rows((n, d), lambda a, b: decoder.T[a:b].float() * wide[a:b].unsqueeze(1))
+        self.encoder = LazyTensor.of(self.w_enc)
+        self.encoder_t = LazyTensor((d, n), lambda a, b: self.w_enc.T[a:b])
+        self.decoder_t = LazyTensor((d, n), lambda a, b: decoder[a:b].float() * wide)
+        self.decoder = LazyTensor(
+            (n, d), lambda a, b: decoder.T[a:b].float() * wide[a:b].unsqueeze(1)
+        )
 
     def b_enc_of_raw(self) -> Tensor:
         """Return the encoder bias of a tool that does not subtract b_dec from its input."""
@@ -76,19 +78,23 @@ def export_saelens(config: SAEConfig, state: Mapping[str, Tensor], directory: Pa
     """
     parts, rule = Parts(config, state), config.activation
     n, d = config.n_latents, config.d_model
-    tensors = {"W_enc": parts.encoder_t, "W_dec": parts.decoder, "b_dec": Rows.of(parts.b_dec)}
+    tensors = {
+        "W_enc": parts.encoder_t,
+        "W_dec": parts.decoder,
+        "b_dec": LazyTensor.of(parts.b_dec),
+    }
     more: dict[str, Any] = {}
     if rule == "gated":
         assert parts.scale is not None and parts.bias is not None
-        tensors |= {"b_gate": Rows.of(parts.b_enc), "b_mag": Rows.of(parts.bias)}
-        tensors["r_mag"] = Rows.of(parts.scale.log())
+        tensors |= {"b_gate": LazyTensor.of(parts.b_enc), "b_mag": LazyTensor.of(parts.bias)}
+        tensors["r_mag"] = LazyTensor.of(parts.scale.log())
     else:
-        tensors["b_enc"] = Rows.of(parts.b_enc)
+        tensors["b_enc"] = LazyTensor.of(parts.b_enc)
     if rule == "jumprelu":
         assert parts.threshold is not None
-        tensors["threshold"] = Rows.of(parts.threshold)
+        tensors["threshold"] = LazyTensor.of(parts.threshold)
     elif rule == "batchtopk":
-        tensors["threshold"] = Rows.of(torch.full((n,), _calibrated(parts)))
+        tensors["threshold"] = LazyTensor.of(torch.full((n,), _calibrated(parts)))
     elif rule == "topk":
         more = {"k": config.k, "rescale_acts_by_decoder_norm": False}
     architectures = {"relu": "standard", "batchtopk": "jumprelu"}
@@ -135,9 +141,9 @@ def export_sparsify(config: SAEConfig, state: Mapping[str, Tensor], directory: P
     parts = Parts(config, state)
     tensors = {
         "encoder.weight": parts.encoder,
-        "encoder.bias": Rows.of(parts.b_enc),
+        "encoder.bias": LazyTensor.of(parts.b_enc),
         "W_dec": parts.decoder,
-        "b_dec": Rows.of(parts.b_dec),
+        "b_dec": LazyTensor.of(parts.b_dec),
     }
     described = {
         "activation": "topk",

@@ -47,14 +47,14 @@ class ForeignSAE:
 
 
 @dataclass(frozen=True)
-class Rows:
+class LazyTensor:
     """A float32 tensor that is made a block of rows at a time. read: (start, stop) to rows."""
 
     shape: tuple[int, ...]
     read: Callable[[int, int], Tensor]
 
     @classmethod
-    def of(cls, tensor: Tensor) -> Rows:
+    def of(cls, tensor: Tensor) -> LazyTensor:
         """Take a tensor as it is."""
         return cls(tuple(tensor.shape), lambda start, stop: tensor[start:stop])
 
@@ -95,7 +95,7 @@ def check_shapes(found: ForeignSAE, source: str) -> None:
 
 
 @torch.no_grad()
-def fold(found: ForeignSAE) -> tuple[SAEConfig, dict[str, Rows]]:
+def fold(found: ForeignSAE) -> tuple[SAEConfig, dict[str, LazyTensor]]:
     """Return the config and tensors of our file, decoder directions of unit norm."""
     config, b_dec = found.config, found.b_dec.double()
     b_enc, bias = found.b_enc.double(), found.magnitude_bias
@@ -128,13 +128,17 @@ def fold(found: ForeignSAE) -> tuple[SAEConfig, dict[str, Rows]]:
     small |= {"magnitude_scale": scale, "magnitude_bias": bias}
     narrow, inverse = factor.float().unsqueeze(1), (1 / norms).float()
     large = {
-        "encoder.weight": Rows((n, d), lambda a, b: found.w_enc[a:b].float() * narrow[a:b]),
-        "decoder.weight": Rows((d, n), lambda a, b: found.w_dec.T[a:b].float() * inverse),
+        "encoder.weight": LazyTensor((n, d), lambda a, b: found.w_enc[a:b].float() * narrow[a:b]),
+        "decoder.weight": LazyTensor((d, n), lambda a, b: found.w_dec.T[a:b].float() * inverse),
     }
-    return config, large | {name: Rows.of(t.float()) for name, t in small.items() if t is not None}
+    return config, large | {
+        name: LazyTensor.of(t.float()) for name, t in small.items() if t is not None
+    }
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Rows], metadata: Mapping[str, str]) -> None:
+def write_tensors(
+    path: Path, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str]
+) -> None:
     """Write a safetensors file, float32, atomically, a block of rows at a time."""
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
@@ -150,7 +154,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Rows], metadata: Mapping[str
                 file.write(block.numpy().data)
 
 
-def as_tensor(rows: Rows) -> Tensor:
+def as_tensor(rows: LazyTensor) -> Tensor:
     """Return a whole tensor of its own."""
     whole, start = torch.empty(rows.shape), 0
     for block in rows.blocks():
@@ -159,7 +163,7 @@ def as_tensor(rows: Rows) -> Tensor:
     return whole
 
 
-def write_ours(path: Path, config: SAEConfig, tensors: Mapping[str, Rows]) -> None:
+def write_ours(path: Path, config: SAEConfig, tensors: Mapping[str, LazyTensor]) -> None:
     """Write our file, as `sae.save_sae` does, a block of rows at a time where it can be."""
     header = describe(config, tensors)
     if path.suffix == ".safetensors":

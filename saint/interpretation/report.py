@@ -13,7 +13,7 @@ import numpy as np
 
 from saint.interpretation.prices import LIVE_FACTOR, PRICES_DATE, batch_price, dollars
 from saint.interpretation.prompts import SCORING_TASKS
-from saint.interpretation.scores import Measured
+from saint.interpretation.scores import MeasuredLabels
 from saint.stage.html import render
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -42,7 +42,7 @@ def build_report(
     labels: _Labels,
     kinds: Mapping[str, int],
     usage: Mapping[tuple[str, bool], Sequence[int]],
-    measured: Measured,
+    measured: MeasuredLabels,
     explained: Sequence[str],
 ) -> dict[str, Any]:
     """Add up what the labels are like; what was not asked or tested is left out.

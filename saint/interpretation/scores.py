@@ -109,7 +109,7 @@ _UNLABELLED = {"common_semantic": "", "certainty": None}
 
 
 @dataclass
-class Measured:
+class MeasuredLabels:
     """What became of the tests' answers.
 
     controls: task -> latent -> results with another latent's label (intruder: other latents'
@@ -171,14 +171,14 @@ def add_scores(
     *,
     state: LedgerState,
     evidence: str | None,
-) -> Measured:
+) -> MeasuredLabels:
     """Add each latent's scores to its label, where they were measured on this very label.
 
     An intruder test, which is about no label, must have been made from the same evidence
     (fingerprint; None where it is not known); its latent may have no label at all. Its chance is
     what the controls reached, where there are any.
     """
-    measured = Measured()
+    measured = MeasuredLabels()
     intruders_from = state.runs.get("intruder", {}).get("source")
     same_evidence = None in (intruders_from, evidence) or intruders_from == evidence
     joined: dict[tuple[str, int, str | None], list[Outcome]] = {}
@@ -212,7 +212,7 @@ def _add(
     return True
 
 
-def _add_controls(labels: dict[int, dict[str, Any]], measured: Measured) -> None:
+def _add_controls(labels: dict[int, dict[str, Any]], measured: MeasuredLabels) -> None:
     for task, found in measured.controls.items():
         chance = measured.pools()[task]["mean"]
         for latent, row in labels.items():

@@ -103,7 +103,7 @@ def form_of(
 
 
 @dataclass
-class Job:
+class Sending:
     """One run of sending a task. ask: makes its questions. config: what the ledger keeps of it."""
 
     args: argparse.Namespace

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from saint.shuffle.plan import Block, OutputFile, Plan, Result, file_kinds, opaque
+from saint.shuffle.plan import OutputFile, Portion, Result, ShufflePlan, file_kinds, opaque
 from saint.shuffle.statistics import RowStatistics, make_scratch
 from saint.stage.manifests import verify_file
 from saint.store.row_format import map_rows, write_pieces
@@ -21,7 +21,7 @@ from saint.store.row_format import map_rows, write_pieces
 class Gathering:
     """The mapped shards, and which of their rows each output file is dealt."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: ShufflePlan) -> None:
         self.plan = plan
         shuffle = plan.shuffle
         self.rows = [map_rows(shuffle.store.shard_path(shard)) for shard in shuffle.shards]
@@ -29,7 +29,7 @@ class Gathering:
         # File by file, in the order of dealing:
         self._shard, self._row = np.empty((2, plan.n_rows), np.int32)
 
-    def deal(self, shard: int) -> list[Block]:
+    def deal(self, shard: int) -> list[Portion]:
         """Note where a shard's rows go."""
         blocks = list(self.plan.shuffle.blocks(shard, self.plan.first_places[shard].copy()))
         for block in blocks:
@@ -38,7 +38,7 @@ class Gathering:
             self._row[where] = block.first_row + np.arange(block.n_rows)
         return blocks
 
-    def count(self, shard: int, block: Block) -> RowStatistics:
+    def count(self, shard: int, block: Portion) -> RowStatistics:
         """Return the statistics of a block's rows."""
         part = {name: t[block.first_row :][: block.n_rows] for name, t in self.rows[shard].items()}
         is_train = block.file < self.plan.shuffle.n_files["train"]
@@ -70,11 +70,11 @@ class Gathering:
             out[here] = self._opaque[shard][name][rows[here]]
 
 
-def shuffle_in_memory(plan: Plan, pool: ThreadPoolExecutor, bar: Any) -> Result:
+def shuffle_in_memory(plan: ShufflePlan, pool: ThreadPoolExecutor, bar: Any) -> Result:
     """Gather and write each file, and count the rows while the disk is busy."""
     shuffle, gathering = plan.shuffle, Gathering(plan)
 
-    def count(job: tuple[int, Block]) -> RowStatistics:
+    def count(job: tuple[int, Portion]) -> RowStatistics:
         statistics = gathering.count(*job)
         bar.update(job[1].n_rows)
         return statistics

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from saint.shuffle.in_memory import shuffle_in_memory
-from saint.shuffle.plan import Block, OutputFile, Plan, Result, Shuffle, file_kinds, opaque
+from saint.shuffle.plan import OutputFile, Portion, Result, Shuffle, ShufflePlan, file_kinds, opaque
 from saint.shuffle.statistics import RowStatistics, make_scratch
 from saint.stage.files import sync_file
 from saint.stage.manifests import file_checksum, verify_file
@@ -33,7 +33,7 @@ from saint.store.row_format import (
 from saint.store.shuffled_rows import positions_name
 
 Rows = Mapping[str, Tensor]
-Put = Callable[[Rows, "Block", "Workspace"], None]
+Put = Callable[[Rows, "Portion", "Workspace"], None]
 """put(rows, block, workspace): takes a block's rows and puts them where they are dealt to."""
 
 
@@ -55,7 +55,7 @@ class Workspace:
 class Mover:
     """Moves the rows of shards, block by block, on all workers of a pool."""
 
-    def __init__(self, plan: Plan, pool: ThreadPoolExecutor, put: Put, bar: Any) -> None:
+    def __init__(self, plan: ShufflePlan, pool: ThreadPoolExecutor, put: Put, bar: Any) -> None:
         self.plan, self.pool, self.put, self.bar = plan, pool, put, bar
         self.spaces: SimpleQueue[Workspace] = SimpleQueue()
         self.n_spaces = plan.shuffle.n_moving
@@ -82,7 +82,7 @@ class Mover:
         statistics.refuse_infinite(path)
         return statistics
 
-    def _move_block(self, stored: StoredRows, block: Block) -> RowStatistics:
+    def _move_block(self, stored: StoredRows, block: Portion) -> RowStatistics:
         shuffle, space = self.plan.shuffle, self.spaces.get()
         try:
             used = space
@@ -98,14 +98,14 @@ class Mover:
         return statistics
 
 
-def deal_to_disk(plan: Plan, pool: ThreadPoolExecutor, bar: Any) -> int:
+def deal_to_disk(plan: ShufflePlan, pool: ThreadPoolExecutor, bar: Any) -> int:
     """Pass 1: add every shard's rows to the buckets; in place, they then leave the shard.
 
     Returns how many rows had not been added yet.
     """
     shuffle, kinds = plan.shuffle, [file_kinds(plan, file) for file in plan.files]
 
-    def put(rows: Rows, block: Block, space: Workspace) -> None:
+    def put(rows: Rows, block: Portion, space: Workspace) -> None:
         order = np.argsort(block.file, kind="stable")
         for name, tensor in rows.items():
             out = space.sorted_rows[name][: block.n_rows]
@@ -132,7 +132,7 @@ def deal_to_disk(plan: Plan, pool: ThreadPoolExecutor, bar: Any) -> int:
     return n_dealt
 
 
-def replace_shard(plan: Plan, shard: int) -> None:
+def replace_shard(plan: ShufflePlan, shard: int) -> None:
     """Put a small file in a shard's place, which says where its rows have gone (`MovedRows`)."""
     shuffle = plan.shuffle
     blocks = list(shuffle.blocks(shard, plan.first_places[shard].copy()))
@@ -145,7 +145,7 @@ def replace_shard(plan: Plan, shard: int) -> None:
     write_tensors(shuffle.store.shard_path(shard), ordered | moved)
 
 
-def permute_file(plan: Plan, file: OutputFile) -> dict[str, dict[str, Any]]:
+def permute_file(plan: ShufflePlan, file: OutputFile) -> dict[str, dict[str, Any]]:
     """Pass 2: bring a bucket's rows into their final order; return what was written, by name.
 
     In place, the way back to each row is written beside them.
@@ -175,7 +175,7 @@ def permute_file(plan: Plan, file: OutputFile) -> dict[str, dict[str, Any]]:
     return written
 
 
-def shuffle_on_disk(plan: Plan, pool: ThreadPoolExecutor, bar: Any) -> Result:
+def shuffle_on_disk(plan: ShufflePlan, pool: ThreadPoolExecutor, bar: Any) -> Result:
     """Run both passes, resuming from what is there."""
     shuffle = plan.shuffle
     n_permuting = plan.n_permuting
@@ -210,7 +210,7 @@ def clean_up(store: ActivationStore, output_dir: Path) -> None:
                 path.unlink()
 
 
-def run_shuffle(plan: Plan) -> Result:
+def run_shuffle(plan: ShufflePlan) -> Result:
     """Shuffle, in memory or over the disk."""
     shuffle = plan.shuffle
     in_memory = plan.fits_in_memory and not shuffle.in_place

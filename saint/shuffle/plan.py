@@ -60,7 +60,7 @@ class OutputFile:
 
 
 @dataclass(frozen=True)
-class Block:
+class Portion:
     """Consecutive rows of a shard, whole sentences, and where they go.
 
     file: (n_rows,) each row's output file, numbered over both splits, training first. place:
@@ -103,7 +103,7 @@ class Shuffle:
         """Map a shard's tokens, offsets and sentence ids, wherever its rows are."""
         return self.store.read_index(shard)
 
-    def blocks(self, shard: int, places: np.ndarray) -> Iterator[Block]:
+    def blocks(self, shard: int, places: np.ndarray) -> Iterator[Portion]:
         """Deal a shard's rows, in blocks of about `block_rows`.
 
         places: (n_files,) int64, rows that each file has got before; moved on with each block.
@@ -122,7 +122,7 @@ class Shuffle:
             draw = generator.random(len(held_out))
             file = (draw * np.where(held_out, n_val, n_train)).astype(np.int64)
             file += held_out * n_train
-            yield Block(int(part[0]), file, next_places(file, places))
+            yield Portion(int(part[0]), file, next_places(file, places))
             first += len(part) - 1
 
     def is_replaced(self, shard: int) -> bool:
@@ -176,7 +176,7 @@ class Shuffle:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ShufflePlan:
     """All output files, and the place in each of them of each shard's first row."""
 
     shuffle: Shuffle
@@ -230,7 +230,7 @@ class Plan:
         return max(0, n_bytes - sum(held))
 
 
-def make_plan(shuffle: Shuffle) -> Plan:
+def make_plan(shuffle: Shuffle) -> ShufflePlan:
     """Count, from the sentences alone, how many rows of each shard go to each file.
 
     Raises UserError when a shard is missing or damaged, as far as can be seen without its rows.
@@ -250,7 +250,7 @@ def make_plan(shuffle: Shuffle) -> Plan:
     raise AssertionError("a row was lost or doubled") from problem
 
 
-def _make_plan(shuffle: Shuffle) -> Plan:
+def _make_plan(shuffle: Shuffle) -> ShufflePlan:
     n_files = sum(shuffle.n_files.values())
     counts = np.zeros((len(shuffle.shards), n_files), np.int64)
     for shard in shuffle.shards:
@@ -263,7 +263,7 @@ def _make_plan(shuffle: Shuffle) -> Plan:
     ]
     sizes = zip(names, counts.sum(axis=0).tolist(), strict=True)
     files = [OutputFile(split, i, n, shuffle.seed) for (split, i), n in sizes]
-    return Plan(shuffle, files, np.cumsum(counts, axis=0) - counts)
+    return ShufflePlan(shuffle, files, np.cumsum(counts, axis=0) - counts)
 
 
 def next_places(file: np.ndarray, places: np.ndarray) -> np.ndarray:
@@ -276,7 +276,9 @@ def next_places(file: np.ndarray, places: np.ndarray) -> np.ndarray:
     return place
 
 
-def file_kinds(plan: Plan, file: OutputFile) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+def file_kinds(
+    plan: ShufflePlan, file: OutputFile
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Return the tensors of a file, and of its bucket, as `TensorFile` takes them."""
     memory = plan.shuffle.memory(0)
     return {name: (t.dtype, (file.n_rows, *t.shape[1:])) for name, t in memory.items()}
@@ -295,7 +297,7 @@ class Result:
     share: of the work, what was left to this run by interrupted ones.
     """
 
-    plan: Plan
+    plan: ShufflePlan
     checksums: dict[str, dict[str, Any]]
     statistics: Callable[[int], RowStatistics]
     share: float = 1.0

@@ -99,7 +99,7 @@ def training_page(
     return render(TEMPLATES, "training.html", curves=curves(entries), **values)
 
 
-def comparison_page(runs: Sequence[RunLog], *, title: str) -> Markup:
+def runs_page(runs: Sequence[RunLog], *, title: str) -> Markup:
     """Return the page of several runs: which is the best, FVU against L0, layers, curves."""
     charts, constants = _curves_of_all(runs)
     values = {
@@ -227,7 +227,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     runs = read_runs(args.metrics)
     title = f"Training of {len(runs)} SAEs" if len(runs) > 1 else f"Training {runs[0].name}"
-    write_text(args.output_path, comparison_page(runs, title=title))
+    write_text(args.output_path, runs_page(runs, title=title))
     log.info("%d runs: %s; look at %s", len(runs), verdict(runs), args.output_path)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from saint.stage.errors import UserError, log
 from saint.stage.files import write_json, write_text
 from saint.training.comparison import RULE, best_runs, frontier, read_run, rows_of, verdict
-from saint.training.curves_page import comparison_page
+from saint.training.curves_page import runs_page
 from saint.training.run import Job
 
 _FORMATS = {"fvu": ".4f", "l0": ".1f", "dead": ".1%", "loss": ".4f"}
@@ -42,7 +42,7 @@ def compare(sweep: Path, jobs: Sequence[Job], failures: Mapping[str, str]) -> No
     writer.writeheader()
     writer.writerows(table["runs"])
     write_text(folder / f"{sweep.stem}.csv", text.getvalue())
-    write_text(page, comparison_page(runs, title=f"Sweep {sweep.name}"))
+    write_text(page, runs_page(runs, title=f"Sweep {sweep.name}"))
     print(terminal_table(rows))
     n_good = len(jobs) - len(failures)
     log.info("swept %d SAEs of %d: %s; look at %s", n_good, len(jobs), verdict(runs), page)

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from sae import save_sae
-from saint.evaluation.compare import comparison_page, main, noise_floor, read_reports
+from saint.evaluation.compare import evaluations_page, main, noise_floor, read_reports
 from saint.evaluation.page import evaluation_page
 from saint.stage.errors import UserError
 from tests.support.program import call
@@ -96,7 +96,7 @@ def test_reports_are_compared_on_one_page_with_the_noise_between_seeds(reports, 
     named = {"a": trained[0], "b": trained[1], "<other>": other}
     floor = noise_floor(named)
     assert floor["FVU"] == pytest.approx(abs(first["fvu"] - second["fvu"]))
-    page = str(comparison_page(named))
+    page = str(evaluations_page(named))
     assert f"{floor['FVU']:.4f}" in page and "&lt;other&gt;" in page and "<other>" not in page
     assert page.count("<svg") == 3  # none has absorption
     main([*map(str, reports), "--output_path", str(tmp_path / "page.html")])

@@ -38,7 +38,7 @@ from saint.interpretation.prices import (
 )
 from saint.interpretation.report import build_report, content_words, near_duplicates, report_page
 from saint.interpretation.responses import certainty, failed_kind, parse_answer, parse_label, record
-from saint.interpretation.scores import Measured, Outcome
+from saint.interpretation.scores import MeasuredLabels, Outcome
 from saint.stage.errors import UserError
 from tests.support.interpretation_data import example, row
 
@@ -354,7 +354,7 @@ def test_report_statistics():
     # Scoring answers are responses, too, but explain nothing.
     explained = ["label", "label", "label", "label", "refusal"]
     kinds = {"label": 4, "refusal": 1, "score": 9, "failure": 3}
-    report = build_report(labels, kinds, usage, Measured(), explained)
+    report = build_report(labels, kinds, usage, MeasuredLabels(), explained)
     assert report["hedged_share"] == 0.5 and report["artefact_share"] == 0.25
     assert report["near_duplicate_share"] == 0.5 and report["labelled_share"] == 0.8
     assert report["certainty"]["mean"] == 0.8 and report["cost"]["dollars"] == 0.2
@@ -388,7 +388,7 @@ def test_a_report_says_which_labels_are_too_broad_or_narrow():
         return {"common_semantic": f"label {value}", "score": {"detect": found | rates}}
 
     labels = {1: tested(0.95, 0.95, 0.05), 2: tested(0.6, 0.3, 0.1), 3: tested(0.55, 0.9, 0.8)}
-    measured = Measured(controls={"detect": {9: [Outcome(1, True), Outcome(0, False)]}})
+    measured = MeasuredLabels(controls={"detect": {9: [Outcome(1, True), Outcome(0, False)]}})
     report = build_report(labels, {"label": 3}, {("local", True): [5, 5]}, measured, ["label"] * 3)
     detect = report["scores"]["detect"]
     assert (detect["too_narrow"], detect["too_broad"], detect["chance"]) == (1, 1, 0.5)

@@ -85,7 +85,7 @@ def test_the_page_draws_a_line_for_each_run_and_says_the_constant_ones(paths, tm
 
 
 def test_ticks_are_round(paths):
-    drawn = figures(curves_page.comparison_page(read_runs(paths), title="x"))
+    drawn = figures(curves_page.runs_page(read_runs(paths), title="x"))
     for name in ("fraction of variance unexplained (FVU): val/fvu", "learning rate"):
         texts = re.findall(r'text-anchor="(?:end|middle)">([\d.,k]+)</text>', drawn[name])
         assert len(texts) >= 6
@@ -96,7 +96,7 @@ def test_ticks_are_round(paths):
 
 def test_constants_that_differ_between_runs_are_one_line_too(tmp_path):
     runs = [write_run(tmp_path, f"k{k}", fvu=1 / k, k=k, k_start=k) for k in (2, 4)]
-    page = curves_page.comparison_page(read_runs(runs), title="x")
+    page = curves_page.runs_page(read_runs(runs), title="x")
     assert "active latents per token (L0) 2 (k2), 4 (k4)" in page
     assert differing(read_runs(runs)) == ["k"], "k_start says nothing of its own"
     assert "The best are at k 2: k2 (" in page
@@ -108,9 +108,7 @@ def test_layers_are_drawn_where_they_differ(tmp_path):
         for layer in (9, 3)
         for k in (2, 4)
     ]
-    chart = figures(curves_page.comparison_page(read_runs(runs), title="x"))[
-        "held-out FVU over layers"
-    ]
+    chart = figures(curves_page.runs_page(read_runs(runs), title="x"))["held-out FVU over layers"]
     assert chart.count("<polyline") == 2 and "k 2" in chart and "k 4" in chart
     for line in re.findall(r'points="(.*?)"', chart):
         across = [float(pair.split(",")[0]) for pair in line.split()]
@@ -125,7 +123,7 @@ def test_one_run_without_a_manifest_and_runs_of_one_name_have_a_page(tmp_path):
     names = [run.name for run in read_runs(paths)]
     assert len(set(names)) == 2 and all(name.endswith("sae") for name in names)
     assert read_run(paths[0]).settings == {}
-    page = curves_page.comparison_page(read_runs(paths[:1]), title="<b>")
+    page = curves_page.runs_page(read_runs(paths[:1]), title="<b>")
     assert "<b></title>" not in page and "held-out FVU against L0" in page
     with pytest.raises(UserError, match="does not exist"):
         curves_page.main([str(tmp_path / "none.metrics.jsonl")])
