@@ -25,7 +25,7 @@ from saint.evidence.file import open_evidence
 from saint.evidence.labels import load_labels
 from saint.exchange import hub, neuronpedia
 from saint.exchange.exports import WRITERS
-from saint.exchange.foreign import Rows, fold, write_ours
+from saint.exchange.foreign import LazyTensor, fold, write_ours
 from saint.exchange.imports import Overrides, read_foreign
 from saint.exchange.labels_table import label_rows, write_labels
 from saint.stage.errors import UserError, log
@@ -201,7 +201,7 @@ def pull(args: argparse.Namespace) -> None:
     if config is None:
         raise UserError(f"{args.source} holds no SAE of ours (others: saint_exchange.py import)")
     with naming_full_disk(args.output_path.parent):
-        write_ours(args.output_path, config, {name: Rows.of(t) for name, t in state.items()})
+        write_ours(args.output_path, config, {name: LazyTensor.of(t) for name, t in state.items()})
     log.info("%s is fetched", args.output_path)
 
 
@@ -216,7 +216,7 @@ def push(args: argparse.Namespace) -> None:
         directory = args.dry_run or Path(temporary)
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / args.sae_path.with_suffix(".safetensors").name
-        write_ours(path, config, {name: Rows.of(t) for name, t in state.items()})
+        write_ours(path, config, {name: LazyTensor.of(t) for name, t in state.items()})
         for name in ("saelens", "sparsify"):
             try:
                 WRITERS[name](config, state, directory / name)
