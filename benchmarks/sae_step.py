@@ -3,8 +3,9 @@
     python -m benchmarks.sae_step --d_model 3072 --n_latents 65536 --k 64 --batch_size 1024
 
 Both take the same rows, threads and precision (float32 weights), one after the other in turns. Each
-repeat is one whole step: losses, gradients, optimiser, unit norms. `--compare peers` adds the
-packages `sae-lens` and `eai-sparsify` where they are installed (`pip install -e .[bench]`).
+repeat is one whole step: losses, gradients, optimiser, unit norms; SAINT's is its trainer's, with
+the recipe's defaults. `--compare peers` adds the packages `sae-lens` and `eai-sparsify` where they
+are installed (`pip install -e .[bench]`), `--compare objectives` what each costs beside TopK.
 The last line is one JSON object.
 
     python -m benchmarks.sae_step --device cuda --batch_size 8192 --repeats 20
@@ -28,10 +29,10 @@ from torch import Tensor, nn
 from sae import SAEConfig, TopKSparseAutoencoder
 from saint.stage.devices import pick_device
 from saint.stage.workers import Workers
-from saint.training.losses import AuxK
-from saint.training.moments import Moments
-from saint.training.steps import KERNELS, make_step
-from saint.training.trainer import aux_every
+from saint.training.objectives import OBJECTIVES
+from saint.training.recipe import Recipe
+from saint.training.steps import KERNELS
+from saint.training.trainer import Trainer, aux_every
 
 
 def rows_like_activations(n: int, d_model: int, device: torch.device) -> Tensor:
@@ -89,23 +90,36 @@ def dense_step(args: argparse.Namespace, x: Tensor) -> Callable[[], float]:
     return step
 
 
-def saint_step(args: argparse.Namespace, x: Tensor) -> tuple[str, Callable[[], float]]:
-    """Return the name of the kernels and SAINT's step."""
-    sae = TopKSparseAutoencoder(SAEConfig(args.d_model, args.n_latents, args.k), device=x.device)
+def saint_step(
+    args: argparse.Namespace, x: Tensor, objective: str
+) -> tuple[str, Callable[[], float]]:
+    """Return the name of the kernels and SAINT's step: all that its trainer does with a batch."""
+    config = SAEConfig(
+        args.d_model, args.n_latents, args.k, activation=OBJECTIVES[objective].activation
+    )
+    sae = TopKSparseAutoencoder(config, device=x.device)
     sae.initialise(x.mean(0), seed=0)
-    kernels = make_step(args.kernels, sae, Moments(sae), Workers(0, 1, x.device))
-    aux = None
-    if args.n_dead:
-        dead = torch.arange(args.n_dead, device=x.device)
-        k_aux = min(args.n_dead, 1 << (args.d_model.bit_length() - 1))
-        aux = AuxK(dead, k_aux, 1 / 32, every=aux_every(args.n_dead, args.n_latents, len(x)))
+    recipe = Recipe(
+        n_latents=args.n_latents,
+        k=args.k,
+        k_start=args.k,
+        batch_size=len(x),
+        objective=objective,
+        learning_rate=5e-5,
+        dead_tokens=10**9,
+        k_aux=1 << (args.d_model.bit_length() - 1),
+    )
+    basis = None
+    if recipe.basis == "pca":
+        basis = torch.linalg.qr(torch.randn(args.d_model, args.d_model, device=x.device))[0]
+    workers = Workers(0, 1, x.device)
+    trainer = Trainer(sae, recipe, 10**6, workers, args.kernels, basis)
 
     def step() -> float:
-        losses = kernels.accumulate(x, args.k, aux, 1.0)
-        kernels.apply(5e-5, 1.0)
-        return losses.loss.item()
+        trainer.tokens_since_fired[: args.n_dead] = recipe.dead_tokens
+        return trainer.train_step(x, len(x))[0].loss.item()
 
-    return kernels.name, step
+    return trainer.kernels.name, step
 
 
 def sae_lens_step(args: argparse.Namespace, x: Tensor) -> Callable[[], float]:
@@ -179,8 +193,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--compare",
-        choices=["peers", *PEERS],
-        help="time both peers too, or one where memory is short (each holds weights and moments)",
+        choices=["objectives", *OBJECTIVES, "peers", *PEERS],
+        help="time all objectives or peers too, or one where memory is short (each holds weights "
+        "and moments)",
+    )
+    parser.add_argument(
+        "--objective", choices=OBJECTIVES, default=Recipe.objective, help="SAINT's [%(default)s]"
     )
     parser.add_argument("--repeats", type=int, default=5, help="steps timed of each [%(default)s]")
     parser.add_argument("--threads", type=int, help="CPU threads of all [as torch chooses]")
@@ -255,7 +273,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = pick_device(args.device)
     args.kernels = args.kernels or ("triton" if device.type == "cuda" else "auto")
     x = rows_like_activations(args.batch_size, args.d_model, device)
-    kernels, saint = saint_step(args, x)
+    kernels, saint = saint_step(args, x, args.objective)
     memory = peak_gigabytes(saint, device)
     steps = {"saint": saint}
     if not args.skip_dense:
@@ -263,13 +281,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, make in PEERS.items():
         if args.compare in ("peers", name):
             steps[name] = make(args, x)
+    for name in OBJECTIVES:
+        if name != args.objective and args.compare in ("objectives", name):
+            steps[name] = saint_step(args, x, name)[1]
     seconds = time_in_turns(steps, args.repeats, device)
     result = {f"{name}_s": round(statistics.median(taken), 5) for name, taken in seconds.items()}
     del steps, saint
     result |= product_figures(args, x, statistics.median(seconds["saint"])) | memory
     if "dense_s" in result:
         result["ratio"] = round(result["dense_s"] / result["saint_s"], 2)
-    names = ("d_model", "n_latents", "k", "batch_size", "n_dead")
+    names = ("d_model", "n_latents", "k", "batch_size", "n_dead", "objective")
     settings = {name: getattr(args, name) for name in names}
     settings["aux_every"] = aux_every(args.n_dead, args.n_latents, args.batch_size)
     settings |= {"device": str(device), "kernels": kernels, "threads": torch.get_num_threads()}
