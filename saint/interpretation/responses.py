@@ -127,6 +127,24 @@ def parse_test(response: Mapping[str, Any], name: str, n: int | None = None) -> 
     return Answer("answer", {name: values})
 
 
+RATINGS = ("concept", "beginning", "fluency")
+
+
+def parse_ratings(response: Mapping[str, Any]) -> Answer:
+    """Read a response to the judge of steered texts: RATINGS, each 0, 1 or 2."""
+    early = _not_succeeded(response)
+    if early:
+        return early
+    content = response.get("content")
+    found = find_object(content, RATINGS[0]) if isinstance(content, str) else None
+    if found is None:
+        return _without_object(content if isinstance(content, str) else "", response)
+    values = [found.get(name) for name in RATINGS]
+    if any(type(value) is not int or not 0 <= value <= 2 for value in values):
+        return Answer("failure", reason=f"not ratings of 0 to 2: {str(found)[:80]}")
+    return Answer("answer", dict(zip(RATINGS, values, strict=True)))
+
+
 _NUMBER = re.compile(r"(?:(?:excerpt|no|number)\.?\s*)?#?\(?(\d+)(?:\.0*)?\)?[.):]?", re.IGNORECASE)
 _LETTER = re.compile(
     rf"(?:set\s*\d+\s*[:.)=-]\s*)?(?:excerpt\s*)?[(\"']?([{LETTERS}])[)\"']?[.):]?", re.IGNORECASE
@@ -172,6 +190,8 @@ def parse_answer(
 
     key: what was stored with the request: its "truth" says how many answers there must be.
     """
+    if task == "judge":
+        return parse_ratings(response)
     name = TEST_FIELDS.get(task.removesuffix("_control"))
     truth = (key or {}).get("truth")
     if name:
