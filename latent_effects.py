@@ -1,7 +1,6 @@
 """Stage 6: what every latent does to the model's predictions and texts when it is turned up.
 
-    python latent_effects.py --llama_model_dir M --sae_model_path trained_sae.pt \
-        --evidence_path top_activating_sentences/evidence.parquet
+    python latent_effects.py --llama_model_dir M --sae_model_path trained_sae.pt
 
 Each live latent's direction is added to the residual stream after a few neutral prompts. Recorded:
 how much its own word rises per root of what the edit changes at all (the causal score), the tokens
@@ -47,6 +46,7 @@ from saint.steering.effects import (
     write_block,
     write_effects,
 )
+from saint.steering.studio import DEFAULT_EVIDENCE
 
 STAGE = "latent_effects"
 WORK_DIR = "latent_effects_work"
@@ -65,8 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     files.add_argument(
         "--evidence_path",
         type=Path,
-        default=Path("top_activating_sentences/evidence.parquet"),
-        help=f"evidence file; {EFFECTS} is written beside it [%(default)s]",
+        help=f"evidence file; {EFFECTS} is written beside it [{DEFAULT_EVIDENCE} beside the SAE]",
     )
     what = parser.add_argument_group("what is measured")
     what.add_argument(
@@ -141,6 +140,7 @@ def measure(args: argparse.Namespace, prober: Prober, workers: Workers, work_dir
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure every live latent's effect as the command line says."""
     args = build_parser().parse_args(argv)
+    args.evidence_path = args.evidence_path or args.sae_model_path.parent / DEFAULT_EVIDENCE
     workers = start_workers(args.device)
     log_arguments(args, build_parser())
     if args.dose <= 0:

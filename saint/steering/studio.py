@@ -246,7 +246,7 @@ def concept_shift(moves: Sequence[tuple[ConceptSetting, Tensor]], x: Tensor) -> 
 _DEFAULT_LABELS = Path("output") / "parsed_responses.yaml"
 
 
-_DEFAULT_EVIDENCE = Path("top_activating_sentences") / "evidence.parquet"
+DEFAULT_EVIDENCE = Path("top_activating_sentences") / "evidence.parquet"
 
 
 # What a person types to see the demo work: sentences that a news text might open with.
@@ -296,7 +296,7 @@ def add_studio_flags(parser: argparse.ArgumentParser) -> None:
         "--evidence_path",
         type=Path,
         nargs="+",
-        help=f"evidence file of each SAE [{_DEFAULT_EVIDENCE} beside the SAE, where it is]",
+        help=f"evidence file of each SAE [{DEFAULT_EVIDENCE} beside the SAE, where it is]",
     )
     add_device_flags(parser, dtype=True)
 
@@ -376,7 +376,7 @@ def _guide_paths(
 ) -> tuple[Path | None, Path | None]:
     """The paths given, or the default places beside the SAE where files are there."""
     chosen = []
-    for given, default in ((labels, _DEFAULT_LABELS), (evidence, _DEFAULT_EVIDENCE)):
+    for given, default in ((labels, _DEFAULT_LABELS), (evidence, DEFAULT_EVIDENCE)):
         beside = sae_path.parent / default
         if given is None and beside.is_file():
             log.info("using %s", beside)

@@ -162,3 +162,10 @@ def test_words_and_crossings():
     assert crossing([0, 4, 8], [0, 0.25, 1.0], 0.5) == pytest.approx(4 + 4 / 3)
     assert crossing([0, 4, 8], [0, 0.25, 0.4], 0.5) is None
     assert crossing([0, 4], [0, -0.1], 0.5) is None
+
+
+def test_evidence_is_looked_for_beside_the_sae(setup):
+    flags = ["--llama_model_dir", setup[0], "--sae_model_path", setup[1], "--device", "cpu"]
+    beside = setup[1].parent / "top_activating_sentences" / "evidence.parquet"
+    with pytest.raises(UserError, match=f"{beside} does not exist"):
+        latent_effects.main([str(flag) for flag in flags])
