@@ -69,26 +69,27 @@ def weight_bytes(shape: LlamaArgs, dictionary: SAEConfig) -> dict[str, int]:
 def demo_bytes(shape: LlamaArgs, dictionary: SAEConfig, limits: Limits) -> dict[str, int]:
     """Bytes on the device while the demo works at its limits; "peak" is the worst moment.
 
-    Loading copies one tensor at a time beside its place. While two runs generate, each has its
-    caches, and one at a time works on a whole prompt (the steered layer and the MLP are the widest
-    places) or samples from logits.
+    Loading copies one tensor at a time beside its place. Plain and steered rows are one batch: each
+    has its cache, and both work on their prompts at once (the steered layer, where only one of them
+    is edited, and the MLP are the widest places) or sample from logits.
     """
     rows, d = limits.tokens, shape.dim
     parts = weight_bytes(shape, dictionary)
     weights = sum(parts.values())
     parts["copy of the embedding, loading"] = shape.vocab_size * d * 2
-    parts["caches of both runs"] = (
+    parts["caches, plain and steered"] = (
         2 * 2 * shape.n_layers * rows * shape.n_kv_heads * shape.head_dim * 2
     )
     block = min(rows, max(1, BLOCK_ELEMENTS // dictionary.n_latents))
     parts["pre-activations, one block"] = block * dictionary.n_latents * 4
-    # float32 x, z, z - b_pre, two shifts and their sum, beside bf16 before, after and the residual.
-    parts["steering"] = rows * d * (6 * 4 + 3 * 2)
-    parts["MLP"] = rows * (2 * shape.ffn_dim + 3 * d) * 2
+    # float32 x, z, z - b_pre, two shifts and their sum; bf16 after; and before, after and residual
+    # of plain and steered rows.
+    parts["steering"] = rows * d * (6 * 4 + 2 + 2 * 3 * 2)
+    parts["MLP"] = 2 * rows * (2 * shape.ffn_dim + 3 * d) * 2
     # bf16 and float32 logits, probabilities, order, cumulative sums and masks.
-    parts["logits and sampling"] = limits.prompts * shape.vocab_size * (2 + 6 * 4 + 2 * 8)
+    parts["logits and sampling"] = 2 * limits.prompts * shape.vocab_size * (2 + 6 * 4 + 2 * 8)
     steered = parts["steering"] + parts["pre-activations, one block"]
-    working = parts["caches of both runs"] + max(
+    working = parts["caches, plain and steered"] + max(
         steered, parts["MLP"], parts["logits and sampling"]
     )
     parts["peak"] = weights + max(parts["copy of the embedding, loading"], working)

@@ -30,6 +30,7 @@ prepended), -1 where the row is padding. Packed input has batch 1.
 """
 Edits = Mapping[HookPoint, Edit] | None
 Make = Callable[..., Any]
+_FEW_ROWS = 8
 
 
 @dataclass
@@ -203,7 +204,7 @@ class Llama(nn.Module):
     def unembed(self, x: Tensor) -> Tensor:
         """Final norm and unembedding: residual (..., d_model) to float32 logits (..., vocab)."""
         norm, output = self._head()
-        return self.gather(output(self.copy(norm(x)))).float()
+        return self.gather(_project(self.copy(norm(x)), output.weight)).float()
 
     def rotation(self, positions: Tensor) -> Tensor:
         """Rotary factors for (batch, seq) positions: complex64 (batch, seq, 1, head_dim/2)."""
@@ -267,6 +268,14 @@ def rope_frequencies(args: LlamaArgs) -> Tensor:
     turns = original_max_seq_len * frequencies / (2 * torch.pi)
     kept = ((turns - low) / (high - low)).clamp(0, 1)
     return (1 - kept) * frequencies / factor + kept * frequencies
+
+
+def _project(x: Tensor, weight: Tensor) -> Tensor:
+    """Return x · weightᵀ; of a few float32 rows the CPU's product is thrice as fast this way."""
+    rows = x.flatten(0, -2)
+    if x.is_cpu and x.dtype == torch.float32 and 1 < len(rows) <= _FEW_ROWS:
+        return (weight @ rows.T).T.contiguous().unflatten(0, x.shape[:-1])
+    return F.linear(x, weight)
 
 
 def _rotate(x: Tensor, rotation: Tensor) -> Tensor:

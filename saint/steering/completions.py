@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -102,30 +101,28 @@ class Streamed:
 def stream_pairs(studio: Studio, request: Request) -> Iterator[Streamed]:
     """Generate plain and steered completions side by side, with the same seed.
 
-    Yields after every token and once more, with measurements, at the end; closing the iterator
-    cancels. The two runs have the same shapes, so settings that change nothing ("add 0", "scale
-    1") give the same text bit for bit. Raises UserError before any work for a bad request.
+    They are one batch, plain rows first, of which only the others are edited: the weights are read
+    once for both. Yields after every token and once more, with measurements, at the end; closing
+    the iterator cancels. Settings that change nothing ("add 0", "scale 1") give the same text bit
+    for bit. Raises UserError before any work for a bad request.
     """
     prompts = studio.encode_prompts(request)
-    lengths = [len(prompt) for prompt in prompts]
-    edits = request_edits(studio, request, lengths)
-    runs = [_Run(studio, prompts, request, None), _Run(studio, prompts, request, edits)]
+    lengths, n = [len(prompt) for prompt in prompts], len(prompts)
+    edits = rows_from(n, request_edits(studio, request, lengths))
+    run = _Run(studio, prompts * 2, request, edits)
     try:
-        for _ in zip_longest(*(run.steps for run in runs)):
-            yield Streamed(list(zip(*(run.texts() for run in runs), strict=True)))
+        for _ in run.steps:
+            yield Streamed(list(zip(run.texts[:n], run.texts[n:], strict=True)))
     finally:
-        for run in runs:
-            run.steps.close()
-    pairs = []
-    for row, prompt in enumerate(request.prompts):
-        plain, steered = (
-            read(studio, run.ids[row], n_prompt=len(prompts[row]), settings=request.wishes)
-            for run in runs
+        run.steps.close()
+    readings = read_rows(studio, run.ids, lengths * 2, request.wishes)
+    measured = measure_effects(studio, request, run.ids[n:], lengths)
+    pairs = [
+        Pair(prompt, plain, steered, *effects)
+        for prompt, plain, steered, effects in zip(
+            request.prompts, readings[:n], readings[n:], measured, strict=True
         )
-        effects, moved = measure_effects(
-            studio, request, runs[1].ids[row], n_prompt=len(prompts[row])
-        )
-        pairs.append(Pair(prompt, plain, steered, effects, moved))
+    ]
     yield Streamed([(pair.plain.text, pair.steered.text) for pair in pairs], pairs)
 
 
@@ -137,25 +134,33 @@ def complete_pairs(studio: Studio, request: Request) -> list[Pair]:
     return pairs
 
 
+def rows_from(first: int, edits: Mapping[HookPoint, Edit]) -> dict[HookPoint, Edit]:
+    """Return edits that leave the batch's rows before number `first` as they are."""
+
+    def of_rest(edit: Edit) -> Edit:
+        def edit_rest(x: Tensor, positions: Tensor) -> Tensor:
+            return torch.cat([x[:first], edit(x[first:], positions[first:])])
+
+        return edit_rest
+
+    return {hook: of_rest(edit) for hook, edit in edits.items()}
+
+
 class _Run:
-    """One streamed generation over a batch of prompts."""
+    """A streamed generation over a batch of prompts: ids and texts so far, one per row."""
 
     def __init__(
         self,
         studio: Studio,
         prompts: list[list[int]],
         request: Request,
-        edits: Mapping[HookPoint, Edit] | None,
+        edits: Mapping[HookPoint, Edit],
     ) -> None:
         self.ids = [list(prompt) for prompt in prompts]
+        self.texts = ["" for _ in prompts]
         self._tokenizer = studio.tokenizer
         self._decoders = [self._tokenizer.stream_decoder() for _ in prompts]
-        self._texts = ["" for _ in prompts]
-        tokens = generate_ids(studio, prompts, request, edits)
-        self.steps = self._follow(tokens)
-
-    def texts(self) -> list[str]:
-        return list(self._texts)
+        self.steps = self._follow(generate_ids(studio, prompts, request, edits))
 
     def _follow(self, tokens: Iterator[list[int | None]]) -> Generator[None]:
         for step in tokens:
@@ -163,7 +168,7 @@ class _Run:
                 if token is not None:
                     self.ids[row].append(token)
                     piece = self._tokenizer.token_bytes(token)
-                    self._texts[row] += self._decoders[row].decode(piece)
+                    self.texts[row] += self._decoders[row].decode(piece)
             yield
 
 
@@ -188,7 +193,6 @@ def generate_ids(
     )
 
 
-@torch.no_grad()
 def read(
     studio: Studio, ids: Sequence[int], *, n_prompt: int, settings: Sequence[Wish] = ()
 ) -> Reading:
@@ -196,31 +200,56 @@ def read(
 
     ids: with BOS where prompts have one. n_prompt: tokens of the prompt, BOS counted.
     """
+    return read_rows(studio, [ids], [n_prompt], settings)[0]
+
+
+@torch.no_grad()
+def read_rows(
+    studio: Studio,
+    rows: Sequence[Sequence[int]],
+    n_prompts: Sequence[int],
+    settings: Sequence[Wish],
+) -> list[Reading]:
+    """As `read`, of several sequences in one pass."""
     last = HookPoint(studio.model.args.n_layers - 1, "resid_post")
     hooks = {_dictionary(studio, wish).hook for wish in settings} | {last}
-    tokens = torch.tensor([list(ids)], device=studio.model.device)
-    captured = studio.model.capture(tokens, hooks)
-    surprise = _surprise(studio.model, captured[last][0], tokens[0])
+    lengths = [len(row) for row in rows]
+    tokens = torch.tensor([i for row in rows for i in row], device=studio.model.device)
+    captured = studio.model.capture(tokens, hooks, seq_lens=lengths)
+    starts = torch.tensor([0, *lengths]).cumsum(0)[:-1]
+    surprise = _surprise(studio.model, captured[last], tokens, starts)
     columns = []
     for setting in settings:
         dictionary = _dictionary(studio, setting)
-        columns.append(wish_activations(dictionary, captured[dictionary.hook][0], setting))
-    rows = torch.stack(columns, 1).tolist() if columns else [[] for _ in ids]
-    decoder = studio.tokenizer.stream_decoder()
-    texts = [decoder.decode(studio.tokenizer.token_bytes(token)) for token in ids]
-    texts[-1] += decoder.decode(b"", final=True)
-    skip = 1 if studio.tokenizer.bos_id == ids[0] else 0
-    surprises: list[float | None] = [None, *surprise]
-    return Reading(texts[skip:], n_prompt - skip, surprises[skip:], rows[skip:], list(ids))
+        column = wish_activations(dictionary, captured[dictionary.hook], setting)
+        columns.append(_silent_at_bos(column, dictionary, starts))
+    activations = torch.stack(columns, 1) if columns else torch.zeros(len(tokens), 0)
+    readings = []
+    for ids, n_prompt, nats, its in zip(
+        rows, n_prompts, surprise.split(lengths), activations.split(lengths), strict=True
+    ):
+        decoder = studio.tokenizer.stream_decoder()
+        texts = [decoder.decode(studio.tokenizer.token_bytes(token)) for token in ids]
+        texts[-1] += decoder.decode(b"", final=True)
+        skip = 1 if studio.tokenizer.bos_id == ids[0] else 0
+        surprises: list[float | None] = [None, *nats.tolist()[1:]]
+        record = (texts[skip:], n_prompt - skip, surprises[skip:], its.tolist()[skip:], list(ids))
+        readings.append(Reading(*record))
+    return readings
 
 
-def _surprise(model: Llama, resid: Tensor, ids: Tensor) -> list[float]:
-    """Nats of tokens 1, 2, ... given what came before; logits are made a few rows at a time."""
-    values = []
-    for start in range(0, len(ids) - 1, _UNEMBED_ROWS):
-        logits = model.unembed(resid[start : min(start + _UNEMBED_ROWS, len(ids) - 1)])
-        targets = ids[start + 1 : start + 1 + len(logits)]
-        values += torch.nn.functional.cross_entropy(logits, targets, reduction="none").tolist()
+def _surprise(model: Llama, resid: Tensor, ids: Tensor, starts: Tensor) -> Tensor:
+    """Nats of packed tokens (n,) given what came before, on the CPU; 0 where a sequence starts.
+
+    starts: (n_sequences,). Logits are made a few rows at a time.
+    """
+    values, continued = torch.zeros(len(ids)), torch.ones(len(ids), dtype=torch.bool)
+    continued[starts] = False
+    for at in continued.nonzero()[:, 0].split(_UNEMBED_ROWS):
+        logits = model.unembed(resid[(at - 1).to(resid.device)])
+        targets = ids[at.to(ids.device)]
+        nats = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+        values[at] = nats.cpu()
     return values
 
 
@@ -239,27 +268,28 @@ def wish_activations(dictionary: Dictionary, x: Tensor, wish: Wish) -> Tensor:
     return coordinates(dictionary, x, wish) / (wish.concept.length or _USUAL_LENGTH)
 
 
+def _silent_at_bos(values: Tensor, dictionary: Dictionary, starts: Tensor) -> Tensor:
+    """Put 0 where a sequence starts, if that is a BOS token, which no SAE was trained on."""
+    if dictionary.sae.config.prepend_bos:
+        values[starts] = 0.0
+    return values
+
+
 def coordinates(dictionary: Dictionary, x: Tensor, wish: ConceptSetting) -> Tensor:
     """Return (n_tokens,): raw x's place along a concept's direction, in standard deviations.
 
-    0 is an average token's place; 0 at BOS.
+    0 is an average token's place.
     """
     vector = concept_vector(dictionary, wish.concept)
-    values = (standardise(x)[0].float() @ vector.to(x.device) - wish.concept.base).cpu()
-    if dictionary.sae.config.prepend_bos:
-        values[0] = 0.0
-    return values
+    return (standardise(x)[0].float() @ vector.to(x.device) - wish.concept.base).cpu()
 
 
 def setting_activations(dictionary: Dictionary, x: Tensor, setting: Setting) -> Tensor:
-    """Return (n_tokens,) activations, in its units, of one latent on raw x; 0 at BOS."""
+    """Return (n_tokens,) activations, in its units, of one latent on raw x."""
     sae = dictionary.sae
     z, _, _ = sae.normalise(x)
     latent = torch.tensor([setting.latent], device=z.device)
-    values = sae.latent_activations(z, latent)[:, 0].cpu() / dictionary.units[setting.latent]
-    if sae.config.prepend_bos:
-        values[0] = 0.0
-    return values
+    return sae.latent_activations(z, latent)[:, 0].cpu() / dictionary.units[setting.latent]
 
 
 def request_edits(
@@ -279,21 +309,41 @@ def request_edits(
     )
 
 
+Measured = tuple[list[Effect], dict[str, float]]
+"""One effect per wish, and `Pair.moved`."""
+
+
 @torch.no_grad()
 def measure_effects(
-    studio: Studio, request: Request, ids: Sequence[int], *, n_prompt: int
-) -> tuple[list[Effect], dict[str, float]]:
-    """Run the steered model over its own text and compare wish with outcome.
+    studio: Studio, request: Request, rows: Sequence[Sequence[int]], n_prompts: Sequence[int]
+) -> list[Measured]:
+    """Run the steered model over its own texts, in one pass, and compare wish with outcome.
 
-    Directions overlap, so encoding the edited activation again need not give the target. Returns
-    one effect per wish, and `Pair.moved`.
+    Directions overlap, so encoding the edited activation again need not give the target.
     """
     record: dict[HookPoint, tuple[Tensor, Tensor, Tensor]] = {}
-    edits = request_edits(studio, request, [n_prompt], record)
+    edits = request_edits(studio, request, n_prompts, record)
     if not edits:
-        return [], {}
-    tokens = torch.tensor([list(ids)], device=studio.model.device)
-    studio.model.capture(tokens, set(edits), edits=edits)
+        return [([], {}) for _ in rows]
+    lengths = [len(row) for row in rows]
+    padded = [[*row, *[0] * (max(lengths) - len(row))] for row in rows]
+    tokens = torch.tensor(padded, device=studio.model.device)
+    layout = studio.model.layout(tokens, lengths)
+    studio.model.capture(tokens, set(edits), edits=edits, layout=layout)
+    return [
+        _measured(
+            studio,
+            request,
+            {hook: (b[i, :n], a[i, :n], e[i, :n]) for hook, (b, a, e) in record.items()},
+        )
+        for i, n in enumerate(lengths)
+    ]
+
+
+def _measured(
+    studio: Studio, request: Request, record: Mapping[HookPoint, tuple[Tensor, Tensor, Tensor]]
+) -> Measured:
+    """Compare one text's activations (n, d_model) before and after, where edited (n,) says."""
     shares: dict[HookPoint, float] = {}
     for hook, (before, after, edited) in record.items():
         if bool(edited.any()):
@@ -301,30 +351,21 @@ def measure_effects(
             own = torch.linalg.vector_norm(before.float()[edited], dim=-1)
             shares[hook] = float((added / own).mean())
     effects = []
-    for setting in request.wishes:
-        dictionary = _dictionary(studio, setting)
-        before, after, edited = (t[0] for t in record[dictionary.hook])
+    for wish in request.wishes:
+        dictionary = _dictionary(studio, wish)
+        before, after, edited = record[dictionary.hook]
         if dictionary.hook not in shares:
-            effects.append(Effect(setting, None, None, None, None))
+            effects.append(Effect(wish, None, None, None, None))
             continue
-        mask = edited.cpu()
-        if isinstance(setting, Setting):
-            present, realised = (
-                setting_activations(dictionary, x, setting)[mask] for x in (before, after)
-            )
-            target = _target(setting, present)
+        x = before[edited], after[edited]
+        if isinstance(wish, Setting):
+            present, realised = (setting_activations(dictionary, each, wish) for each in x)
+            target = _target(wish, present)
         else:
-            present, realised = (coordinates(dictionary, x, setting)[mask] for x in (before, after))
-            target = _concept_target(setting, present)
-        effects.append(
-            Effect(
-                setting,
-                float(present.mean()),
-                float(target.mean()),
-                float(realised.mean()),
-                shares[dictionary.hook],
-            )
-        )
+            present, realised = (coordinates(dictionary, each, wish) for each in x)
+            target = _concept_target(wish, present)
+        present, target, realised = (float(t.mean()) for t in (present, target, realised))
+        effects.append(Effect(wish, present, target, realised, shares[dictionary.hook]))
     return effects, {f"layer {hook.layer} {hook.name}": share for hook, share in shares.items()}
 
 

@@ -15,7 +15,15 @@ from hypothesis import strategies as st
 from llama_3 import HookPoint, generate, load_llama
 from sae import BLOCK_ELEMENTS
 from saint.stage.errors import UserError
-from saint.steering.completions import complete_pairs, generate_ids, read, stream_pairs
+from saint.steering.completions import (
+    complete_pairs,
+    generate_ids,
+    read,
+    read_rows,
+    request_edits,
+    rows_from,
+    stream_pairs,
+)
 from saint.steering.dose import (
     SWEEP_SEEDS,
     DosePoint,
@@ -126,8 +134,10 @@ def test_neutral_settings_are_bit_identical(setup, text, dtype):
     edits = build_edits(studio, neutral, where="both", prompt_lengths=[99])
     ids = torch.tensor([studio.encode(PROMPT, chat=False)])
     assert torch.equal(model(ids), model(ids, edits=edits))
-    request = Request((PROMPT,), neutral, max_new_tokens=12, temperature=1.0, seed=3)
-    (pair,) = complete_pairs(studio, request)
+    prompts = (PROMPT, "the court", PROMPT)
+    request = Request(prompts, neutral, max_new_tokens=12, temperature=1.0, seed=3)
+    pair, *others = complete_pairs(studio, request)
+    assert all(other.plain.ids == other.steered.ids for other in others)
     assert pair.plain == pair.steered
 
 
@@ -244,6 +254,39 @@ def test_the_same_request_gives_the_same_pair_and_rows_do_not_mix(studio):
     assert alone[0].steered.text == first[1].steered.text
     other = complete_pairs(studio, replace(request, seed=6))
     assert other[0].plain.text != first[0].plain.text
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.1])
+def test_a_pair_as_one_batch_is_what_its_halves_are_apart(studio, temperature):
+    """The same tokens; and logits that differ by rounding alone, as products of other shapes do."""
+    prompts, wish = (PROMPT, "the court", "nuclear treaty and"), (Setting(3, "add", 2.0),)
+    request = Request(prompts, wish, max_new_tokens=12, seed=4)
+    request = replace(request, temperature=temperature, top_p=0.95)
+    ids = studio.encode_prompts(request)
+    edits = request_edits(studio, request, [len(row) for row in ids])
+    apart = []
+    for way in (None, edits):
+        steps = list(generate_ids(studio, ids, request, way))
+        new = zip(*steps, strict=True)
+        rows = [[i for i in row if i is not None] for row in new]
+        apart.append([[*prompt, *row] for prompt, row in zip(ids, rows, strict=True)])
+    pairs = complete_pairs(studio, request)
+    assert [pair.plain.ids for pair in pairs] == apart[0]
+    assert [pair.steered.ids for pair in pairs] == apart[1] and apart[0] != apart[1]
+    tokens = torch.tensor([ids[0]])
+    both = studio.model(tokens.expand(2, -1), edits=rows_from(1, edits))
+    for row, way in zip(both, (None, edits), strict=True):
+        torch.testing.assert_close(row, studio.model(tokens, edits=way)[0], atol=1e-5, rtol=1e-5)
+
+
+def test_rows_read_together_are_rows_read_alone(studio):
+    rows = [studio.encode(text, chat=False) for text in (PROMPT, "the court", "a")]
+    together = read_rows(studio, rows, [2, 3, 1], (Setting(3),))
+    for row, n_prompt, found in zip(rows, (2, 3, 1), together, strict=True):
+        alone = read(studio, row, n_prompt=n_prompt, settings=(Setting(3),))
+        assert found.tokens == alone.tokens and found.n_prompt == alone.n_prompt
+        assert found.surprise == pytest.approx(alone.surprise, abs=1e-4)
+        assert np.allclose(found.activations, alone.activations, atol=1e-4)
 
 
 def test_streamed_texts_end_as_the_result(studio):
@@ -447,7 +490,12 @@ def test_three_billion_parameters_and_a_65k_sae_fit():
     sae = 4 * (2 * 65536 * 3072 + 65536 + 3072)
     caches = 2 * (2 * 28 * 8 * 128 * limits.tokens * 2)  # plain and steered; keys and values
     encoder = BLOCK_ELEMENTS * 4
-    named = ("model (bf16)", "SAE (float32)", "caches of both runs", "pre-activations, one block")
+    named = (
+        "model (bf16)",
+        "SAE (float32)",
+        "caches, plain and steered",
+        "pre-activations, one block",
+    )
     assert [parts[name] for name in named] == [model, sae, caches, encoder]
     residual = 4 * 3072 * limits.tokens
     assert parts["peak"] >= model + sae + caches + encoder + 6 * residual
@@ -464,6 +512,6 @@ def test_caches_are_as_large_as_the_limit_counts_and_no_larger(studio, monkeypat
     longest = max(len(studio.encode(prompt, chat=False)) for prompt in request.prompts)
     tokens = len(request.prompts) * (longest + 5)
     complete_pairs(replace(studio, limits=Limits(tokens=tokens)), request)
-    assert [shape[2] * shape[3] for shape in sizes if len(shape) == 6] == [tokens, tokens]
+    assert [shape[2] * shape[3] for shape in sizes if isinstance(shape, tuple)] == [2 * tokens]
     with pytest.raises(UserError, match=f"are {tokens} tokens: at most {tokens - 1}"):
         complete_pairs(replace(studio, limits=Limits(tokens=tokens - 1)), request)
