@@ -162,7 +162,7 @@ def page_text(args: argparse.Namespace, known: Known, shown: dict[str, Any]) -> 
             "name": stage.name,
             "made": stage.made,
             "size": stage.size,
-            "seconds": "" if stage.seconds is None else f"{stage.seconds:,.0f} s",
+            "cost": stage.cost,
         }
         for stage in run_stages(run_dir)
     ]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,16 @@ def report_sections(run_dir: Path) -> list[Section]:
     sections = [_stage_section(stage) for stage in stages if stage.name in _STAGE_TITLES]
     for stage in stages:
         sections += _details(stage)
-    return sections
+    titles = Counter(section.title for section in sections)
+    return [
+        section if titles[section.title] == 1 else replace(section, title=_told_apart(section))
+        for section in sections
+    ]
+
+
+def _told_apart(section: Section) -> str:
+    """The title of one of several sections of the same kind."""
+    return f"{section.title}: {'/'.join(section.source.parts[-2:])}"
 
 
 def report_page(run_dir: Path, sections: list[Section]) -> Markup:

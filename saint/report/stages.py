@@ -11,7 +11,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class StageSummary:
-    """One stage's output. path: of its manifest. seconds: after the stage before it; None first."""
+    """One stage's output.
+
+    path: of its manifest. seconds: at work, those of runs that were killed included; None for
+    outputs of earlier versions, which did not write it down.
+    """
 
     name: str
     path: Path
@@ -24,6 +28,11 @@ class StageSummary:
         """Its counts, in words."""
         counts = self.manifest.get("counts", {}).items()
         return ", ".join(f"{v:,} {k.removeprefix('n_')}" for k, v in counts if isinstance(v, int))
+
+    @property
+    def cost(self) -> str:
+        """How long it was at work, in words."""
+        return "" if self.seconds is None else f"{self.seconds:,.0f} s"
 
     @property
     def size(self) -> str:
@@ -43,14 +52,13 @@ def run_stages(run_dir: Path) -> list[StageSummary]:
             continue  # unreadable: its own stage says so
         found.append((finished, path, manifest))
     found.sort(key=lambda row: row[0])
-    stages, seen, before = [], set(), None
-    for finished, path, manifest in found:
+    stages, seen = [], set()
+    for _, path, manifest in found:
         if manifest.get("fingerprint") in seen:
             continue  # one stage, described beside each of its outputs
         seen.add(manifest.get("fingerprint"))
         names = [path.parent / name for name in manifest.get("files", {})]
         n_bytes = sum(name.stat().st_size for name in names if name.is_file())
-        seconds = None if before is None else (finished - before).total_seconds()
+        seconds = manifest.get("seconds")
         stages.append(StageSummary(str(manifest.get("stage")), path, manifest, n_bytes, seconds))
-        before = finished
     return stages

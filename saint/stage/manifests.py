@@ -11,6 +11,7 @@ import glob
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -178,6 +179,8 @@ class Output:
     extendable: tuple[str, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
     _lock: RunLock | None = field(default=None, init=False, repr=False)
+    _began: float = field(default_factory=time.monotonic, init=False, repr=False)
+    _seconds_before: float = field(default=0.0, init=False, repr=False)
 
     @property
     def manifest_path(self) -> Path:
@@ -207,6 +210,7 @@ class Output:
         if not self.single_file and self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file: name the directory that is to be written")
         self._lock = hold(lock_path(self.manifest_path))
+        self._began = time.monotonic()
         state = self._begin(overwrite)
         if state is State.DONE:
             self._unlock()
@@ -239,8 +243,17 @@ class Output:
                 return State.DONE
             log.info("%s is missing from %s: making it again", missing[0], self.path)
             self.manifest_path.unlink()
+        seconds = earlier.get("seconds")
+        self._seconds_before = seconds if isinstance(seconds, int | float) else 0.0
+        if path == self.partial_path:
+            self._seconds_before += self._seconds_of_killed_run()
         self._record()
         return State.RESUME
+
+    def _seconds_of_killed_run(self) -> float:
+        """How long a run that never finished was at work: until it last wrote a file."""
+        began = self.partial_path.stat().st_mtime
+        return max([0.0, *(path.stat().st_mtime - began for path in self._own_files())])
 
     def _compare(self, earlier: Mapping[str, Any]) -> bool:
         """Return whether an extendable argument grew; raise on any other difference."""
@@ -264,7 +277,8 @@ class Output:
     def _record(self) -> None:
         self._base.mkdir(parents=True, exist_ok=True)
         self._remove_torn_files()
-        write_json(self.partial_path, {"arguments": self.arguments, "sources": self.sources})
+        record = {"arguments": self.arguments, "sources": self.sources}
+        write_json(self.partial_path, record | {"seconds": round(self._seconds_before, 1)})
 
     def _remove_torn_files(self) -> None:
         """Remove what a killed run was writing: `atomic_path`'s temporary files."""
@@ -338,7 +352,8 @@ class Output:
         record = {"format": FORMAT, "version": VERSION, **asdict(manifest)}
         record |= {"fingerprint": manifest.fingerprint}
         record |= {"finished": datetime.now(UTC).isoformat(timespec="seconds")}
-        write_json(self.manifest_path, record)
+        seconds = self._seconds_before + time.monotonic() - self._began
+        write_json(self.manifest_path, record | {"seconds": round(seconds, 1)})
         self.partial_path.unlink(missing_ok=True)
         self._unlock()
         return manifest

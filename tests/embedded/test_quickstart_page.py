@@ -85,7 +85,7 @@ def test_the_slider_moves_the_text_and_nobody_is_kept_out(
     examples = [page.example(shown(studio)) | {"name": name} for name in ("court", "<u>ruling")]
     values: dict[str, Any] = {"concepts": examples, **page.token_losses(studio, TEXT)}
     cards = [page.latent_card(row(i), Label("a <u> label"), is_open=i == 0) for i in (0, 1)]
-    stages = [{"name": "stage", "made": "1 thing", "size": "1 MB", "seconds": "2 s"}]
+    stages = [{"name": "stage", "made": "1 thing", "size": "1 MB", "cost": "2 s"}]
     text = render(
         Path(page.__file__).parent,
         "quickstart.html",

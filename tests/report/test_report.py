@@ -44,7 +44,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     day = "2030-01-01T00:0"
     finish(root / "trained_sae.pt", "sae_training", f"{day}1:00+00:00", counts=counts)
     (root / "sae_evaluation.json").write_text(json.dumps(EVALUATION))
-    finish(root / "sae_evaluation.json", "sae_evaluation", f"{day}3:30+00:00")
+    finish(root / "sae_evaluation.json", "sae_evaluation", f"{day}3:30+00:00", seconds=150.2)
     (root / "output").mkdir()
     labels = "1: {common_semantic: 'a <b> label', score: {detect: {balanced_accuracy: 0.8}}}\n"
     (root / "output" / "parsed_responses.yaml").write_text(labels)
@@ -73,7 +73,8 @@ def test_stages_are_in_the_order_of_time(run_dir: Path) -> None:
     *before, training, evaluation = run_stages(run_dir)
     assert (training.name, evaluation.name) == ("sae_training", "sae_evaluation")
     assert training.made == "3 steps, 3,000 tokens"
-    assert evaluation.seconds == 150
+    assert (training.cost, evaluation.cost) == ("", "150 s")
+    assert all(stage.seconds is not None for stage in before), "a stage writes down its time"
     assert {stage.name for stage in before} >= {"capture_top_activating_sentences"}
 
 

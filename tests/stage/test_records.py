@@ -225,3 +225,19 @@ def test_what_a_killed_run_left_of_its_records_is_removed(tmp_path):
         tmp_path, "stage", arguments={}, sources={}, single_file=False, own_names=("data",)
     ).begin(overwrite=False)
     assert not any(path.exists() for path in torn) and strangers.exists()
+
+
+def test_a_manifest_holds_the_seconds_at_work_those_of_a_killed_run_included(tmp_path):
+    def begun() -> Output:
+        output = Output(tmp_path / "out.bin", "stage", {}, {}, single_file=True)
+        output.begin(overwrite=False)
+        return output
+
+    first = begun()
+    (tmp_path / "out.bin").write_bytes(b"half")
+    os.utime(first.partial_path, (1000, 1000))
+    os.utime(tmp_path / "out.bin", (1030, 1030))  # it wrote for half a minute, then it was killed
+    first._unlock()
+    begun().finish(facts={}, counts={}, files=["out.bin"])
+    record = json.loads((tmp_path / "out.bin.manifest.json").read_text())
+    assert 30 <= record["seconds"] < 60
