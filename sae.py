@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import zipfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch.nn import functional as F
 
 from saint.stage.errors import UserError
 from saint.stage.files import atomic_path, save_torch, write_json
+from saint.stage.manifests import file_checksum
 
 FORMAT = "saint.sae"
 VERSIONS = (1, 2)  # 2: says something that version 1 had no word for
@@ -357,7 +359,12 @@ def save_sae(path: Path, sae: TopKSparseAutoencoder) -> None:
         state["max_activations"] = maximum
     with atomic_path(path) as temporary:
         save_file(state, temporary, metadata=as_metadata(header))
-    write_json(path.with_suffix(".json"), header)
+    write_header(path, header)
+
+
+def write_header(path: Path, header: Mapping[str, Any]) -> None:
+    """Write what `describe` returned beside a safetensors file, with the file's checksum."""
+    write_json(path.with_suffix(".json"), {**header, "checksum": file_checksum(path)})
 
 
 def describe(config: SAEConfig, names: Collection[str]) -> dict[str, Any]:
@@ -484,16 +491,35 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise UserError(f"{path} does not exist: train an SAE first (sae_training.py)")
     try:
+        if not _is_intact(path):
+            raise ValueError("its bytes are not those that were written")
         if path.suffix == ".safetensors":
             return _read_safetensors(path)
         record = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, SafetensorError):
+    except (
+        *(pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, SafetensorError),
+        zipfile.BadZipFile,
+    ):
         raise UserError(
             f"{path} is not a readable SAE checkpoint: damaged, or not sae_training.py's"
         ) from None
     if not isinstance(record, dict):
         raise UserError(f"{path} is not an SAE checkpoint")
     return record
+
+
+def _is_intact(path: Path) -> bool:
+    """Whether a file's own checksums hold: torch.save's, or that in the .json beside it."""
+    if path.suffix != ".safetensors":
+        if not zipfile.is_zipfile(path):
+            return True  # an older torch's, or none at all
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    beside = path.with_suffix(".json")
+    header = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else None
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        return True
+    return header.get("checksum") in (None, file_checksum(path))
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:

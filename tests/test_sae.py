@@ -197,6 +197,23 @@ def test_every_rule_and_normalisation_survives_both_files(activation, suffix, tm
         load_sae(path, device="cpu", layer=2)
 
 
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_flipped_bit_of_a_weight_is_noticed(suffix, tmp_path: Path):
+    sae = make_sae(layer=9)
+    save_sae(path := tmp_path / f"a{suffix}", sae)
+    whole = path.read_bytes()
+    for tensor in (sae.W_enc, sae.b_enc, sae.b_pre):
+        at = whole.index(tensor.detach().numpy().tobytes()) + 5
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+        with pytest.raises(UserError, match=f"a{suffix} is not a readable SAE checkpoint: damaged"):
+            load_sae(path, device="cpu")
+    path.write_bytes(whole)
+    load_sae(path, device="cpu")
+    if suffix == ".safetensors":
+        path.with_suffix(".json").unlink()
+        load_sae(path, device="cpu")
+
+
 def test_a_plain_topk_is_written_as_version_1_always_was(tmp_path: Path):
     sae = make_sae(layer=9)
     save_sae(tmp_path / "a.pt", sae)

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sae import SAEConfig, as_metadata, describe
+from sae import SAEConfig, as_metadata, describe, write_header
 from saint.stage.errors import UserError
-from saint.stage.files import atomic_path, save_torch, write_json
+from saint.stage.files import atomic_path, save_torch
 
 BLOCK_ROWS = 512
 _UNIT_NORM_TOLERANCE = 1e-5  # float32 training leaves no more
@@ -168,7 +168,7 @@ def write_ours(path: Path, config: SAEConfig, tensors: Mapping[str, LazyTensor])
     header = describe(config, tensors)
     if path.suffix == ".safetensors":
         write_tensors(path, tensors, as_metadata(header))
-        write_json(path.with_suffix(".json"), header)
+        write_header(path, header)
         return
     state = {name: as_tensor(rows) for name, rows in tensors.items()}
     header["config"]["max_activations"] = state.pop("max_activations", None)
