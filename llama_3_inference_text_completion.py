@@ -20,7 +20,7 @@ from pathlib import Path
 from llama_3 import CheckpointError, load_args
 from saint.page.fragments import dose_html, report_page, wish_name
 from saint.stage.errors import UserError, log
-from saint.stage.files import atomic_path, write_json, write_text
+from saint.stage.files import atomic_path, read_json, write_json, write_text
 from saint.stage.flags import (
     add_model_parallel_flag,
     fraction,
@@ -245,10 +245,7 @@ def _request(args: argparse.Namespace) -> Request:
     if args.request is not None:
         if not args.request.is_file():
             raise UserError(f"--request {args.request} does not exist")
-        try:
-            return request_from_json(json.loads(args.request.read_text(encoding="utf-8")))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{args.request} is not JSON: {error}") from None
+        return request_from_json(read_json(args.request))
     return Request(
         prompts=tuple(args.prompt or EXAMPLE_PROMPTS),
         settings=tuple(parse_setting(text) for text in split_steer(args.steer)[0]),

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from saint.stage.errors import UserError
-from saint.stage.files import atomic_path, save_torch, write_json
+from saint.stage.files import atomic_path, read_json, save_torch, write_json
 from saint.stage.manifests import file_checksum
 
 FORMAT = "saint.sae"
@@ -516,7 +516,7 @@ def _is_intact(path: Path) -> bool:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
     beside = path.with_suffix(".json")
-    header = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else None
+    header = read_json(beside) if beside.exists() else None
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         return True
     return header.get("checksum") in (None, file_checksum(path))

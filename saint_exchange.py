@@ -13,7 +13,6 @@ Scope, or hf://owner/name/folder. What a format cannot carry is refused by name.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -29,7 +28,7 @@ from saint.exchange.foreign import LazyTensor, fold, write_ours
 from saint.exchange.imports import Overrides, read_foreign
 from saint.exchange.labels_table import label_rows, write_labels
 from saint.stage.errors import UserError, log
-from saint.stage.files import naming_full_disk, remove_torn
+from saint.stage.files import naming_full_disk, read_json, remove_torn
 from saint.stage.flags import positive_float, positive_int, whole_number
 from saint.stage.program import run_stage
 
@@ -211,7 +210,7 @@ def push(args: argparse.Namespace) -> None:
     report = args.evaluation_path or args.sae_path.with_name("sae_evaluation.json")
     facts: dict[str, Any] = {"formats": []}
     if report.exists():
-        facts["evaluation"] = json.loads(report.read_text())
+        facts["evaluation"] = read_json(report)
     with tempfile.TemporaryDirectory() as temporary:
         directory = args.dry_run or Path(temporary)
         directory.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 from saint.evaluation.page import TEMPLATES
 from saint.stage.errors import UserError, log
-from saint.stage.files import write_text
+from saint.stage.files import read_json, write_text
 from saint.stage.html import fragment, render
 from saint.stage.plots import Axis, Series, scatter_chart
 from saint.stage.program import run_stage
@@ -74,7 +74,7 @@ def read_reports(paths: Sequence[Path]) -> dict[str, Evaluation]:
     reports: dict[str, Evaluation] = {}
     for path in paths:
         try:
-            report = json.loads(path.read_text(encoding="utf-8"))
+            report = read_json(path)
             name = report["sae"]
         except (OSError, ValueError, KeyError, TypeError):
             raise UserError(f"{path} is not a report of sae_evaluation.py") from None

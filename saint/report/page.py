@@ -17,6 +17,7 @@ from saint.evidence.labels import Label, load_labels
 from saint.evidence.words import clearest_latents
 from saint.report.stages import StageSummary, run_stages
 from saint.stage.errors import UserError
+from saint.stage.files import read_json
 from saint.stage.html import render
 from saint.stage.plots import Axis, Series, histogram_chart, scatter_chart
 from saint.training.curves_page import curves
@@ -112,7 +113,7 @@ def _training(sae_path: Path) -> list[Section]:
 
 
 def _evaluation(path: Path) -> list[Section]:
-    report = json.loads(path.read_text(encoding="utf-8"))
+    report = read_json(path)
     figures = {
         "FVU": f"{report['fvu']:.4f}",
         "L0": f"{report['l0']:.1f}",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+
+from saint.stage.files import read_json
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def run_stages(run_dir: Path) -> list[StageSummary]:
     found = []
     for path in sorted(run_dir.rglob("*.manifest.json")):
         try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
+            manifest = read_json(path)
             finished = datetime.fromisoformat(manifest["finished"])
         except (ValueError, KeyError, TypeError):
             continue  # unreadable: its own stage says so

@@ -14,6 +14,8 @@ from typing import Any
 
 from saint.stage.errors import UserError
 
+MOST_JSON_BYTES = 64 << 20
+
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
@@ -131,6 +133,18 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file. Raises UserError when it is too large for one of ours, or damaged."""
+    try:
+        if path.stat().st_size > MOST_JSON_BYTES:
+            raise UserError(f"{path} is larger than {MOST_JSON_BYTES >> 20} MB: damaged")
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} is not readable JSON: the file is damaged") from None
 
 
 def write_json(path: Path, value: Any) -> None:

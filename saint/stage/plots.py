@@ -261,7 +261,7 @@ def ticks(axis: Axis, low: float, high: float) -> list[float]:
     if not axis.logarithmic:
         step = _step(high - low)
         first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-        return [round(i * step, 12) for i in range(first, last + 1)]
+        return [float(f"{i * step:.12g}") for i in range(first, last + 1)]
     factors = (1, 2, 5) if high - low < 2.5 else (1,)
     every = 1 if high - low < 6 else math.ceil((high - low) / 5)
     powers = range(math.floor(low), math.ceil(high) + 1)

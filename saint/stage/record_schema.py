@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, NotRequired
@@ -11,8 +10,8 @@ from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from saint.stage.errors import UserError
+from saint.stage.files import read_json
 
-MOST_BYTES = 64 << 20
 """Larger records are refused unread; that of a million shards is smaller."""
 
 
@@ -118,14 +117,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
     Raises UserError when it is too large, no JSON object, or lacks arguments or sources.
     """
-    try:
-        if path.stat().st_size > MOST_BYTES:
-            raise UserError(f"{path} is larger than any manifest ({MOST_BYTES >> 20} MB): damaged")
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path} is not readable JSON: the file is damaged") from None
+    record = read_json(path)
     _check(_PARTIAL, record, path)
     return record
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import IO, Any
 
@@ -13,10 +14,10 @@ from saint.stage.files import atomic_path
 
 # A file of a few hundred bytes can stand for more values than memory holds, by aliases of aliases.
 _MOST_NODES = 100_000_000
+_MOST_DEPTH = 200
+_INDENTED = re.compile(rf"^[ \t?:-]{{{_MOST_DEPTH}}}", re.MULTILINE)
 # libyaml's loader and dumper are some ten times faster; they are missing from a few builds.
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-
-
 DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
 
@@ -52,12 +53,30 @@ def _size(value: Any, known: dict[int, float]) -> float:
     return known[id(value)]
 
 
+def _is_deep(text: str) -> bool:
+    """Whether collections lie deeper in each other than libyaml's recursion bears.
+
+    Every level takes a bracket of its own, or a character before the first word of a line.
+    """
+    if text.count("[") + text.count("{") < _MOST_DEPTH and not _INDENTED.search(text):
+        return False
+    depth = 0
+    for event in yaml.parse(text, Loader=LOADER):
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > _MOST_DEPTH:
+            return True
+    return False
+
+
 def load_yaml(path: Path) -> Any:
     """Read YAML safely; raises UserError when the file is missing or damaged."""
     if not path.exists():
         raise UserError(f"{path} does not exist")
     try:
         text = path.read_text(encoding="utf-8")
+        if _is_deep(text):
+            raise UserError(f"{path} is not read: its values lie over {_MOST_DEPTH} levels deep")
         value = yaml.load(text, Loader=LOADER)
         if "&" in text and "*" in text and _size(value, {}) > _MOST_NODES:
             raise UserError(f"{path} is not read: its aliases make it {_MOST_NODES:,} values large")

@@ -40,7 +40,7 @@ from sae import TopKSparseAutoencoder
 from saint.evidence.file import Evidence
 from saint.evidence.words import MIN_LETTERS, is_content_word, is_form, word_at
 from saint.stage.errors import UserError
-from saint.stage.files import atomic_path, write_json
+from saint.stage.files import atomic_path, read_json, write_json
 from saint.steering.texts import read_back, vector_edit, write
 
 EFFECTS = "effects.parquet"
@@ -277,7 +277,7 @@ def show_in_texts(
         path = work_dir / f"texts_{number:05d}.json"
         if not path.exists():
             write_json(path, _written(prober, batch, prompts, seeds))
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
         for row, texts in zip(batch, found, strict=True):
             losses = [t["surprise"] - p.surprise for t, p in zip(texts, plain, strict=True)]
             hits = [t["text"] for t in texts if word_shows(t["text"], row["word"])]
@@ -332,7 +332,7 @@ def write_block(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def read_block(path: Path) -> list[dict[str, Any]]:
     """Read a saved block."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path)
 
 
 def write_effects(path: Path, rows: Sequence[dict[str, Any]], facts: Mapping[str, Any]) -> None:

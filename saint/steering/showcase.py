@@ -13,7 +13,6 @@ SAE: the demo's and the quickstart's examples. Texts are drawn as the demo draws
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -29,7 +28,7 @@ from llama_3 import CheckpointError, HookPoint, Sampling
 from saint.evidence.token_index import StoredTokens
 from saint.evidence.words import MIN_LETTERS, is_content_word
 from saint.stage.errors import UserError, log
-from saint.stage.files import write_json
+from saint.stage.files import read_json, write_json
 from saint.stage.flags import add_overwrite_flag, positive_int, seed_number
 from saint.stage.manifests import Output, State, file_checksum, model_fingerprint
 from saint.stage.program import run_stage
@@ -104,7 +103,7 @@ def family_shows(text: str, word: str, family: Sequence[str]) -> bool:
 def load_families(path: Path) -> dict[str, list[str]]:
     """Read {word: {"family": [words]}}. Raises UserError when it is no such file."""
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = read_json(path)
         return {str(word): [str(w).lower() for w in row["family"]] for word, row in rows.items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path} holds no word families: {error!r:.80}") from None
@@ -383,7 +382,7 @@ def load_showcase(path: Path, studio: Studio) -> list[Shown]:
     if not path.exists():
         return []
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path)
         if (record["format"], record["version"]) != (FORMAT, VERSION):
             raise UserError(f"{path}: format {record['format']} is not known here")
         if record["made_with"] != fingerprints(studio)[0]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from saint.stage.errors import UserError
+from saint.stage.files import read_json
 from saint.training.recipe import Recipe, flag_of
 
 MOST_DEAD = 0.01
@@ -68,14 +69,14 @@ def read_run(path: Path, name: str = "", failure: str = "") -> RunLog:
         assert all("step" in entry for entry in entries)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except (OSError, ValueError, TypeError, AssertionError):
+    except (OSError, ValueError, TypeError, AssertionError, RecursionError):
         raise UserError(f"{path} is no metrics.jsonl of sae_training.py") from None
     stem = path.name.removesuffix(_ENDING)
     record: dict[str, Any] = {}
     for ending in ("manifest", "partial"):
         beside = path.with_name(f"{stem}.pt.{ending}.json")
         if not record and beside.exists():
-            record = json.loads(beside.read_text(encoding="utf-8"))
+            record = read_json(beside)
     made = record.get("arguments", {})
     before = {each.name: flag_of(each).before for each in fields(Recipe)}
     settings = {n: made.get(n, value) for n, value in before.items()} if made else {}

@@ -206,7 +206,7 @@ class Trainer:
         """
         try:
             state = torch.load(path, map_location=self.workers.device, weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError):
+        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError):
             raise UserError(f"{path} is damaged") from None
         mine = self.state()
         if isinstance(state, dict):  # older ones logged a line with each checkpoint

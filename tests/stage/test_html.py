@@ -4,7 +4,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from jinja2 import UndefinedError
 from markupsafe import Markup
@@ -79,6 +79,7 @@ def test_nothing_is_said_to_be_nothing():
 
 
 @given(st.floats(-1e9, 1e9, allow_nan=False), st.floats(1e-6, 1e9, allow_nan=False), st.booleans())
+@example(-952230008.0, 1.0, True)
 def test_ticks_are_round_few_and_inside(low: float, length: float, logarithmic: bool):
     axis = Axis(logarithmic=logarithmic)
     if logarithmic:
