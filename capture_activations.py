@@ -41,6 +41,7 @@ from saint.stage.flags import (
 )
 from saint.stage.manifests import Output, State, read_manifest
 from saint.stage.program import log_arguments, progress, run_stage
+from saint.stage.terminal import FINAL
 from saint.stage.workers import Workers, start_workers
 from saint.store.activation_store import STAGE
 from saint.store.dataset import Sampler, SentenceDataset, open_dataset
@@ -264,6 +265,7 @@ def summarise(output: Output, n_stored: int, n_computed: int, seconds: float) ->
         counts["n_cut_sentences"],
         seconds,
         output.path,
+        extra=FINAL,
     )
 
 

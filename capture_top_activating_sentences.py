@@ -44,6 +44,7 @@ from saint.stage.flags import (
 )
 from saint.stage.manifests import Output, State, file_checksum, model_fingerprint, read_manifest
 from saint.stage.program import log_arguments, progress, run_stage
+from saint.stage.terminal import FINAL
 from saint.stage.workers import Workers, start_workers
 from saint.store.activation_store import ActivationStore
 
@@ -263,6 +264,7 @@ def run(
         time.monotonic() - started - seconds,
         output.path,
         output.path / EVIDENCE,
+        extra=FINAL,
     )
 
 

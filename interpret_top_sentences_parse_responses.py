@@ -24,6 +24,7 @@ from saint.stage.files import write_json, write_text
 from saint.stage.flags import add_overwrite_flag
 from saint.stage.manifests import Output, file_checksum, fingerprint, manifest_path, read_manifest
 from saint.stage.program import log_arguments, run_stage
+from saint.stage.terminal import page_link
 from saint.stage.yaml_files import load_yaml, write_yaml
 
 STAGE = "interpret_top_sentences_parse_responses"
@@ -194,7 +195,9 @@ def _summarise(
         report = build_report(labels, kinds, answers.usage, measured, explained)
         write_json(_beside(args, ".report.json"), report)
         title = f"Labels in {args.parsed_responses_output_filepath.name}"
-        write_text(_beside(args, ".report.html"), report_page(report, title))
+        page = _beside(args, ".report.html")
+        write_text(page, report_page(report, title))
+        log.info("the labels' report: %s", page_link(page))
         show_report(report)
     told = ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items())) or "none read"
     path = args.parsed_responses_output_filepath

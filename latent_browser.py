@@ -39,6 +39,7 @@ from saint.stage.flags import (
 )
 from saint.stage.html import inline, render
 from saint.stage.program import log_arguments, run_stage
+from saint.stage.terminal import FINAL, page_link
 
 SCRIPTS = ("search.js", "keep.js", "canvas.js", "browser.js")
 TEMPLATES = Path(__file__).resolve().parent / "saint" / "browser" / "templates"
@@ -176,7 +177,8 @@ def write_browser(args: argparse.Namespace) -> None:
         f"{evidence.n_latents:,}",
         f"{sum(bool(label.text) for label in labels.values()):,}",
         len(text.encode()) / 1e6,
-        args.html.resolve().as_uri(),
+        page_link(args.html),
+        extra=FINAL,
     )
 
 
@@ -208,7 +210,7 @@ def look_at_prompt(args: argparse.Namespace) -> None:
         )
         text = prompt_page(found, title=args.prompt, about=about, per_token=args.latents_per_token)
         write_text(args.html, text)
-        log.info("wrote %s: look at %s", args.html, args.html.resolve().as_uri())
+        log.info("wrote %s: look at %s", args.html, page_link(args.html))
 
 
 def known_maxima(sae: TopKSparseAutoencoder, evidence_path: Path | None) -> Tensor | None:

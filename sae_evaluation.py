@@ -59,6 +59,7 @@ from saint.stage.manifests import (
     read_manifest,
 )
 from saint.stage.program import log_arguments, run_stage
+from saint.stage.terminal import FINAL, page_link
 from saint.stage.workers import start_workers
 from saint.store.dataset import SentenceDataset, open_dataset
 
@@ -261,7 +262,8 @@ def write_report(output: Output, report: dict[str, Any], title: str) -> None:
         100 * report["dead_share"],
         report["loss_recovered"],
         f"{report['n_tokens']:,}",
-        page,
+        page_link(page),
+        extra=FINAL,
     )
 
 
@@ -280,7 +282,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     output = plan_output(args, sae, hook, dataset, dtype)
     state = workers.on_main(lambda: output.begin(overwrite=args.overwrite))
     if state is State.DONE:
-        log.info("done already: %s; look at %s", output.path, output.path.with_suffix(".html"))
+        log.info(
+            "done already: %s; look at %s", output.path, page_link(output.path.with_suffix(".html"))
+        )
         return
     try:
         report = provenance(args, output) | measure(args, sae, hook, dataset, dtype)

@@ -46,6 +46,7 @@ from saint.stage.manifests import (
     recorded_numbers,
 )
 from saint.stage.program import log_arguments, run_stage
+from saint.stage.terminal import FINAL
 from saint.store.activation_store import ActivationStore, add_layer_flags, open_stores
 from saint.store.dataset import HELD_OUT_FRACTION, HELD_OUT_SEED
 from saint.store.row_format import row_bytes
@@ -232,6 +233,7 @@ def report(
         f"{mb_per_s:.0f} MB/s" if mb_per_s else "an earlier run moved all of them",
         output.path,
         mean_path,
+        extra=FINAL,
     )
 
 

@@ -31,6 +31,7 @@ from saint.stage.flags import (
 )
 from saint.stage.manifests import State
 from saint.stage.program import log_arguments, progress, run_stage
+from saint.stage.terminal import FINAL, page_link
 from saint.stage.workers import Workers, start_workers
 from saint.training.jobs import add_sweep_flags, by_rows, plan_jobs
 from saint.training.metrics import Measured, calibrate, validate
@@ -223,7 +224,7 @@ def begin(job: Job, args: argparse.Namespace, workers: Workers) -> bool:
     """Record that a job has begun. Returns whether there is anything to do."""
     if workers.on_main(lambda: job.output.begin(overwrite=args.overwrite)) is State.DONE:
         if not job.name:
-            log.info("done already: %s; look at %s", job.output.path, job.files.page)
+            log.info("done already: %s; look at %s", job.output.path, page_link(job.files.page))
         return False
     workers.on_main(lambda: try_directory(job.files.checkpoint_dir))
     return True
@@ -288,7 +289,8 @@ def finish(run: Run, args: argparse.Namespace, seconds: float) -> None:
         trainer.kernels.name,
         seconds,
         peak_memory(trainer.workers.device),
-        job.files.page,
+        page_link(job.files.page),
+        extra=FINAL,
     )
 
 

@@ -28,6 +28,7 @@ from saint.stage.flags import add_overwrite_flag
 from saint.stage.html import render
 from saint.stage.manifests import Output, State, file_checksum
 from saint.stage.program import run_stage
+from saint.stage.terminal import page_link
 from saint.steering.showcase import SHOWCASE, Shown, family_shows, load_showcase
 from saint.steering.studio import EXAMPLE_PROMPTS, Studio, add_studio_flags, load_studio
 from saint.training.curves_page import curves
@@ -232,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_text(page, text)
         output.finish(facts={}, counts={}, files=[page.name, "quickstart.json"])
     show(json.loads(page.with_suffix(".json").read_text(encoding="utf-8")))
-    log.info("look at %s", page.resolve().as_uri())
+    log.info("look at %s", page_link(page))
 
 
 def _begin(output: Output, overwrite: bool) -> State:

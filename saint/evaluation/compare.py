@@ -22,6 +22,7 @@ from saint.stage.files import read_json, write_text
 from saint.stage.html import fragment, render
 from saint.stage.plots import Axis, Series, scatter_chart
 from saint.stage.program import run_stage
+from saint.stage.terminal import page_link
 
 Evaluation = Mapping[str, Any]
 
@@ -134,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     reports = read_reports(args.reports)
     write_text(args.output_path, evaluations_page(reports))
-    log.info("%d SAEs compared in %s", len(reports), args.output_path)
+    log.info("%d SAEs compared: look at %s", len(reports), page_link(args.output_path))
 
 
 if __name__ == "__main__":

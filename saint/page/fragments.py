@@ -5,6 +5,7 @@ The markup is in templates/fragments.html, where every value is escaped; here is
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from math import exp
 from pathlib import Path
@@ -12,10 +13,11 @@ from typing import Any
 
 from markupsafe import Markup
 
+from saint.page.conversation import Exchange
 from saint.stage import plots
 from saint.stage.html import fragment, inline, render
 from saint.steering.attribution import Attribution
-from saint.steering.completions import Effect, Pair, Reading
+from saint.steering.completions import Effect, Pair, Reading, Streamed
 from saint.steering.dose import (
     CONCEPT_DOSES,
     DEFAULT_STRENGTHS,
@@ -25,7 +27,7 @@ from saint.steering.dose import (
 )
 from saint.steering.guide import INTRUDER_CHANCE, Guide
 from saint.steering.search import Card, Hit
-from saint.steering.settings import ConceptSetting, Setting, Wish
+from saint.steering.settings import ConceptSetting, Request, Setting, Wish
 from saint.steering.texts import distinct_pairs
 
 _HERE = Path(__file__).parent
@@ -77,17 +79,27 @@ def download_html(name: str, data: str) -> Markup:
     return _filled("download", name, data)
 
 
-def streaming_html(prompts: Sequence[str], texts: Sequence[tuple[str, str]]) -> Markup:
-    """Completions while they are being written."""
+def streaming_html(request: Request, written: Streamed, turns: Sequence[Exchange] = ()) -> Markup:
+    """Completions while they are being written, with what Stop has to know of them."""
     rows = [
         (prompt, list(zip(("Plain", "Steered"), both, strict=True)))
-        for prompt, both in zip(prompts, texts, strict=True)
+        for prompt, both in zip(request.prompts, written.texts, strict=True)
     ]
-    return _filled("streaming", rows)
+    ids = json.dumps({"rows": written.rows, "n_prompts": written.n_prompts})
+    return _filled("streaming", rows, ids, request.chat, turns)
 
 
-def pairs_html(pairs: Sequence[Pair], guides: Sequence[Guide], *, chat: bool = False) -> Markup:
-    """Finished completions with token colours, what they cost, and what each setting did."""
+def pairs_html(
+    pairs: Sequence[Pair],
+    guides: Sequence[Guide],
+    *,
+    chat: bool = False,
+    turns: Sequence[Exchange] = (),
+) -> Markup:
+    """Finished completions with token colours, what they cost, and what each setting did.
+
+    turns: of a chat, those before.
+    """
     settings = [effect.setting for effect in pairs[0].effects] if pairs else []
     rows = []
     for pair in pairs:
@@ -96,7 +108,7 @@ def pairs_html(pairs: Sequence[Pair], guides: Sequence[Guide], *, chat: bool = F
         sides = [
             {
                 "name": name,
-                "lead": pair.prompt if chat else "",
+                "lead": "",
                 "tokens": _tokens(reading, settings, chat),
                 "foot": _fluency(reading),
                 "ids": reading.ids,
@@ -106,9 +118,9 @@ def pairs_html(pairs: Sequence[Pair], guides: Sequence[Guide], *, chat: bool = F
         ]
         effects = _effects(pair.effects, guides)
         row = {"sides": sides, "verdict": verdict, "broken": broken, "effects": effects}
-        rows.append(row)
+        rows.append(row | {"said": pair.prompt if chat else ""})
     legend = [(hue(i), wish_name(setting, guides)) for i, setting in enumerate(settings)]
-    return _filled("pairs", rows, legend, _whole_edit(pairs))
+    return _filled("pairs", rows, legend, _whole_edit(pairs), turns)
 
 
 def _whole_edit(pairs: Sequence[Pair]) -> str:

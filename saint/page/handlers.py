@@ -17,12 +17,20 @@ from typing import Any
 
 import gradio as gr
 
-from saint.page import fragments
+from saint.page import conversation, fragments
+from saint.page.conversation import Exchange
+from saint.page.links import MAX_LINK_CHARS, json_of, link_query, read_lengths, read_link
 from saint.page.mix import MAX_QUERY_CHARS, Mixer
 from saint.stage.errors import UserError, first_line, is_out_of_memory, log
 from saint.steering import search
 from saint.steering.attribution import attribute_ids
-from saint.steering.completions import complete_pairs, request_edits, stream_pairs
+from saint.steering.completions import (
+    Pair,
+    complete_pairs,
+    measure_pairs,
+    request_edits,
+    stream_pairs,
+)
 from saint.steering.concepts import ConceptFinder
 from saint.steering.dose import at_strength, dose_request, sweep
 from saint.steering.guide import Guide
@@ -38,7 +46,6 @@ _SEARCHES: dict[str, Callable[..., list[Hit]]] = {
     "example text": search.search_text,
 }
 _FRAME_SECONDS = 0.06
-_MAX_LINK_CHARS = 40_000
 _VIEW_LATENTS = 14
 DEFAULT_STRENGTH = 2.0
 OPENING_STRENGTHS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
@@ -117,10 +124,11 @@ class PageHandlers:
         seed: float,
         chat: bool,
     ) -> Request:
-        """Make a request of the page's fields; one prompt per non-empty line."""
-        lines = [line.strip() for line in str(prompts or "").splitlines() if line.strip()]
+        """Make a request of the page's fields; one prompt per non-empty line, a chat's is one."""
+        text = str(prompts or "").strip()
+        lines = [text] if chat else [line.strip() for line in text.splitlines()]
         record = {
-            "prompts": lines,
+            "prompts": [line for line in lines if line],
             "where": where,
             "max_new_tokens": n,
             "temperature": temperature,
@@ -134,7 +142,7 @@ class PageHandlers:
     def fields(self, request: Request) -> list[Any]:
         """The inverse of `request`: values for the page's fields."""
         return [
-            "\n".join(" ".join(prompt.split()) for prompt in request.prompts),
+            "\n".join(p if request.chat else " ".join(p.split()) for p in request.prompts),
             self.mixer.dials(request.wishes),
             request.where,
             request.max_new_tokens,
@@ -150,12 +158,7 @@ class PageHandlers:
 
     def read_record(self, text: str) -> Request:
         """Read a copied JSON text. Raises UserError; warns when it was made with other SAEs."""
-        if len(text) > _MAX_LINK_CHARS:
-            raise UserError("the settings are too long to be settings")
-        try:
-            record = json.loads(text)
-        except ValueError:
-            raise UserError("the settings are not JSON") from None
+        record = json_of(text)
         request = request_from_json(record, self.concepts.setting)
         self.studio.check(request)
         ours = fingerprints(self.studio)
@@ -165,33 +168,79 @@ class PageHandlers:
 
     # --- the page's actions ----------------------------------------------------------------------
 
-    def compare(self, *fields: Any) -> Iterator[tuple[Any, ...]]:
-        """Stream both completions; at the end their colours, the link and the JSON."""
-        request = self.request(*fields)
-        last = 0.0
-        for progress in stream_pairs(self.studio, request):
-            if progress.pairs is None:
-                if time.monotonic() - last > _FRAME_SECONDS:
-                    last = time.monotonic()
-                    page = fragments.streaming_html(request.prompts, progress.texts)
-                    yield page, gr.skip(), gr.skip()
-                continue
-            page = fragments.pairs_html(progress.pairs, self.guides, chat=request.chat)
-            results = [
-                {
-                    "prompt": p.prompt,
-                    "plain": p.plain.text,
-                    "steered": p.steered.text,
-                    "steered_ids": p.steered.ids,
-                }
-                for p in progress.pairs
-            ]
-            record = self.record(request)
-            yield (
-                page,
-                link_query(record),
-                json.dumps(record | {"results": results}, indent=1, ensure_ascii=False),
-            )
+    def compare(self, turns: Any, *fields: Any) -> Iterator[tuple[Any, ...]]:
+        """Stream both completions; at the end their colours, the link and the JSON.
+
+        turns: of a chat, as `conversation.to_json`; its message goes on from there, and without one
+        the last turn is answered anew. Yields the result, link, JSON, state, turns and message.
+        """
+        request, turns = self._asked(turns, *fields)
+        record = self.record(request) | {"turns": conversation.to_json(turns)}
+        began, last, skip = time.monotonic(), 0.0, gr.skip()
+        yield skip, skip, json.dumps(record), "Writing …", skip, skip
+        for progress in stream_pairs(self.studio, request, conversation.histories(turns)):
+            if progress.pairs is not None:
+                seconds = time.monotonic() - began
+                said = f"Done: {_n_written(progress.pairs)} tokens in {seconds:.1f} s."
+                yield self._finished(request, turns, progress.pairs, said)
+            elif time.monotonic() - last > _FRAME_SECONDS:
+                last = time.monotonic()
+                page = fragments.streaming_html(request, progress, turns)
+                yield page, skip, skip, skip, skip, skip
+
+    def _asked(self, turns: Any, *fields: Any) -> tuple[Request, list[Exchange]]:
+        """The request of the fields, and the turns that it goes on from."""
+        earlier = self._turns(turns) if fields[-1] else []
+        if earlier and not str(fields[0] or "").strip():
+            *earlier, again = earlier
+            fields = (again.user, *fields[1:])
+        return self.request(*fields), earlier
+
+    def _turns(self, rows: Any) -> list[Exchange]:
+        return conversation.read_turns(rows, 4 * self.studio.limits.prompt_chars)
+
+    def _finished(
+        self, request: Request, turns: list[Exchange], pairs: list[Pair], said: str
+    ) -> tuple[Any, ...]:
+        """What the page shows of pairs that have been written, see `compare`."""
+        page = fragments.pairs_html(pairs, self.guides, chat=request.chat, turns=turns)
+        results = [
+            {
+                "prompt": p.prompt,
+                "plain": p.plain.text,
+                "steered": p.steered.text,
+                "steered_ids": p.steered.ids,
+            }
+            for p in pairs
+        ]
+        record = self.record(request) | ({"turns": conversation.to_json(turns)} if turns else {})
+        text = json.dumps(record | {"results": results}, indent=1, ensure_ascii=False)
+        query, message, kept = link_query(record), gr.skip(), []
+        if request.chat:
+            kept = conversation.to_json([*turns, Exchange.of(pairs[0])])[-conversation.MAX_TURNS :]
+            message = ""
+        return page, query, text, said, kept, message
+
+    def stopped(self, text: str, written: str) -> tuple[Any, ...]:
+        """Colours, numbers and link of what had been written when Stop was pressed.
+
+        text: the JSON that `compare` began with. written: what the page then showed, as JSON:
+        {"rows": token ids of each text, "n_prompts": how many of them are the prompt's}.
+        """
+        shown, skip = json_of(written or "{}"), gr.skip()
+        if not shown.get("rows"):
+            said = "Stopped before anything was written." if shown.get("running") else skip
+            return skip, skip, skip, said, skip, skip
+        request, turns = self.read_record(text), self._turns(json_of(text).get("turns"))
+        rows = [self._ids(ids) for ids in shown["rows"]]
+        if len(rows) != 2 * len(request.prompts):
+            raise UserError("the stopped text is damaged: compare again")
+        n_prompts = read_lengths(shown.get("n_prompts"), rows)
+        n_new = max(len(row) - n for row, n in zip(rows, n_prompts, strict=True))
+        # The link brings back what is on the screen, not what it would have become.
+        request = replace(request, max_new_tokens=max(1, n_new))
+        pairs = measure_pairs(self.studio, request, rows, n_prompts)
+        return self._finished(request, turns, pairs, f"Stopped after {_n_written(pairs)} tokens.")
 
     def turn_up(self, mix: Any, query: str, against: str) -> list[dict[str, Any]]:
         """Make a concept of what was typed and add it to the mix."""
@@ -328,10 +377,10 @@ class PageHandlers:
         query = dict(web_request.query_params) if web_request else {}
         steer = query.get("steer")
         if not steer:
-            return [gr.skip()] * 8 + [False]
+            return [*[gr.skip()] * 8, [], False]
         if "=" not in steer:
-            return [*self.fields(self.read_record(read_link(steer))), True]
-        if len(steer) > _MAX_LINK_CHARS:
+            return [*self.fields_and_turns(read_link(steer)), True]
+        if len(steer) > MAX_LINK_CHARS:
             raise UserError("the link is too long to be one of this page's")
         prompt = str(query.get("prompt") or EXAMPLE_PROMPTS[0])
         record = {
@@ -341,11 +390,13 @@ class PageHandlers:
             "temperature": TEMPERATURE,
             "top_p": TOP_P,
         }
-        return [*self.fields(self.read_record(json.dumps(record))), True]
+        return [*self.fields_and_turns(json.dumps(record)), True]
 
-    def load(self, text: str) -> list[Any]:
-        """Fill the fields from copied JSON."""
-        return self.fields(self.read_record(text or ""))
+    def fields_and_turns(self, text: str) -> list[Any]:
+        """Values for the fields, and the turns of the conversation, from copied JSON."""
+        request = self.read_record(text or "")
+        turns = self._turns(json_of(text).get("turns")) if request.chat else []
+        return [*self.fields(request), conversation.to_json(turns)]
 
     def preset(self, *fields: Any) -> str:
         """The fields as JSON text, to be kept in the visitor's browser."""
@@ -355,7 +406,7 @@ class PageHandlers:
         """Fill the fields from one of the browser's presets."""
         if not isinstance(presets, dict) or name not in presets:
             raise UserError("choose a saved preset first")
-        return self.load(str(presets[name]))
+        return self.fields(self.read_record(str(presets[name])))
 
     @functools.cached_property
     def opening(self) -> str:
@@ -408,25 +459,13 @@ class PageHandlers:
         return DEFAULT_STRENGTH if dose is None else round(min(4.0, dose / unit), 2)
 
 
+def _n_written(pairs: Sequence[Pair]) -> int:
+    return max(len(p.steered.tokens) - p.steered.n_prompt for p in pairs)
+
+
 def _key(wish: Wish) -> str:
     return wish.concept.name if isinstance(wish, ConceptSetting) else f"{wish.sae}:{wish.latent}"
 
 
 def _file_word(name: str) -> str:
     return "".join(c if c.isalnum() else "-" for c in name)[:20]
-
-
-def link_query(record: dict[str, Any]) -> str:
-    """Return the page's query string for a record."""
-    packed = json.dumps(record, separators=(",", ":"), ensure_ascii=False).encode()
-    return "?steer=" + base64.urlsafe_b64encode(packed).decode().rstrip("=")
-
-
-def read_link(query: str) -> str:
-    """Return the JSON text of a link's query value. Raises UserError when it is damaged."""
-    if len(query) > _MAX_LINK_CHARS:
-        raise UserError("the link is too long to be one of this page's")
-    try:
-        return base64.urlsafe_b64decode(query + "=" * (-len(query) % 4)).decode()
-    except ValueError:
-        raise UserError("the link is damaged: copy it again, whole") from None

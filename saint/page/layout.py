@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
@@ -39,13 +40,13 @@ slider.addEventListener('input', () => {
   says.textContent = variants[slider.value].dataset.says;
 });
 """
-# What was being written says that it was stopped, once the last word on its way has come.
-_STOPPED = """() => { setTimeout(() => {
-  for (const caret of document.querySelectorAll('#result .caret')) {
-    const said = { className: 'stopped', textContent: ' (stopped)' };
-    caret.replaceWith(Object.assign(document.createElement('em'), said));
-  }
-}, 800); }"""
+# What was being written when Stop was pressed is measured as it then stood.
+_WRITTEN = """(text) => {
+  const running = document.querySelector('#result .running');
+  const state = document.querySelector('#state');
+  const waits = state?.innerText.startsWith('Writing') ?? false;
+  return [text, running ? running.dataset.written : JSON.stringify({ running: waits })];
+}"""
 # After a run: the link, and the same in the address bar, so that reloading brings the pair back.
 _SHARE_JS = """(query) => {
   if (!query) return query;
@@ -53,6 +54,10 @@ _SHARE_JS = """(query) => {
   history.replaceState(null, '', link);
   return link;
 }"""
+
+
+_EMPTY = "<div class='saint'><p class='empty'>Both texts appear here, side by side.</p></div>"
+_PROMPTS, _MESSAGE = "Prompts, one per line", "Your message"
 
 
 def theme() -> themes.Base:
@@ -91,29 +96,52 @@ def build_page(handlers: PageHandlers) -> gr.Blocks:
             with gr.Column(scale=5, min_width=320):
                 mix, turned_up = _latents_column(handlers)
             with gr.Column(scale=6, min_width=320):
-                fields, chips, run, stop, result, why = _writing_column(handlers, mix)
-        tools = _Tools(handlers, mix, fields)
-        outputs = [result, tools.query, tools.json]
-        filled = _wire_chips(handlers, chips, fields)
+                writing = _Writing(handlers, mix)
+                fields, result = writing.fields, writing.result
+        tools = _Tools(handlers, writing)
+        filled = _wire_chips(handlers, writing.chips, fields)
         restored = gr.State(False)
-        page.load(shown(handlers.restore), None, [*fields, restored], **_QUIET)
-        running = []
+        page.load(shown(handlers.restore), None, [*fields, writing.turns, restored], **_QUIET)
         # Only a link's visitor has something to wait for in the queue.
-        for begins in (run.click, turned_up.success, filled.success, restored.change):
-            compare = begins(shown(handlers.compare), fields, outputs, **_BUSY, **_MODEL)
-            compare.success(None, tools.query, tools.link, js=_SHARE_JS, **_QUIET)
-            compare.success(
-                shown(handlers.view_written), tools.json, tools.view, **_QUIET, **_MODEL
-            )
-            running.append(compare)
-        stop.click(None, cancels=running, **_QUIET)
-        stop.click(None, None, None, js=_STOPPED, **_QUIET)
-        result.asked(shown(handlers.why), tools.json, why, **_BUSY, **_MODEL)
-        why.pressed(shown(handlers.choose), mix, mix, **_QUIET)
+        starts = (writing.run.click, turned_up.success, filled.success, restored.change)
+        _wire_running(handlers, writing, tools, starts)
+        result.asked(shown(handlers.why), tools.json, writing.why, **_BUSY, **_MODEL)
+        writing.why.pressed(shown(handlers.choose), mix, mix, **_QUIET)
         for name, function in api_endpoints(handlers).items():
             api(shown(function), api_name=name, **_MODEL)
     page.queue(max_size=32, default_concurrency_limit=1)
     return page
+
+
+def _wire_running(
+    handlers: PageHandlers, writing: _Writing, tools: _Tools, starts: Sequence[Any]
+) -> None:
+    """What happens when texts are written, and when that is stopped."""
+    outputs = [writing.result, tools.query, tools.json, writing.state, writing.turns]
+    outputs.append(writing.fields[0])
+
+    def then(event: Any) -> None:
+        event.success(None, tools.query, tools.link, js=_SHARE_JS, **_QUIET)
+        event.success(shown(handlers.view_written), tools.json, tools.view, **_QUIET, **_MODEL)
+        event.failure(lambda: "Nothing was written.", None, writing.state, **_QUIET)
+
+    running, inputs = [], [writing.turns, *writing.fields]
+    for begins in starts:
+        running.append(
+            begins(
+                shown(handlers.compare), inputs, outputs, show_progress_on=writing.result,
+                **_BUSY, **_MODEL,
+            )
+        )  # fmt: skip
+        then(running[-1])
+    written = gr.Textbox(visible=False)
+    stopped = [tools.json, written]
+    then(
+        writing.stop.click(
+            shown(handlers.stopped), stopped, outputs, js=_WRITTEN, cancels=running,
+            **_QUIET, **_MODEL,
+        )
+    )  # fmt: skip
 
 
 def _facts(handlers: PageHandlers) -> str:
@@ -193,36 +221,61 @@ def _search_hint(handlers: PageHandlers) -> str:
     return ", ".join([*words, "… or #896 for a latent itself"])
 
 
-def _writing_column(
-    handlers: PageHandlers, mix: gr.HTML
-) -> tuple[list[Any], gr.HTML, Any, Any, gr.HTML, gr.HTML]:
-    limits = handlers.studio.limits
-    gr.HTML("<div class='saint'><h2><span class='num'>2</span>Write</h2></div>")
-    prompts = gr.Textbox(
-        value=EXAMPLE_PROMPTS[3],
-        label="Prompts, one per line",
-        lines=2,
-        max_lines=8,
-        max_length=limits.prompts * limits.prompt_chars,
-        elem_id="prompts",
-    )
-    chips = gr.HTML(_chips(handlers), js_on_load=_PRESS, elem_id="chips")
-    fields = [prompts, mix, *_settings(limits, has_chat=handlers.studio.tokenizer.has_chat)]
-    with gr.Row(elem_id="bar"):
-        run = gr.Button("Compare", variant="primary", elem_id="run", scale=3)
-        stop = gr.Button("Stop", elem_id="stop", scale=1, min_width=90)
-    gr.HTML("<div class='saint'><h2><span class='num'>3</span>Compare</h2></div>")
-    empty = (
-        "<div class='saint'><p class='empty'>Both completions appear here, side by side.</p></div>"
-    )
-    result = gr.HTML(empty, js_on_load=_script("why.js"), elem_id="result")
-    why = gr.HTML("", js_on_load=_PRESS, elem_id="why")
-    return fields, chips, run, stop, result, why
+class _Writing:
+    """Prompts, the button that runs, and what comes of it."""
+
+    def __init__(self, handlers: PageHandlers, mix: gr.HTML) -> None:
+        limits, has_chat = handlers.studio.limits, handlers.studio.tokenizer.has_chat
+        gr.HTML("<div class='saint'><h2><span class='num'>2</span>Write</h2></div>")
+        prompts = gr.Textbox(
+            value=EXAMPLE_PROMPTS[3],
+            label=_PROMPTS,
+            lines=2,
+            max_lines=8,
+            max_length=limits.prompts * limits.prompt_chars,
+            elem_id="prompts",
+        )
+        self.chips = gr.HTML(_chips(handlers), js_on_load=_PRESS, elem_id="chips")
+        self.fields = [prompts, mix, *_settings(limits, has_chat=has_chat)]
+        self.turns = gr.State([])
+        with gr.Row(elem_id="bar"):
+            self.run = gr.Button("Compare", variant="primary", elem_id="run", scale=3)
+            self.stop = gr.Button("Stop", elem_id="stop", scale=1, min_width=90)
+            self.anew = gr.Button(
+                "New conversation", visible=False, elem_id="anew", scale=1, min_width=90
+            )
+        self.state = gr.HTML(
+            "", html_template="<p class='saint muted' role='status'>${value}</p>", elem_id="state"
+        )
+        gr.HTML("<div class='saint'><h2><span class='num'>3</span>Compare</h2></div>")
+        self.result = gr.HTML(_EMPTY, js_on_load=_script("why.js"), elem_id="result")
+        self.why = gr.HTML("", js_on_load=_PRESS, elem_id="why")
+        self._wire_chat()
+
+    def _wire_chat(self) -> None:
+        def switched(chat: bool) -> list[Any]:
+            words = (_MESSAGE, "Send") if chat else (_PROMPTS, "Compare")
+            return [
+                gr.Textbox(label=words[0]),
+                gr.Button(words[1]),
+                gr.Button(visible=bool(chat)),
+            ]
+
+        buttons = [self.fields[0], self.run, self.anew]
+        self.fields[-1].change(switched, self.fields[-1], buttons, **_QUIET)
+        self.anew.click(
+            lambda: ([], _EMPTY, "", ""),
+            None,
+            [self.turns, self.result, self.state, self.fields[0]],
+            **_QUIET,
+        )
 
 
 def _settings(limits: Limits, *, has_chat: bool) -> list[Any]:
     chat = gr.Checkbox(
-        label="Chat: each line is a question, the model answers", visible=has_chat, elem_id="chat"
+        label="Chat: a conversation, plain and steered each with its own answers",
+        visible=has_chat,
+        elem_id="chat",
     )
     with gr.Accordion("Settings", open=False, elem_id="settings"):
         names = {"both": "prompt and new", "generated": "only new", "prompt": "only the prompt's"}
@@ -265,8 +318,9 @@ def _wire_chips(handlers: PageHandlers, chips: gr.HTML, fields: list[Any]) -> An
 class _Tools:
     """The tabs below: looking closer, finding the dose, keeping and sharing."""
 
-    def __init__(self, handlers: PageHandlers, mix: gr.HTML, fields: list[Any]) -> None:
-        prompts, chat = fields[0], fields[-1]
+    def __init__(self, handlers: PageHandlers, writing: _Writing) -> None:
+        fields = writing.fields
+        prompts, mix, chat = fields[0], fields[1], fields[-1]
         with gr.Tabs():
             with gr.Tab("Look inside"):
                 look = gr.Button("Show the first prompt, token by token", elem_id="look")
@@ -291,9 +345,11 @@ class _Tools:
                 )
                 end.click(None, cancels=[sweeping], **_QUIET)
             with gr.Tab("Keep and share"):
-                self._keep(handlers, mix, fields)
+                self._keep(handlers, mix, fields, writing.turns)
 
-    def _keep(self, handlers: PageHandlers, mix: gr.HTML, fields: list[Any]) -> None:
+    def _keep(
+        self, handlers: PageHandlers, mix: gr.HTML, fields: list[Any], turns: gr.State
+    ) -> None:
         self.query = gr.Textbox(visible=False)
         self.link = gr.Textbox(
             label="Link that brings back exactly this pair (after Compare)",
@@ -304,10 +360,13 @@ class _Tools:
         with gr.Row():
             with gr.Column(min_width=300):
                 self.json = gr.Code(
-                    label="Settings and results as JSON", language="json", elem_id="json"
+                    label="Settings and results as JSON",
+                    language="json",
+                    max_lines=16,
+                    elem_id="json",
                 )
                 load = gr.Button("Load the settings written here", elem_id="load")
-                load.click(shown(handlers.load), self.json, fields, **_QUIET)
+                load.click(shown(handlers.fields_and_turns), self.json, [*fields, turns], **_QUIET)
             with gr.Column(min_width=300):
                 _presets(handlers, fields)
                 vector = gr.Button("Make a steering vector of the mix", elem_id="export")

@@ -120,10 +120,8 @@ class Mixer:
         settings, concepts = self.read(mix)
         query = str(query or "")[:MAX_QUERY_CHARS].strip()
         against = str(against or "")[:MAX_QUERY_CHARS].strip()
-        if query in self.finder.saved and not against:
-            concept = self.finder.saved[query]
-        else:
-            concept = self.finder.find(query, against=against)
+        saved = None if against else self.finder.saved_as(query)
+        concept = saved or self.finder.find(query, against=against)
         others = [wish for wish in concepts if wish.concept.name != concept.name]
         wish = ConceptSetting(concept, "add", dose)
         self.finder.studio.check_concepts([*others, wish])

@@ -16,6 +16,7 @@ from saint.report.page import report_page, report_sections
 from saint.stage.errors import log
 from saint.stage.files import write_text
 from saint.stage.program import run_stage
+from saint.stage.terminal import page_link
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.html is not None:
         path = args.run_dir / args.html if args.html == Path("report.html") else args.html
         write_text(path, report_page(args.run_dir, sections))
-        log.info("look at %s", path.resolve().as_uri())
+        log.info("look at %s", page_link(path))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from saint.stage.errors import (
     is_rank_lost,
     log,
 )
+from saint.stage.terminal import TerminalFormatter
 
 
 def run_stage(
@@ -49,8 +50,9 @@ def run_stage(
     logging.basicConfig(
         stream=sys.stderr,
         level=logging.INFO if rank == 0 else logging.WARNING,
-        format="%(message)s",
     )
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(TerminalFormatter("%(message)s"))
     # Chatty libraries (HTTP clients, font caches) stay quiet unless something is wrong.
     log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     logging.getLogger().setLevel(logging.WARNING)

@@ -12,7 +12,7 @@ from torch import Tensor
 from llama_3 import Edit, HookPoint, Llama, Sampling, generate
 from sae import standardise
 from saint.steering.settings import ConceptSetting, Request, Setting, Wish
-from saint.steering.studio import Dictionary, Studio, build_edits, concept_vector
+from saint.steering.studio import Dictionary, Studio, Turn, build_edits, concept_vector
 
 _UNEMBED_ROWS = 64
 
@@ -92,38 +92,56 @@ class Pair:
 
 @dataclass(frozen=True)
 class Streamed:
-    """Texts so far, (plain, steered) per prompt; `pairs` is there once generation has ended."""
+    """Texts so far, (plain, steered) per prompt; `pairs` is there once generation has ended.
+
+    rows: token ids so far, all plain rows first, BOS included. n_prompts: of each row.
+    """
 
     texts: list[tuple[str, str]]
+    rows: list[list[int]]
+    n_prompts: list[int]
     pairs: list[Pair] | None = None
 
 
-def stream_pairs(studio: Studio, request: Request) -> Iterator[Streamed]:
+def stream_pairs(
+    studio: Studio, request: Request, earlier: tuple[Sequence[Turn], Sequence[Turn]] = ((), ())
+) -> Iterator[Streamed]:
     """Generate plain and steered completions side by side, with the same seed.
 
     They are one batch, plain rows first, of which only the others are edited: the weights are read
     once for both. Yields after every token and once more, with measurements, at the end; closing
     the iterator cancels. Settings that change nothing ("add 0", "scale 1") give the same text bit
-    for bit. Raises UserError before any work for a bad request.
+    for bit. earlier: of a chat, the plain and the steered turns that the prompts follow. Raises
+    UserError before any work for a bad request.
     """
-    prompts = studio.encode_prompts(request)
-    lengths, n = [len(prompt) for prompt in prompts], len(prompts)
-    edits = rows_from(n, request_edits(studio, request, lengths))
-    run = _Run(studio, prompts * 2, request, edits)
+    prompts, n = [studio.encode_prompts(request, turns) for turns in earlier], len(request.prompts)
+    lengths = [len(prompt) for side in prompts for prompt in side]
+    edits = rows_from(n, request_edits(studio, request, lengths[n:]))
+    run = _Run(studio, [*prompts[0], *prompts[1]], request, edits)
     try:
         for _ in run.steps:
-            yield Streamed(list(zip(run.texts[:n], run.texts[n:], strict=True)))
+            texts = list(zip(run.texts[:n], run.texts[n:], strict=True))
+            yield Streamed(texts, run.ids, lengths)
     finally:
         run.steps.close()
-    readings = read_rows(studio, run.ids, lengths * 2, request.wishes)
-    measured = measure_effects(studio, request, run.ids[n:], lengths)
-    pairs = [
+    pairs = measure_pairs(studio, request, run.ids, lengths)
+    texts = [(pair.plain.text, pair.steered.text) for pair in pairs]
+    yield Streamed(texts, run.ids, lengths, pairs)
+
+
+def measure_pairs(
+    studio: Studio, request: Request, rows: Sequence[Sequence[int]], n_prompts: Sequence[int]
+) -> list[Pair]:
+    """Return pairs of texts that were written for a request: `Streamed.rows`, whole or not."""
+    n = len(request.prompts)
+    readings = read_rows(studio, rows, n_prompts, request.wishes)
+    measured = measure_effects(studio, request, rows[n:], n_prompts[n:])
+    return [
         Pair(prompt, plain, steered, *effects)
         for prompt, plain, steered, effects in zip(
             request.prompts, readings[:n], readings[n:], measured, strict=True
         )
     ]
-    yield Streamed([(pair.plain.text, pair.steered.text) for pair in pairs], pairs)
 
 
 def complete_pairs(studio: Studio, request: Request) -> list[Pair]:

@@ -52,6 +52,7 @@ _WISH = re.compile(
     re.IGNORECASE,
 )
 _NEAR = 0.8  # likeness of a misspelt word, as difflib measures it
+_TYPO_LETTERS = 5  # of a saved name, before a typo in it is forgiven
 _FRAMES = (
     "They talked about {} all day.",
     "It is about {} and nothing else.",
@@ -438,6 +439,16 @@ class ConceptFinder:
                 )
                 self._words[sae] = sorted({text for text in texts if text.isalpha()})
             return self._words[sae]
+
+    def saved_as(self, name: str) -> Concept | None:
+        """The saved concept of that name, or of the one that is spelt most like it."""
+        name = name.strip()
+        if name in self.saved:
+            return self.saved[name]
+        folded = {known.lower(): known for known in self.saved}
+        near = get_close_matches(name.lower(), folded, n=1, cutoff=_NEAR)
+        # A short word has other words one letter away: "file" is no misspelt "film".
+        return self.saved[folded[near[0]]] if near and len(name) >= _TYPO_LETTERS else None
 
     def setting(self, text: str) -> ConceptSetting:
         """Turn "film=+8" into a setting: a saved concept's, or one found from the name itself."""

@@ -36,6 +36,8 @@ from saint.steering.settings import (
     Setting,
 )
 
+Turn = tuple[str, str]  # of a chat: what a person said, and what the model answered
+
 
 @dataclass(frozen=True)
 class Dictionary:
@@ -71,27 +73,30 @@ class Studio:
         """Whether prompts start with a BOS token, as the SAEs' captures did."""
         return self.dictionaries[0].sae.config.prepend_bos
 
-    def encode(self, prompt: str, *, chat: bool) -> list[int]:
-        """Token ids of a prompt as the model reads it.
+    def encode(self, prompt: str, *, chat: bool, earlier: Sequence[Turn] = ()) -> list[int]:
+        """Token ids of a prompt as the model reads it; earlier: what a chat's prompt follows.
 
         Raises UserError for an empty prompt, or for chat with a model that has no chat format.
         """
         if chat:
             if not self.tokenizer.has_chat:
                 raise UserError("this model has no chat format: it can only continue text")
-            return self.tokenizer.format_chat([{"role": "user", "content": prompt}])
+            said = [text for turn in earlier for text in turn]
+            roles = ("user", "assistant")
+            messages = [{"role": roles[i % 2], "content": t} for i, t in enumerate([*said, prompt])]
+            return self.tokenizer.format_chat(messages)
         ids = self.tokenizer.encode(prompt, bos=self.prepend_bos)
         if len(ids) <= self.prepend_bos:
             raise UserError("a prompt is empty: write some text for the model to continue")
         return ids
 
-    def encode_prompts(self, request: Request) -> list[list[int]]:
-        """Check a request and return its prompts' token ids.
+    def encode_prompts(self, request: Request, earlier: Sequence[Turn] = ()) -> list[list[int]]:
+        """Check a request and return its prompts' token ids, see `encode`.
 
         Raises UserError, before any work, for what this studio cannot or will not do.
         """
         self.check(request)
-        prompts = [self.encode(prompt, chat=request.chat) for prompt in request.prompts]
+        prompts = [self.encode(p, chat=request.chat, earlier=earlier) for p in request.prompts]
         longest, context = max(map(len, prompts)), self.model.args.max_seq_len
         length = longest + request.max_new_tokens
         if length > context:

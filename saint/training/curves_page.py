@@ -19,6 +19,7 @@ from saint.stage.files import write_text
 from saint.stage.html import fragment, render
 from saint.stage.plots import Axis, Series, hue, line_chart, scatter_chart
 from saint.stage.program import run_stage
+from saint.stage.terminal import page_link
 from saint.training.comparison import (
     RULE,
     RunLog,
@@ -228,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     runs = read_runs(args.metrics)
     title = f"Training of {len(runs)} SAEs" if len(runs) > 1 else f"Training {runs[0].name}"
     write_text(args.output_path, runs_page(runs, title=title))
-    log.info("%d runs: %s; look at %s", len(runs), verdict(runs), args.output_path)
+    log.info("%d runs: %s; look at %s", len(runs), verdict(runs), page_link(args.output_path))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import Any
 
 from saint.stage.errors import UserError, log
 from saint.stage.files import write_json, write_text
+from saint.stage.terminal import page_link
 from saint.training.comparison import RULE, best_runs, frontier, read_run, rows_of, verdict
 from saint.training.curves_page import runs_page
 from saint.training.run import Job
@@ -45,7 +46,9 @@ def compare(sweep: Path, jobs: Sequence[Job], failures: Mapping[str, str]) -> No
     write_text(page, runs_page(runs, title=f"Sweep {sweep.name}"))
     print(terminal_table(rows))
     n_good = len(jobs) - len(failures)
-    log.info("swept %d SAEs of %d: %s; look at %s", n_good, len(jobs), verdict(runs), page)
+    log.info(
+        "swept %d SAEs of %d: %s; look at %s", n_good, len(jobs), verdict(runs), page_link(page)
+    )
 
 
 def terminal_table(rows: Sequence[Mapping[str, Any]]) -> str:

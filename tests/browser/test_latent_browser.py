@@ -22,6 +22,7 @@ import capture_top_activating_sentences as stage
 import latent_browser
 from saint.browser import pack, prompt_view
 from saint.evidence.file import open_evidence
+from saint.page.links import read_link
 from saint.stage.errors import UserError
 from tests.support import program
 from tests.support.tiny_store import make_store
@@ -408,6 +409,20 @@ def test_a_list_is_kept_exported_and_imported(page: Any, made: Path, tmp_path: P
     page.set_input_files("#import", tmp_path / "list.json")
     page.wait_for_function("document.querySelectorAll('#results li').length === 2")
     assert "1 of 2 latents" in page.locator("#status").inner_text()
+
+
+def test_a_text_of_ones_own_goes_to_the_demo_with_the_latent(page: Any, made: Path) -> None:
+    latent = labelled(made)
+    page.evaluate(f"location.hash = '#/latent/{latent}'")
+    page.get_by_text("Steer by it, or try your own text").click()
+    page.get_by_label("A text of yours").fill("Œuvres “quoted” 東京")
+    link = page.get_by_role("link", name="Try it in the demo").get_attribute("href")
+    place, _, packed = str(link).partition("/?steer=")
+    assert place == "http://127.0.0.1:8080"
+    request = json.loads(read_link(packed))["request"]
+    assert request["prompts"] == ["Œuvres “quoted” 東京"]
+    assert request["steer"] == [f"0:{latent}=add:2.0"]
+    assert "python latent_browser.py --prompt" in page.locator("article").inner_text()
 
 
 def test_a_token_and_its_bar_light_up_together(page: Any, made: Path) -> None:

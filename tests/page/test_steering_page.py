@@ -163,7 +163,7 @@ def test_what_the_page_accepts_can_be_swept(site, changes):
     mix = [{"sae": 0, "latent": 3, "mode": "add", "strength": 1.0}]
     settings = (mix, "both", 10, 0.0, 1.0, 0, False)
     long = "the " * 199 + "court"
-    assert [*handlers.compare(long, *settings)]
+    assert [*handlers.compare([], long, *settings)]
     for prompts in (long, ""):  # the examples stand in for none
         assert [*handlers.sweep_chosen("0:3", prompts, *settings)][-1].count('scope="row"') == 9
     points = [*api_endpoints(handlers)["dose"]("0:3=add:1")][-1]["points"]
@@ -193,10 +193,10 @@ def test_too_many_settings_are_refused_everywhere(site, client):
     link = read_link(link_query({"request": steer_request(steer=steer)}).partition("=")[2])
     message = f"{n + 1} steered latents: at most {n} at a time"
     for act in (
-        lambda: next(handlers.compare(PROMPT, mix, "both", 5, 0.0, 1.0, 0, False)),
+        lambda: [*handlers.compare([], PROMPT, mix, "both", 5, 0.0, 1.0, 0, False)],
         lambda: handlers.view(PROMPT, mix, False),
         lambda: handlers.export(mix),
-        lambda: handlers.load(link),
+        lambda: handlers.fields_and_turns(link),
         lambda: client.predict(steer_request(steer=steer), api_name="/steer"),
         lambda: client.predict(steer, api_name="/steering_vector"),
     ):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import random
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -127,7 +128,8 @@ def run_twice(stage: str, arguments: list[object]) -> None:
 def names_what_is_next(line: str) -> bool:
     """A stage's last line ends with a page that exists, or with a command that can be typed."""
     if "; look at " in line:
-        return Path(line.rpartition("; look at ")[2]).exists()
+        place = urlsplit(line.rpartition("; look at ")[2])
+        return Path(unquote(place.path)).exists()
     script, *flags = line.rpartition("; next: ")[2].split()
     importlib.import_module(script.removesuffix(".py")).build_parser().parse_args(flags)
     return all(Path(path).exists() for path in flags[1::2])

@@ -278,7 +278,7 @@ def test_the_best_is_named_and_the_second_time_it_is_done_already(data, tmp_path
         finished = call("sae_training", *argv)
         assert finished.returncode == 0, finished.stderr
         assert "the best is learning_rate=0.01 (held-out FVU 0." in finished.last_line
-        assert finished.last_line.endswith(f"look at {tmp_path / 'made/rates.html'}")
+        assert finished.last_line.endswith(f"look at {(tmp_path / 'made/rates.html').as_uri()}")
         assert "* " in finished.stdout and "1e-05" in finished.stdout
     assert "trained" not in finished.stderr
     table = json.loads((tmp_path / "made/rates.json").read_text())

@@ -51,9 +51,20 @@ function keepButton(i) {
 const page = document.documentElement.dataset;
 
 /** A link that brings the running demo to a pair steered by this latent; see `read_link` of the demo. */
-function demoLink(i) {
-  const record = { request: { prompts: ["The best thing about today is"], steer: [`0:${i}=add:2.0`], temperature: 0.7, top_p: 0.95 } };
-  return `${page.demo}/?steer=${btoa(JSON.stringify(record)).replace(/\+/g, "-").replace(/\//g, "_").replace(/=+$/, "")}`;
+function demoLink(i, text = "The best thing about today is") {
+  const record = { request: { prompts: [text], steer: [`0:${i}=add:2.0`], temperature: 0.7, top_p: 0.95 } };
+  const bytes = String.fromCharCode(...new TextEncoder().encode(JSON.stringify(record)));
+  return `${page.demo}/?steer=${btoa(bytes).replace(/\+/g, "-").replace(/\//g, "_").replace(/=+$/, "")}`;
+}
+
+/** A text of the visitor’s own, read and continued by the demo where it runs. */
+function ownText(i) {
+  const field = element("input", { type: "text", maxlength: 2000, placeholder: "your own text" });
+  const link = element("a", { class: "button", target: "_blank", rel: "noopener", href: demoLink(i) }, "Try it in the demo");
+  const renew = () => { link.href = demoLink(i, field.value.trim() || undefined); };
+  field.addEventListener("input", renew);
+  field.addEventListener("keydown", (event) => { if (event.key === "Enter") { renew(); link.click(); } });
+  return element("p", { class: "own" }, element("label", {}, "A text of yours: ", field), link);
 }
 
 function tryCard(i) {
@@ -61,6 +72,7 @@ function tryCard(i) {
   return element("details", { class: "card" }, element("summary", {}, "Steer by it, or try your own text"),
     element("p", {}, element("a", { href: demoLink(i), target: "_blank", rel: "noopener" }, "Steer this in the demo"), ` (where it runs: ${page.demo}), or in a terminal:`),
     element("p", {}, code(`python llama_3_inference_text_completion.py --llama_model_dir M --sae_model_path trained_sae.pt --prompt "…" --steer ${i}=+2`)),
-    element("p", {}, "What fires on a text of yours: in the demo under “Look inside”, or"),
+    ownText(i),
+    element("p", {}, "Without the demo, what fires on a text of yours:"),
     element("p", {}, code('python latent_browser.py --prompt "your text" --model_dir M --sae_model_path trained_sae.pt --html prompt.html')));
 }
