@@ -39,7 +39,7 @@ from saint.stage.flags import (
 )
 from saint.stage.html import inline, render
 from saint.stage.program import log_arguments, run_stage
-from saint.stage.terminal import FINAL, page_link
+from saint.stage.terminal import FINAL, page_link, show
 
 SCRIPTS = ("search.js", "keep.js", "canvas.js", "browser.js")
 TEMPLATES = Path(__file__).resolve().parent / "saint" / "browser" / "templates"
@@ -202,7 +202,7 @@ def look_at_prompt(args: argparse.Namespace) -> None:
         names={latent: label.text for latent, label in labels.items() if label.text},
     )
     width = shutil.get_terminal_size((160, 24)).columns if sys.stdout.isatty() else 1000
-    print(terminal_table(found, per_token=args.latents_per_token, width=width))
+    show(terminal_table(found, per_token=args.latents_per_token, width=width))
     if args.html is not None:
         about = (
             f"{sae.config.n_latents:,} latents of layer {sae.config.layer}, "

@@ -29,6 +29,7 @@ from saint.stage.flags import (
     seed_number,
 )
 from saint.stage.program import log_arguments, progress, run_stage
+from saint.stage.terminal import show
 from saint.stage.workers import Workers, start_workers
 from saint.steering.completions import Pair, stream_pairs
 from saint.steering.concepts import (
@@ -212,7 +213,7 @@ def _run(
         print_pair(pair, guides)
     for hook, length in total_move(studio, request.concepts).items():
         names = " and ".join(str(setting) for setting in request.concepts)
-        print(f"{names}: together {length:.1f} standard deviations at {hook}")
+        show(f"{names}: together {length:.1f} standard deviations at {hook}")
 
 
 def _concepts(args: argparse.Namespace, workers: Workers, finder: ConceptFinder) -> None:
@@ -282,7 +283,7 @@ def _sweep_doses(studio: Studio, guides: list[Guide], request: Request) -> list[
             bar.update()
         report = steps[-1]
         reports.append(report)
-        print(f"{wish_name(setting, guides)}: {report.verdict}")
+        show(f"{wish_name(setting, guides)}: {report.verdict}")
     bar.close()
     return reports
 

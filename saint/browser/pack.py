@@ -27,6 +27,7 @@ from saint.evidence.file import KINDS, Evidence
 from saint.evidence.labels import TOP_TOKENS, Label
 from saint.evidence.words import is_content_word, is_form
 from saint.stage.errors import UserError
+from saint.stage.terminal import visible
 
 LATENTS_PER_CHUNK = 128
 SENTENCES_PER_CHUNK = 256
@@ -63,7 +64,7 @@ def pack_columns(columns: Mapping[str, np.ndarray], extra: Any = None) -> str:
     Layout: uint32 length of a JSON header, the header (names, types and lengths of the columns, and
     `extra`), then the columns, each starting at a multiple of 4 bytes.
     """
-    header: dict[str, Any] = {"columns": [], "extra": extra}
+    header: dict[str, Any] = {"columns": [], "extra": _visible(extra)}
     parts: list[bytes] = []
     for name, column in columns.items():
         data = _smallest(np.asarray(column).reshape(-1))
@@ -72,6 +73,15 @@ def pack_columns(columns: Mapping[str, np.ndarray], extra: Any = None) -> str:
     encoded = _padded(json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode(), b" ")
     raw = np.uint32(len(encoded)).tobytes() + encoded + b"".join(parts)
     return base64.b64encode(zlib.compress(raw, 9)).decode("ascii")
+
+
+def _visible(value: Any) -> Any:
+    """A value for JSON whose texts hold nothing that acts."""
+    if isinstance(value, str):
+        return visible(value)
+    if isinstance(value, Mapping):
+        return {name: _visible(one) for name, one in value.items()}
+    return [_visible(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def _smallest(column: np.ndarray) -> np.ndarray:

@@ -21,6 +21,7 @@ from saint.stage.errors import UserError, first_line
 from saint.stage.manifests import Manifest, load_manifest, verify_file
 from saint.stage.program import run_stage
 from saint.stage.record_schema import read_record
+from saint.stage.terminal import show, visible
 
 # The stages in their order; what each leaves is what the next one reads.
 STAGES = (
@@ -176,12 +177,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Look a whole run over; nothing is changed.")
     parser.add_argument("run_dir", type=Path, help="the directory that the stages wrote to")
     found = diagnose(parser.parse_args(argv).run_dir)
-    print("\n".join(found.notes))
+    show("\n".join(found.notes))
     for line in found.stale:
-        print(f"stale: {line}")
+        show(f"stale: {line}")
     for line in found.problems:
-        print(f"error: {line}", file=sys.stderr)
-    print(f"next: {next_command(found)}")
+        print(visible(f"error: {line}"), file=sys.stderr)
+    show(f"next: {next_command(found)}")
     if found.problems:
         sys.exit(1)
 

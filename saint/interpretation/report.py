@@ -15,6 +15,7 @@ from saint.interpretation.prices import LIVE_FACTOR, PRICES_DATE, batch_price, d
 from saint.interpretation.prompts import SCORING_TASKS
 from saint.interpretation.scores import MeasuredLabels
 from saint.stage.html import render
+from saint.stage.terminal import show
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _PERCENTILES = (10, 25, 50, 75, 90)
@@ -191,13 +192,13 @@ def show_report(report: Mapping[str, Any], indent: str = "") -> None:
     """Print a report as aligned lines."""
     for name, value in report.items():
         if isinstance(value, Mapping):
-            print(f"{indent}{name.replace('_', ' ')}:")
+            show(f"{indent}{name.replace('_', ' ')}:")
             show_report(value, indent + "  ")
         elif isinstance(value, list):
-            print(f"{indent}{name.replace('_', ' ')}:")
-            print("\n".join(f"{indent}  {line}" for line in value))
+            show(f"{indent}{name.replace('_', ' ')}:")
+            show("\n".join(f"{indent}  {line}" for line in value))
         else:
-            print(f"{indent}{name.replace('_', ' '):<{28 - len(indent)}} {value}")
+            show(f"{indent}{name.replace('_', ' '):<{28 - len(indent)}} {value}")
 
 
 def report_page(report: Mapping[str, Any], title: str) -> str:

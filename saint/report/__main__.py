@@ -16,7 +16,7 @@ from saint.report.page import report_page, report_sections
 from saint.stage.errors import log
 from saint.stage.files import write_text
 from saint.stage.program import run_stage
-from saint.stage.terminal import page_link
+from saint.stage.terminal import page_link, show
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for section in sections:
         figures = ", ".join(f"{name} {value}" for name, value in section.figures.items())
         if figures:
-            print(f"{section.title}: {figures}  ({section.source})")
+            show(f"{section.title}: {figures}  ({section.source})")
     if args.html is not None:
         path = args.run_dir / args.html if args.html == Path("report.html") else args.html
         write_text(path, report_page(args.run_dir, sections))

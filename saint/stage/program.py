@@ -27,7 +27,7 @@ from saint.stage.errors import (
     is_rank_lost,
     log,
 )
-from saint.stage.terminal import TerminalFormatter
+from saint.stage.terminal import TerminalFormatter, visible
 
 
 def run_stage(
@@ -86,6 +86,7 @@ def say_once(text: str, rank: int) -> None:
     It goes into torchrun's error file too, which torchrun shows as the failure's reason. A rank
     whose error another one has said waits for torchrun to end it, and so is no failure of its own.
     """
+    text = visible(text)
     line, file = "error: " + text, os.environ.get("TORCHELASTIC_ERROR_FILE")
     if rank:
         line = f"error (rank {rank}): {text}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
+from saint.stage.terminal import show
 from saint.steering.attribution import Attribution, ablate_top, attribute
 from saint.steering.completions import Effect, Pair
 from saint.steering.guide import Guide
@@ -16,29 +17,29 @@ from saint.steering.studio import Studio
 def print_concept(concept: Concept, guide: Guide) -> None:
     """Print what a concept is made of."""
     used = "difference of means" if concept.use == "means" else f"{len(concept.latents)} latents"
-    print(f"{concept.name}: {used}, from {concept.source} ({concept.n_tokens} tokens)")
-    print(f"  the latents explain {concept.explained:.0%} of the difference of means:")
+    show(f"{concept.name}: {used}, from {concept.source} ({concept.n_tokens} tokens)")
+    show(f"  the latents explain {concept.explained:.0%} of the difference of means:")
     shares = concept.shares or (0.0,) * len(concept.latents)
     for latent, weight, part in zip(concept.latents, concept.weights, shares, strict=True):
         label = guide.label(latent) or "(no label)"
-        print(f"  {latent:>7}  weight {weight:.2f}  share {part:.2f}  {label}")
+        show(f"  {latent:>7}  weight {weight:.2f}  share {part:.2f}  {label}")
 
 
 def _print_attribution(
     prompt: str, found: Attribution, change: Mapping[str, float] | None, guide: Guide
 ) -> None:
     """Print what raised a token, and what ablating the top latents changed where that was tried."""
-    print(f"\n> {prompt}\n  next token {found.token!r}: logit {found.logit:.2f} above the mean")
+    show(f"\n> {prompt}\n  next token {found.token!r}: logit {found.logit:.2f} above the mean")
     for part in found.parts:
         label = guide.label(part.latent) or "(no label)"
         where = found.tokens[part.position].strip()
-        print(f"  {part.effect:+7.3f}  {part.latent:>7}  on {where!r}  {label}")
-    print(
+        show(f"  {part.effect:+7.3f}  {part.latent:>7}  on {where!r}  {label}")
+    show(
         f"  all latents {found.latents_total:+.3f}, error term {found.error_total:+.3f} "
         f"({found.error_share:.0%} of what both move)"
     )
     if change is not None:
-        print(f"  ablating these: expected {change['expected']:+.3f}, got {change['got']:+.3f}")
+        show(f"  ablating these: expected {change['expected']:+.3f}, got {change['got']:+.3f}")
 
 
 def print_attributions(
@@ -64,14 +65,14 @@ def print_attributions(
 
 def print_pair(pair: Pair, guides: list[Guide]) -> None:
     """Print both texts, their cost, and what the edit did."""
-    print(f"\n> {pair.prompt}")
+    show(f"\n> {pair.prompt}")
     for name, reading in (("plain", pair.plain), ("steered", pair.steered)):
         surprise = reading.mean_surprise
         cost = "" if surprise is None else f"  [{surprise:.2f} nats per token]"
-        print(f"{name:>8}:{reading.text}{cost}")
+        show(f"{name:>8}:{reading.text}{cost}")
     if pair.moved:
         shares = ", ".join(f"{share:.0%} at {hook}" for hook, share in pair.moved.items())
-        print(f"          moved the residual by {shares}")
+        show(f"          moved the residual by {shares}")
     for effect in pair.effects:
         setting = effect.setting
         if isinstance(setting, ConceptSetting):
@@ -79,18 +80,18 @@ def print_pair(pair: Pair, guides: list[Guide]) -> None:
             continue
         name = f"latent {setting.latent} {guides[setting.sae].label(setting.latent)}".strip()
         if effect.target is None:
-            print(f"          {name}: no token was edited")
+            show(f"          {name}: no token was edited")
             continue
         outcome = f"{effect.present:.2f} → target {effect.target:.2f}, got {effect.realised:.2f}"
-        print(f"          {name}: {outcome} × its largest; {effect.share:.0%} of the residual")
+        show(f"          {name}: {outcome} × its largest; {effect.share:.0%} of the residual")
 
 
 def _print_concept_effect(effect: Effect, setting: ConceptSetting) -> None:
     if effect.target is None:
-        print(f"          {setting.concept.name}: no token was edited")
+        show(f"          {setting.concept.name}: no token was edited")
         return
     outcome = f"{effect.present:+.1f} → target {effect.target:+.1f}, got {effect.realised:+.1f}"
-    print(f"          {setting.concept.name}: {outcome} standard deviations above an average token")
+    show(f"          {setting.concept.name}: {outcome} standard deviations above an average token")
 
 
 def print_hits(hits: list[Hit], guides: list[Guide], *, as_json: bool) -> None:
@@ -104,6 +105,6 @@ def print_hits(hits: list[Hit], guides: list[Guide], *, as_json: bool) -> None:
         print(json.dumps(rows, ensure_ascii=False))
         return
     for row in rows:
-        print(f"{row['sae']}:{row['latent']}  {row['label'] or '(no label)'}  ({row['reason']})")
+        show(f"{row['sae']}:{row['latent']}  {row['label'] or '(no label)'}  ({row['reason']})")
     if not rows:
-        print("nothing found; --find_token and --find_text look beyond the labels")
+        show("nothing found; --find_token and --find_text look beyond the labels")

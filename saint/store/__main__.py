@@ -14,6 +14,7 @@ from saint.stage.errors import UserError
 from saint.stage.flags import whole_number
 from saint.stage.manifests import read_manifest, verify_file
 from saint.stage.program import run_stage
+from saint.stage.terminal import show
 from saint.store.activation_store import (
     SENTENCES,
     STAGE,
@@ -99,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("  every file has its checksum, and none is foreign")
     for store in open_stores(args.data_dir):
         print(f"{store.layer_dir}, token[norm]:")
-        print("\n".join(show_sentences(store, args.n_sentences)))
+        show("\n".join(show_sentences(store, args.n_sentences)))
 
 
 if __name__ == "__main__":

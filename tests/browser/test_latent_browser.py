@@ -183,7 +183,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def page(browser: Any, made: Path) -> Iterator[Any]:
-    context = browser.new_context(viewport={"width": 1280, "height": 800})
+    context = browser.new_context(bypass_csp=True, viewport={"width": 1280, "height": 800})
     tab = context.new_page()
     errors: list[str] = []
     tab.on("pageerror", lambda error: errors.append(str(error)))
@@ -308,7 +308,9 @@ def test_a_latents_page_shows_its_evidence_and_keys_move_on(page: Any, made: Pat
 
 
 def test_every_control_has_a_name_and_nothing_overflows_a_phone(browser: Any, made: Path) -> None:
-    context = browser.new_context(viewport={"width": 360, "height": 700}, color_scheme="dark")
+    context = browser.new_context(
+        bypass_csp=True, viewport={"width": 360, "height": 700}, color_scheme="dark"
+    )
     tab = context.new_page()
     latent = labelled(made)
     tab.goto((made / "latents.html").as_uri() + f"#/latent/{latent}")
@@ -477,7 +479,7 @@ def test_the_map_lays_directions_along_their_principal_components() -> None:
 def test_pictures_open_the_latent_that_is_clicked(browser: Any, made: Path, tmp_path: Path) -> None:
     target = ["--html", str(tmp_path / "latents.html"), "--sae_model_path", str(made / "sae.pt")]
     latent_browser.main(arguments(made, *target))
-    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    context = browser.new_context(bypass_csp=True, viewport={"width": 1280, "height": 900})
     tab = context.new_page()
     tab.goto((tmp_path / "latents.html").as_uri())
     tab.wait_for_selector("html[data-ready]")

@@ -1,4 +1,4 @@
-"""Colours of a terminal: only where somebody sees them, only on warnings and final figures."""
+"""A terminal is shown nothing that acts; colours only on warnings and final figures."""
 
 import io
 import logging
@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from saint.stage.terminal import FINAL, TerminalFormatter, page_link
+from saint.stage.terminal import FINAL, TerminalFormatter, page_link, show, visible
 
 
 def lines(monkeypatch: pytest.MonkeyPatch, *, terminal: bool, **environment: str) -> list[str]:
@@ -52,3 +54,29 @@ def test_nothing_is_coloured_where_nobody_wants_or_sees_it(monkeypatch):
 
 def test_a_page_is_linked_so_that_a_terminal_opens_it(tmp_path: Path):
     assert page_link(tmp_path / "a page.html") == f"file://{tmp_path}/a%20page.html"
+
+
+HOSTILE = "a\x1b[2Jb\x9b31mc\r\x07\u202ecod.exe\u2066d\u2028e\x00\ud800 fin"
+
+
+def test_nothing_that_acts_is_printed(capsys: pytest.CaptureFixture[str]):
+    show(HOSTILE)
+    shown = capsys.readouterr().out
+    expected = r"a\x1b[2Jb\x9b31mc\r\x07\u202ecod.exe\u2066d\u2028e\x00\ud800 fin" + "\n"
+    assert shown == expected
+    record = logging.LogRecord("saint", logging.INFO, "", 0, "label: %s", (HOSTILE,), None)
+    assert TerminalFormatter("%(message)s").format(record) == "label: " + expected[:-1]
+
+
+def test_what_people_write_stays():
+    for text in ("two\nlines\tand", "שלום", "👩‍🔬 e\u0301", "«日本»", "\\x1b"):
+        assert visible(text) == text
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.text())
+def test_nothing_obeyed_is_left(text: str):
+    shown = visible(text)
+    shown.encode()
+    assert all(c in "\n\t" or not (ord(c) < 32 or 127 <= ord(c) < 160) for c in shown)
+    assert not set(shown) & set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u2028")

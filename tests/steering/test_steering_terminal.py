@@ -10,6 +10,7 @@ from safetensors.torch import load
 
 import llama_3_inference_text_completion as terminal
 from saint.stage.errors import UserError
+from saint.stage.terminal import visible
 from saint.steering.completions import complete_pairs
 from saint.steering.dose import DEFAULT_STRENGTHS, dose_request, sweep
 from saint.steering.search import search_text, search_token
@@ -68,7 +69,7 @@ def test_it_prints_what_the_library_computes(setup, loaded):
     assert record["pairs"][0]["steered"]["text"] == pair.steered.text
     assert record["pairs"][0]["effects"][0]["realised"] == pytest.approx(pair.effects[0].realised)
     shown = succeed(setup, *flags)
-    assert pair.plain.text in shown and pair.steered.text in shown
+    assert visible(pair.plain.text) in shown and visible(pair.steered.text) in shown
     assert f"latent 3 {LABELS[3]}: {pair.effects[0].present:.2f} → target" in shown
 
 
@@ -150,7 +151,7 @@ def test_dose_report_of_every_latent_honours_where_and_chat(setup, loaded, tmp_p
 def test_dose_report_as_a_page(setup, tmp_path):
     succeed(setup, "--prompt", PROMPT, "--steer", "3=+1", "--dose_report", tmp_path / "dose.html")
     page = (tmp_path / "dose.html").read_text()
-    assert page.count("<svg") == 2 and LABELS[3] in page and "http" not in page
+    assert page.count("<svg") == 2 and LABELS[3] in page and "://" not in page
     done = run(setup, "--dose_report", tmp_path / "none.html")
     assert done.returncode == 1 and done.last_line.startswith("error: --dose_report needs --steer")
 
