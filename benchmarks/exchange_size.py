@@ -22,20 +22,20 @@ import torch
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
-from saint.exchange.foreign import Rows, write_tensors  # noqa: E402
+from saint.exchange.foreign import LazyTensor, write_tensors  # noqa: E402
 
 
 def make(directory: Path, n: int, d: int) -> Path:
     """Write SAELens's two files; returns the weights'."""
 
-    def draw(rows: int, columns: int, scale: float) -> Rows:
+    def draw(rows: int, columns: int, scale: float) -> LazyTensor:
         block = scale * torch.randn(64, columns)  # rows repeat: only their number matters
-        return Rows((rows, columns), lambda a, b: block[torch.arange(a, b) % 64])
+        return LazyTensor((rows, columns), lambda a, b: block[torch.arange(a, b) % 64])
 
     small = {"b_enc": torch.randn(n), "threshold": torch.rand(n), "b_dec": torch.randn(d)}
     tensors = {"W_enc": draw(d, n, d**-0.5), "W_dec": draw(n, d, 1.5 * d**-0.5)}
     path = directory / "sae_weights.safetensors"
-    write_tensors(path, tensors | {name: Rows.of(t) for name, t in small.items()}, {})
+    write_tensors(path, tensors | {name: LazyTensor.of(t) for name, t in small.items()}, {})
     config = {"architecture": "jumprelu", "d_in": d, "d_sae": n, "apply_b_dec_to_input": False}
     hook = {"metadata": {"hook_name": "blocks.21.hook_resid_post"}}
     (directory / "cfg.json").write_text(json.dumps(config | hook))
