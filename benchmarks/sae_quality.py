@@ -4,18 +4,17 @@
 
 Every contender is trained on the same standardised rows in the same order, with the same steps,
 batch, size and k. The same 16 settings are tried for each: learning rate × decay × Adam's β₂. The
-search narrows: all settings with a quarter of the steps, the best four with all of them, the best
-of these with the other seeds. One half of the held-out sentences decides, the other is reported.
-One evaluator measures all in float32; what decides by a threshold has it calibrated the same way,
-on training rows (`fvu`) and on the measured rows themselves (`fvu_at_k`, at exactly k latents a
-token, by which contenders are compared).
+search narrows: all settings with a quarter of the steps, each rate's best decay and β₂ with all of
+them (a long run wants a lower rate), the best of these with the other seeds. One half of the
+held-out sentences decides, the other is reported. One evaluator measures all in float32; what
+decides by a threshold has it calibrated the same way, on training rows (`fvu`) and on the measured
+rows themselves (`fvu_at_k`, at exactly k latents a token, by which contenders are compared).
 
 Each result is kept in --cache_dir, so a run can be stopped and taken up again; settings are tried
 in one order, all contenders at the first before any at the second, so that a run that was cut short
 has still given each the same budget. The last line is one JSON object.
 
-The peers: `python3 -m venv .venv-bench && .venv-bench/bin/pip install -e '.[bench]'`, and
-`pip install --no-deps dictionary-learning zstandard`.
+`bash run_tests.sh --peers` makes the peers' environment.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ CONTENDERS: dict[str, Train] = {"saint": saint, **PEERS}
 _CALIBRATION_ROWS = 32_768
 _BLOCK_ROWS = 2048
 _HALVES_SEED = 1
-_SHORTER, _FINALISTS = 4, 4  # of the search: steps of the first rung, settings of the second
+_SHORTER = 4  # times fewer steps in the search's first rung
 
 _RATES, _DECAYS, _BETAS = (0.004, 0.003, 0.006, 0.002), (0.5, 0.3), (0.999, 0.99)
 # The first four differ in everything, and are those of --quick.
@@ -185,7 +184,7 @@ class Cache:
 def search(
     args: argparse.Namespace, task: Task, held_out: HeldOut, root: Path
 ) -> dict[str, Setting]:
-    """Return each contender's best setting: all of them on a short run, the best on a whole one.
+    """Return each contender's best setting: all on a short run, each rate's best on a whole one.
 
     All contenders take a setting before any takes the next, so that a search that was cut short
     has given each the same budget.
@@ -196,19 +195,22 @@ def search(
         n_steps=task.n_steps // _SHORTER,
         dead_tokens=max(1, task.dead_tokens // _SHORTER),
     )
+    ranked: dict[str, list[tuple[float, Setting]]] = {}
     for rung in (short, task):
         cache = Cache(root, rung)
         tried: dict[str, list[tuple[float, Setting]]] = {name: [] for name in plan}
-        for i in range(max(map(len, plan.values()))):
-            for name, settings in plan.items():
-                found = _made(rung, held_out, cache, name, settings[i], args.seeds[0])
-                tried[name].append((found["choose"]["fvu_at_k"], settings[i]))
+        for settings in zip(*plan.values(), strict=True):
+            for name, setting in zip(plan, settings, strict=True):
+                found = _made(rung, held_out, cache, name, setting, args.seeds[0])
+                tried[name].append((found["choose"]["fvu_at_k"], setting))
         ranked = {name: sorted(each, key=lambda pair: pair[0]) for name, each in tried.items()}
-        plan = {
-            name: tuple(setting for _, setting in each[:_FINALISTS])
-            for name, each in ranked.items()
-        }
-    return {name: settings[0] for name, settings in plan.items()}
+        # A long run wants a lower rate than a short one, so every rate is kept.
+        for name, each in ranked.items():
+            best: dict[float, Setting] = {}
+            for _, setting in each:
+                best.setdefault(setting.learning_rate, setting)
+            plan[name] = tuple(best.values())
+    return {name: each[0][1] for name, each in ranked.items()}
 
 
 def _made(
