@@ -2,7 +2,7 @@
 # From nothing to a steered language model: installs what is needed, fetches a small real model and
 # real text, runs every stage, and writes a page to look at. Run it again to reuse what is there.
 #
-#   bash quickstart.sh            about ten minutes on two CPU cores
+#   bash quickstart.sh            about five minutes on two CPU cores
 #   bash quickstart.sh --short    fewer sentences, for a first look or a test
 set -euo pipefail
 cd "$(dirname "$0")"
