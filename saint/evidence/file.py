@@ -34,6 +34,7 @@ N_BINS = 20
 ROWS_PER_GROUP = 256
 KINDS = ("top", "quantile", "near_miss", "random")
 SPLITS = ("", "explain", "test")
+_DAMAGED = (pa.ArrowException, OSError, KeyError, UnicodeDecodeError)
 _METADATA_KEY = b"saint"
 _SUMMARY = ["latent", "density", "max_activation", "n_firing_sentences"]
 # Of every example one for each token.
@@ -235,7 +236,7 @@ class Evidence:
         """Return one row group (a block of consecutive latents). Raises UserError if damaged."""
         try:
             return self._file.read_row_group(index, columns=columns)
-        except (pa.ArrowException, OSError) as error:
+        except _DAMAGED as error:
             raise UserError(f"{self.path} is damaged: {error}") from None
 
     def latent(self, index: int) -> dict[str, Any]:
@@ -268,7 +269,7 @@ def open_evidence(path: Path) -> Evidence:
         raise UserError(f"{path} does not exist: run capture_top_activating_sentences.py first")
     try:
         file = pq.ParquetFile(path, memory_map=True)
-    except (pa.ArrowException, OSError) as error:
+    except _DAMAGED as error:
         raise UserError(f"{path} is not a readable parquet file: {error}") from None
     raw = (file.schema_arrow.metadata or {}).get(_METADATA_KEY)
     try:
@@ -282,7 +283,7 @@ def open_evidence(path: Path) -> Evidence:
     evidence = Evidence(path, file, meta)
     try:
         latents = evidence.summary().column("latent").to_numpy()
-    except (pa.ArrowException, OSError, KeyError) as error:
+    except _DAMAGED as error:
         raise UserError(f"{path} is damaged: {error}") from None
     if not np.array_equal(latents, np.arange(evidence.n_latents)):
         raise UserError(f"{path} is incomplete: it lacks latents")

@@ -285,6 +285,9 @@ def _version(config: dict[str, Any]) -> int:
     return int(str(config.get("prompt", "1")).partition(".")[0])
 
 
+_REPAIR = "it records what was paid for, so nothing is sent before it is repaired from a backup"
+
+
 class Ledger:
     """The ledger beside one `response_ids.yaml`, and the requests that it sent.
 
@@ -299,8 +302,11 @@ class Ledger:
         self.requests_dir = stem.with_name(stem.name + ".requests")
 
     def state(self) -> LedgerState:
-        """Read the events. Raises UserError when a line in the middle is damaged."""
-        return replay(self._events())
+        """Read the events. Raises UserError when one that was written whole is damaged."""
+        try:
+            return replay(self._events())
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise UserError(f"{self.path}, an event is damaged ({error!r}): {_REPAIR}") from None
 
     def _events(self) -> Iterator[dict[str, Any]]:
         if not self.path.exists():
@@ -316,10 +322,7 @@ class Ledger:
                 if event["event"] not in _APPLY:
                     raise KeyError(event["event"])
             except (ValueError, KeyError, TypeError):
-                raise UserError(
-                    f"{self.path}, line {number}, is damaged: it records what was paid for, so "
-                    "nothing is sent before it is repaired from a backup"
-                ) from None
+                raise UserError(f"{self.path}, line {number}, is damaged: {_REPAIR}") from None
             yield event
 
     @contextmanager

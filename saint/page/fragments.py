@@ -146,9 +146,10 @@ def _token(reading: Reading, i: int, settings: Sequence[Wish]) -> dict[str, Any]
     activations, surprise = reading.activations[i], reading.surprise[i]
     generated = i >= reading.n_prompt
     notes, styles = [], []
-    if activations and max(activations) > _SEEN:
-        strongest = max(range(len(activations)), key=activations.__getitem__)
-        alpha = min(0.55, 0.12 + 0.43 * activations[strongest])
+    depths = [_depth(wish, value) for wish, value in zip(settings, activations, strict=False)]
+    if depths and max(depths) > _SEEN:
+        strongest = max(range(len(depths)), key=depths.__getitem__)
+        alpha = 0.12 + 0.43 * depths[strongest]
         styles.append(f"background:rgba({hue(strongest)},{alpha:.2f})")
     for setting, value in zip(settings, activations, strict=False):
         if value > _SEEN:
@@ -306,24 +307,28 @@ def prompt_view_html(
         {
             "latent": setting if isinstance(setting, Setting) else None,
             "name": wish_name(setting, guides),
-            "cells": [
-                (
-                    "" if v < 0.05 else f"{v:.1f}",
-                    f"{v:.2f}×",
-                    f"{_DEEPEST * min(1.0, max(0.0, v)):.2f}",
-                )
-                for v in values
-            ],
+            "cells": [_cell(setting, value) for value in values],
         }
         for setting, values in rows
     ]
     return _filled("prompt_view", [_visible(token) for token in tokens], shown)
 
 
-def _cell(value: float) -> tuple[str, str, str]:
+def _cell(wish: Wish, value: float) -> tuple[str, str, str]:
     """An activation's figure, its words and the depth of its colour."""
-    depth = _DEEPEST * min(1.0, max(0.0, value))
-    return ("" if value < 0.05 else f"{value:.1f}", f"{value:.2f}×", f"{depth:.2f}")
+    depth = f"{_DEEPEST * _depth(wish, value):.2f}"
+    return "" if value < 0.05 else f"{value:.1f}", f"{value:.2f}×", depth
+
+
+def _depth(wish: Wish, value: float) -> float:
+    """How deep an activation's colour is, 0 to 1.
+
+    A latent's from nothing to its unit. A concept's from its own tokens' average, which most texts
+    reach here and there, to four times that, where its own words lie.
+    """
+    if not isinstance(wish, Setting):
+        value = (value - 1) / 3
+    return min(1.0, max(0.0, value))
 
 
 def _visible(token: str) -> str:

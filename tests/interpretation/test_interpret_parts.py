@@ -211,6 +211,9 @@ def test_a_damaged_line_in_the_middle_stops(tmp_path: Path):
     ledger.path.write_bytes(b'{"event": "int\n' + ledger.path.read_bytes())
     with pytest.raises(UserError, match="line 1, is damaged"):
         ledger.state()
+    ledger.path.write_bytes(b'{"event": "intent", "intent": "0", "units": []}\n')
+    with pytest.raises(UserError, match="an event is damaged"):
+        ledger.state()
 
 
 def test_outcomes_decide_what_is_sent_again():

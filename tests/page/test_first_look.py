@@ -8,6 +8,7 @@ from playwright import sync_api
 
 from saint.page.fragments import pairs_html
 from saint.page.handlers import OPENING_DOSES
+from saint.stage.terminal import visible
 from saint.steering.completions import Effect, Pair, Reading, complete_pairs
 from saint.steering.dose import at_strength
 from saint.steering.search import search_labels
@@ -43,8 +44,8 @@ def browser() -> Iterator[sync_api.Browser]:
 
 
 def readable(tokens: list[str]) -> str:
-    """What HTML keeps of a tiny model's noise: a parser replaces control characters."""
-    return "".join(c for c in "".join(tokens) if c.isascii() and c.isprintable())
+    """What HTML keeps of a tiny model's noise: a parser replaces what is no character."""
+    return "".join(c for c in visible("".join(tokens)) if c.isascii() and c.isprintable())
 
 
 def test_the_text_follows_the_slider_without_the_server(site, browser):

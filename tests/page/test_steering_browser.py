@@ -9,6 +9,7 @@ import pytest
 from playwright import sync_api
 
 from saint.page.handlers import DEFAULT_STRENGTH, TEMPERATURE, TOP_P
+from saint.stage.terminal import visible
 from saint.steering import completions, settings
 from saint.steering.dose import dose_request, sweep
 from saint.steering.studio import EXAMPLE_PROMPTS
@@ -68,7 +69,9 @@ def test_search_choose_steer_compare_and_reload_the_link(site, tab):
     )
     pairs = completions.complete_pairs(site.handlers.studio, request)
     texts = tab.locator("#result [data-side=steered] .tok").all_inner_texts()
-    assert "".join(texts[: len(pairs[0].steered.tokens)]) == "".join(pairs[0].steered.tokens)
+    assert "".join(texts[: len(pairs[0].steered.tokens)]) == visible(
+        "".join(pairs[0].steered.tokens)
+    )
     cells = tab.locator("#result table.effects >> nth=0 >> td").all_inner_texts()
     assert cells[2] == f"{pairs[0].effects[0].realised:.2f}×"
     tab.wait_for_function("location.search.includes('steer=')")

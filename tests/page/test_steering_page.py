@@ -180,7 +180,8 @@ def test_a_sweep_of_the_page_takes_own_prompts_first_and_examples_where_there_is
     for own, chat, expected in (
         (["one"], False, ("one", *EXAMPLE_PROMPTS[:3])),
         (["one"], True, ("one",)),
-        (["1", "2", "3", "4", "5"], True, ("1", "2", "3", "4")),
+        (["1", "2", "3", "4", "5"], False, ("1", "2", "3", "4")),
+        (["two", "lines"], True, ("two\nlines",)),
     ):
         list(site.handlers.sweep_chosen("0:3", "\n".join(own), *settings, chat))
         assert swept.call_args.args[2].prompts == expected

@@ -87,7 +87,9 @@ def test_a_bad_last_batch_leaves_a_finished_run(data, tmp_path, monkeypatch):
     train(data, save, "--checkpoint_minutes", 0.000001)
     last = metrics_of(save)[-1]
     assert last["step"] == N_STEPS and last["val/fvu"] < 1 and last["train/loss"] > 0
-    assert "http-equiv" not in save.with_name("sae.training.html").read_text(), "it is over"
+    assert 'http-equiv="refresh"' not in save.with_name("sae.training.html").read_text(), (
+        "it is over"
+    )
 
 
 def test_a_second_bad_batch_ends_the_run(data, tmp_path, monkeypatch):
@@ -329,7 +331,7 @@ def test_the_page_shows_every_curve_and_renews_itself_until_the_end(data, tmp_pa
     entries = metrics_of(save)
     assert entries[0]["train/l0"] > 4 and entries[-1]["train/l0"] <= 3
     page = save.with_suffix(".training.html").read_text()
-    assert "finished" in page and "http-equiv" not in page and "k_anneal_steps" in page
+    assert "finished" in page and 'http-equiv="refresh"' not in page and "k_anneal_steps" in page
     assert "src=" not in page and "href=" not in page
     tree = ElementTree.fromstring(curves(entries))
     figures = {f.find("svg").attrib["aria-label"]: f for f in tree.findall("figure")}  # pyright: ignore
