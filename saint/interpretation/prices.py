@@ -173,6 +173,21 @@ def prompt_chars(params: dict[str, Any]) -> int:
     return len(params["system"]) + sum(len(m["content"]) for m in params["messages"])
 
 
+def request_parts(sample: Iterable[dict[str, Any]]) -> str:
+    """Say which share of some requests' characters each part of the question takes."""
+    sizes: dict[str, int] = {}
+    for params in sample:
+        sizes["instructions"] = sizes.get("instructions", 0) + len(params["system"])
+        for message in params["messages"]:
+            for part in message["content"].split("\n\n"):
+                title = part.partition("\n")[0].partition(":")[0].partition(" (")[0]
+                title = title if len(title) < len(part) else "the rest"
+                sizes[title] = sizes.get(title, 0) + len(part)
+    whole = sum(sizes.values()) or 1
+    shares = sorted(sizes.items(), key=lambda pair: -pair[1])
+    return ", ".join(f"{size / whole:.0%} {title}" for title, size in shares)
+
+
 def estimate(
     client: anthropic.Anthropic | None,
     tally: RequestTally,

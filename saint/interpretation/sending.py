@@ -27,6 +27,7 @@ from saint.interpretation.prices import (
     check_budget,
     estimate,
     price_table,
+    request_parts,
 )
 from saint.interpretation.prompts import (
     EXPECTED_OUTPUT_TOKENS,
@@ -230,6 +231,7 @@ class Sending:
             for task in tasks
             if (out := EXPECTED_OUTPUT_TOKENS[task])
         }
+        print(f"--- of a request: {request_parts(tally.sample)}")
         print(f"--- what {len(latents)} latents would cost\n{price_table(table)}")
         quote = self.quote(tally, client, tally.n if self.args.live else 0)
         log.info("%s; requests are in %s, nothing was sent", quote, path)

@@ -35,6 +35,7 @@ from saint.interpretation.prices import (
     dollars,
     is_free,
     price_table,
+    request_parts,
 )
 from saint.interpretation.report import build_report, content_words, near_duplicates, report_page
 from saint.interpretation.responses import certainty, failed_kind, parse_answer, parse_label, record
@@ -328,6 +329,15 @@ def test_every_model_that_the_sdk_names_is_in_the_table():
     # A local model costs nothing; a Claude whose price is not known does.
     assert is_free("qwen3") and is_free("claude-haiku-5-5", (0, 0))
     assert not is_free("claude-mythos-5-2") and not is_free("anthropic/claude-x")
+
+
+def test_a_dry_run_says_what_a_requests_parts_take():
+    question = "Excerpts (of 2):\n1. a film\n\nTokens that it raises: film, war\n\nabcde"
+    asked = {"system": "x" * 60, "messages": [{"role": "user", "content": question}]}
+    n = len(question) - 4 + 60
+    shares = {"instructions": 60, "Tokens that it raises": 32, "Excerpts": 26, "the rest": 5}
+    assert sum(shares.values()) == n
+    assert request_parts([asked]) == ", ".join(f"{v / n:.0%} {k}" for k, v in shares.items())
 
 
 def test_the_table_of_prices_has_a_column_for_each_task():
