@@ -119,6 +119,9 @@ def launch(
     """
     # Before gradio is imported: nothing is reported to anybody.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    from starlette.middleware import Middleware
+
+    from saint.page.gate import Gate
     from saint.page.handlers import PageHandlers
     from saint.page.layout import build_page, css, theme
 
@@ -129,7 +132,8 @@ def launch(
             server_name=host,
             server_port=port,
             share=share,
-            auth=auth,
+            # Gradio's own login leaves routes open, and its login page names the API.
+            app_kwargs={"middleware": [Middleware(Gate, *auth)] if auth else []},
             theme=theme(),
             css=css(),
             quiet=True,

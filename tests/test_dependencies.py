@@ -27,7 +27,7 @@ NOT_IMPORTED = {
 # Only where its owner has it: a service's client, looked for when it is asked for.
 OPTIONAL = {"neuronpedia", "dictionary-learning", "sparsify", "schedulefree"}
 # Parts of declared distributions, which bring them.
-BROUGHT = {"gradio-client", "tokenizers"}
+BROUGHT = {"gradio-client", "starlette", "tokenizers"}
 
 
 def normal(name: str) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from playwright import sync_api
@@ -42,6 +43,7 @@ class Site:
     url: str
     handlers: PageHandlers
     brake: Brake
+    app: Any
 
     def wait_until_idle(self, seconds: float = 20) -> None:
         """Wait until nothing is generated any more; fails when that takes too long."""
@@ -55,7 +57,7 @@ class Site:
 
 
 @contextmanager
-def running_site(root: Path) -> Iterator[Site]:
+def running_site(root: Path, *, auth: tuple[str, str] | None = None) -> Iterator[Site]:
     """Serve a tiny model with two SAEs, on different layers."""
     model_dir, _ = write_setup(root)
     studio, guides = make_studio(model_dir, make_sae(), make_sae(layer=2, seed=4))
@@ -77,9 +79,9 @@ def running_site(root: Path) -> Iterator[Site]:
         host="127.0.0.1",
         port=None,
         share=False,
-        auth=None,
+        auth=auth,
     )
-    yield Site(str(page.local_url).rstrip("/"), handlers, brake)
+    yield Site(str(page.local_url).rstrip("/"), handlers, brake, page.app)
     page.close()
     completions.generate = original
 
