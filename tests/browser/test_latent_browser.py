@@ -513,7 +513,36 @@ def test_no_barrier_for_anybody(browser: Any, made: Path, scheme: Any, width: in
         tab.wait_for_selector("html[data-ready]")
         found = axe.Axe().run(tab).response["violations"]
         assert [(v["id"], [n["html"][:200] for n in v["nodes"]]) for v in found] == []
+        if place == "":
+            for summary in tab.locator("summary:visible").all():
+                summary.click()  # filters, pictures
+            found = axe.Axe().run(tab).response["violations"]
+            assert [(v["id"], [n["html"][:200] for n in v["nodes"]]) for v in found] == []
     context.close()
+
+
+def test_a_keyboard_is_enough(page: Any, made: Path) -> None:
+    def walk(selector: str) -> None:
+        for _ in range(60):
+            page.keyboard.press("Tab")
+            if page.evaluate("s => document.activeElement.matches(s)", selector):
+                ring = page.locator(":focus").evaluate("e => getComputedStyle(e).outlineStyle")
+                assert ring != "none", selector
+                return
+        raise AssertionError(f"no way to {selector} by keyboard")
+
+    walk("#query")
+    page.keyboard.type("words")
+    page.wait_for_function("document.querySelectorAll('#results li').length === 3")
+    walk(".filters summary")
+    page.keyboard.press("Enter")
+    walk("#filter-source")
+    walk("#results a")
+    chosen = page.locator(":focus").get_attribute("data-latent")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(f"article[data-latent='{chosen}']")
+    page.keyboard.press("Escape")
+    page.wait_for_selector(".welcome")
 
 
 def prompt_case(maxima: np.ndarray | None) -> prompt_view.PromptActivations:
