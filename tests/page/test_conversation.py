@@ -77,7 +77,10 @@ def test_a_conversation_on_the_page_and_its_link(site, browser):
         shown = tab.inner_text("#result .pairs")
         tab.wait_for_function("location.search.includes('steer=')")
         link = tab.url
+        site.brake.seconds = 0.1
         tab.click("#run")  # no new message: the last one is answered anew
+        tab.wait_for_selector("#result .running")
+        site.brake.seconds = 0.0
         tab.wait_for_function(f"{SAID} === 2 && !document.querySelector('#result .running')")
         tab.click("#anew")
         sync_api.expect(tab.locator("#result")).to_contain_text("appear here")
