@@ -122,6 +122,14 @@ function select() {
   view.shown = 0;
 }
 
+/** 1 for each latent of the list, by number; null where that is all of them. */
+function maskOfResults() {
+  if (view.results.length === data.n) return null;
+  const mask = new Uint8Array(data.n);
+  for (const i of view.results) mask[i] = 1;
+  return mask;
+}
+
 // ---------------------------------------------------------------- the list
 
 function element(tag, attributes = {}, ...children) {
@@ -199,7 +207,7 @@ function refresh() {
   $("status").textContent = [all, ...view.notes].join("; ");
   $("sentences").hidden = !view.query || view.inSentences !== null;
   if ($("detail").querySelector(".pictures")) {
-    view.matches = view.results.length < data.n ? new Set(view.results) : null;
+    view.matches = maskOfResults();
     view.redraw?.();
   }
   performance.measure("saint-search", { start: started, end: performance.now() });
@@ -520,7 +528,7 @@ async function route() {
   document.title = latent !== null ? `${nameOf(latent)} · latent ${latent}` : kind === "compare" ? `latents ${numbers.join(" and ")}` : data.title;
   $("detail").replaceChildren(made);
   if (kind === "welcome") {
-    view.matches = view.results.length < data.n ? new Set(view.results) : null;
+    view.matches = maskOfResults();
     if (view.scrolled) window.scrollTo(0, view.scrolled);
     return;
   }

@@ -36,7 +36,7 @@ function drawPicture(canvas, picture, zoom) {
     pen.fillStyle = colours[level];
     pen.globalAlpha = level ? .8 : .45;
     for (let p = 0; p < latents.length; p++) {
-      const clear = data.clarity[latents[p]], mine = shown && shown.size < data.n ? (shown.has(latents[p]) ? 2 : 0) : clear >= 750 ? 2 : clear >= 350 ? 1 : 0;
+      const clear = data.clarity[latents[p]], mine = shown ? 2 * shown[latents[p]] : clear >= 750 ? 2 : clear >= 350 ? 1 : 0;
       if (mine !== level) continue;
       const [x, y] = place(p);
       if (x > -4 && y > -4 && x < width + 4 && y < height + 4) pen.fillRect(x - size / 2, y - size / 2, size, size);
