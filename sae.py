@@ -11,7 +11,7 @@ import json
 import pickle
 import zipfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -255,7 +255,7 @@ class TopKSparseAutoencoder(nn.Module):
                 parts = [pre.topk(self.config.k, sorted=False) for pre in self._pre_by_block(x)]
                 kept, indices = map(torch.cat, zip(*parts, strict=True))
                 found = kept.relu_(), indices
-            return self.of_topk(*found)
+            return self.of_topk(ActiveLatents.of_matrices(*found))
         values, indices, counts = [], [], [torch.zeros(1, dtype=torch.int64, device=x.device)]
         for pre in self._pre_by_block(x):
             active = self._apply_rule(pre)
@@ -265,12 +265,12 @@ class TopKSparseAutoencoder(nn.Module):
         offsets = torch.cat(counts).cumsum(0)
         return ActiveLatents(torch.cat(values), torch.cat(indices), offsets)
 
-    def of_topk(self, values: Tensor, indices: Tensor) -> ActiveLatents:
-        """Return a topk's result from what the encoder product kept, both (n_tokens, k)."""
-        indices = indices.long()
+    def of_topk(self, kept: ActiveLatents) -> ActiveLatents:
+        """Return a topk's result from what the encoder product kept."""
+        values, indices = kept.values, kept.indices.long()
         if self.magnitude_scale is not None:
             values = values * self.magnitude_scale.detach()[indices]
-        return ActiveLatents.of_matrices(values, indices)
+        return replace(kept, values=values, indices=indices)
 
     def _pre_by_block(self, x: Tensor) -> Iterator[Tensor]:
         rows = max(1, BLOCK_ELEMENTS // self.config.n_latents)

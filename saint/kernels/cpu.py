@@ -325,6 +325,14 @@ def reconstruct(
     return outputs
 
 
+def gather_dot(g: Tensor, active: ActiveLatents, w_dec: Tensor) -> Tensor:
+    """As `torch_ops.gather_dot`, with int32 indices."""
+    products = torch.empty_like(active.values)
+    inputs = (g, w_dec.detach(), active.indices, active.offsets)
+    _call("saint_gather_dot", *g.shape, *inputs, products)
+    return products
+
+
 class Gradient(ctypes.Structure):
     """A batch's gradient by latent, as pointers; `group_by_latent` makes one."""
 

@@ -228,6 +228,17 @@ void saint_reconstruct(int64_t n, int64_t d, int64_t parts, int64_t at_rest, con
   }
 }
 
+// products[e] = row r of g (n_rows, d) · w_dec's row indices[e], of r's entries offsets[r] to
+// offsets[r + 1].
+void saint_gather_dot(int64_t n_rows, int64_t d, const float* g, const float* w_dec,
+                      const int32_t* indices, const int64_t* offsets, float* products,
+                      int64_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 8)
+  for (int64_t row = 0; row < n_rows; row++)
+    for (int64_t e = offsets[row]; e < offsets[row + 1]; e++)
+      products[e] = dot(g + row * d, w_dec + indices[e] * d, d);
+}
+
 // Sort the active entries by latent, rows ascending (counting sort); row r's entries are offsets[r]
 // to offsets[r + 1]. starts: (n_latents + 1); the others have room for every entry.
 void saint_group(int64_t n_rows, int64_t n_latents, const int64_t* offsets, const int32_t* indices,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sae import ActiveLatents, TopKSparseAutoencoder
 from saint.kernels import cpu
-from saint.kernels.pieces import CpuKernels, Pieces
+from saint.kernels.pieces import CpuKernels, Pieces, largest
 from saint.stage.errors import UserError, log
 
 Encode = Callable[[Tensor], ActiveLatents]
@@ -31,7 +31,7 @@ def encode(sae: TopKSparseAutoencoder, pieces: Pieces, x: Tensor) -> ActiveLaten
     """As `TopKSparseAutoencoder.encode`, by the given pieces."""
     config, a = sae.config, x - sae.b_pre
     if config.activation == "topk":
-        return sae.of_topk(*pieces.encode(a, sae.W_enc, sae.b_enc, config.k))
+        return sae.of_topk(largest(pieces, a, sae.W_enc, sae.b_enc, config.k))
     if config.activation == "gated" or (config.activation, config.threshold) == ("batchtopk", None):
         return sae.encode(x)
     # Latents above a threshold are those above 0 once it is taken off the bias.

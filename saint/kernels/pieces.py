@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from sae import ActiveLatents, encode
 from saint.kernels import cpu, torch_ops
+from saint.stage.workers import Axis
+
+_ALONE = Axis()
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,15 @@ class SparseGradient:
 
 
 class Pieces(Protocol):
-    """What a step is made of: `sae.encode` and `torch_ops.reconstruct`, or others like them."""
+    """What a step is made of: `sae.encode` and `torch_ops.reconstruct`, or others like them.
+
+    Those of one rank do its own part of the latents, whose numbers begin at 0.
+    """
+
+    @property
+    def ranks(self) -> Axis:
+        """Who shares the latents."""
+        ...
 
     @property
     def encode(self) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -64,13 +77,30 @@ class Pieces(Protocol):
         ...
 
 
+class PartPieces(Pieces, Protocol):
+    """Pieces of which `Shared` can be made."""
+
+    @property
+    def decode(self) -> torch_ops.Decode:
+        """As `torch_ops.decode`."""
+        ...
+
+    @property
+    def gather_dot(self) -> torch_ops.GatherDot:
+        """As `torch_ops.gather_dot`."""
+        ...
+
+
 class TorchKernels:
     """The pieces of the step as torch operations, on any device."""
 
+    ranks = _ALONE
     encode = staticmethod(encode)
     above = staticmethod(torch_ops.above)
     nest = staticmethod(torch_ops.nest)
     reconstruct = staticmethod(torch_ops.reconstruct)
+    decode = staticmethod(torch_ops.decode)
+    gather_dot = staticmethod(torch_ops.gather_dot)
 
 
 class CpuKernels:
@@ -79,9 +109,63 @@ class CpuKernels:
     rounded: see `cpu.Encoder`.
     """
 
+    ranks = _ALONE
+    decode = staticmethod(torch_ops.decode)
+    gather_dot = staticmethod(cpu.gather_dot)
+
     def __init__(self, *, rounded: bool) -> None:
         cpu.library()
         self.encode = cpu.Encoder(rounded=rounded)
         self.above = self.encode.above
         self.nest = cpu.nest
         self.reconstruct = cpu.reconstruct
+
+
+class Shared:
+    """Pieces of ranks that share the latents in equal, consecutive parts.
+
+    encode, above: of this rank's latents alone. Reconstructions are sums over the ranks, and equal
+    on all of them; whatever is said of a latent, its rank says.
+    """
+
+    def __init__(self, inner: PartPieces, ranks: Axis) -> None:
+        self.inner, self.ranks = inner, ranks
+        self.encode, self.above = inner.encode, inner.above
+
+    def nest(self, active: ActiveLatents, prefixes: Sequence[int]) -> ActiveLatents:
+        """As `torch_ops.nest`; prefixes: of all latents."""
+        n_here = prefixes[-1] // self.ranks.size
+        first = self.ranks.rank * n_here
+        return self.inner.nest(active, [min(max(end - first, 0), n_here) for end in prefixes])
+
+    def reconstruct(self, *args: Any, **how: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """As `torch_ops.reconstruct`."""
+
+        def decode(active: ActiveLatents, w_dec: Tensor) -> Tensor:
+            return self.ranks.sum(self.inner.decode(active, w_dec))
+
+        return torch_ops.reconstruct(*args, **how, by=(decode, self.inner.gather_dot))
+
+
+def largest(pieces: Pieces, a: Tensor, w_enc: Tensor, b_enc: Tensor, k: int) -> ActiveLatents:
+    """Return the pieces' latents that are among each token's k largest, those of all ranks.
+
+    a: (n_tokens, d_model), the encoder's inputs x − b_pre.
+    """
+    values, indices = pieces.encode(a, w_enc, b_enc, min(k, len(w_enc)))
+    if pieces.ranks.size == 1:
+        return ActiveLatents.of_matrices(values, indices)
+    return torch_ops.keep(values, indices, among_largest(values, k, pieces.ranks) & (values > 0))
+
+
+def among_largest(values: Tensor, k: int, ranks: Axis) -> Tensor:
+    """Return which of a rank's values (n, m) are among the k largest of their row on all ranks.
+
+    m ≤ k may differ from rank to rank. (n, m) bool; of equal values too, k of a row in all.
+    """
+    n, m = values.shape
+    padded = F.pad(values, (0, k - m), value=-torch.inf)
+    everyones = ranks.gather(padded).transpose(0, 1).reshape(n, -1)
+    first = torch.zeros_like(everyones, dtype=torch.bool)
+    first.scatter_(1, everyones.topk(k, dim=1, sorted=False).indices, True)
+    return first.view(n, ranks.size, k)[:, ranks.rank, :m]

@@ -18,6 +18,8 @@ from sae import BLOCK_ELEMENTS, ActiveLatents
 MIN_NORMALISER = 1e-12
 TopK = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 """The k largest pre-activations of rows (n, d_model), after ReLU, and their latents: (n, k)."""
+Decode = Callable[[ActiveLatents, Tensor], Tensor]
+GatherDot = Callable[[Tensor, ActiveLatents, Tensor], Tensor]
 
 
 def decode(active: ActiveLatents, w_dec: Tensor) -> Tensor:
@@ -149,17 +151,20 @@ def reconstruct(
     *,
     parts: int = 1,
     at_rest: bool = False,
+    by: tuple[Decode, GatherDot] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Decode, and go back to the activations.
 
     x: (n_tokens, d_model), the wanted outputs. parts: rows that active has for each token, see
     `nest`; x̂ of a part is b_pre and the sum of the rows up to its own. The loss is factor / 2 ·
-    Σ_tokens Σ_parts ‖x̂ − x‖² / ‖x‖². at_rest: whether entries of 0 have a derivative too.
+    Σ_tokens Σ_parts ‖x̂ − x‖² / ‖x‖². at_rest: whether entries of 0 have a derivative too. by: what
+    does the work of `decode` and `gather_dot`, by default these.
     Returns ∂loss/∂(a row's sum) (n_tokens · parts, d_model), ∂loss/∂values (n_active,), ‖x̂ − x‖²
     (n_tokens, parts), ‖x‖² (n_tokens,), and which latents are active on any token, (n_latents,)
     bool.
     """
-    error = decode(active, w_dec).view(len(x), parts, x.shape[1])
+    decoder, dotter = by or (decode, gather_dot)
+    error = decoder(active, w_dec).view(len(x), parts, x.shape[1])
     if parts > 1:
         error = error.cumsum(dim=1)
     error += (b_pre - x).unsqueeze(1)
@@ -169,7 +174,7 @@ def reconstruct(
     if parts > 1:
         g = g.flip(1).cumsum(dim=1).flip(1)
     g = g.reshape(-1, x.shape[1])
-    g_values = gather_dot(g, active, w_dec)
+    g_values = dotter(g, active, w_dec)
     if not at_rest:
         g_values *= active.values > 0
     return g, g_values, squared, normaliser, fired_latents(active, w_dec.shape[0])

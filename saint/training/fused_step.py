@@ -5,14 +5,20 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from sae import ActiveLatents, TopKSparseAutoencoder
 from saint.kernels import cpu, torch_ops
 from saint.kernels.fastest import encode
-from saint.kernels.pieces import AuxGradient, CpuKernels, Pieces, SparseGradient
-from saint.stage.workers import Workers
+from saint.kernels.pieces import (
+    AuxGradient,
+    CpuKernels,
+    PartPieces,
+    Pieces,
+    Shared,
+    SparseGradient,
+)
+from saint.stage.workers import Axis, Workers
 from saint.training.losses import AuxK, Jump, Losses, sparse_gradient
 from saint.training.moments import EPS, Moments
 
@@ -69,22 +75,21 @@ class FusedStep:
         thresholds = [part.threshold for part in parts if part.threshold is not None]
         threshold = torch.stack(thresholds).sum(dim=0) if thresholds else None
         aux = _add([part.aux for part in parts if part.aux is not None])
-        if self.workers.world_size > 1:
-            n_ranks = self.workers.world_size
-            a, g = (torch.cat(_gather(tensor, n_ranks)) for tensor in (a, g))
+        data = self.workers.data
+        if data.size > 1:
+            a, g = (data.gather(tensor).flatten(0, 1) for tensor in (a, g))
             values, indices, g_values = (
-                torch.cat(_gather_uneven(tensor, n_ranks))
-                for tensor in (active.values, active.indices, g_values)
+                data.gather_uneven(tensor) for tensor in (active.values, active.indices, g_values)
             )
-            counts = _gather(active.offsets.diff(), n_ranks)
-            offsets = torch.cat([active.offsets[:1], torch.cat(counts).cumsum(0)])
+            counts = data.gather(active.offsets.diff()).flatten()
+            offsets = torch.cat([active.offsets[:1], counts.cumsum(0)])
             active = ActiveLatents(values, indices, offsets, active.k)
-            dist.all_reduce(g_b_pre)
+            data.sum(g_b_pre)
             if threshold is not None:
-                dist.all_reduce(threshold)
+                data.sum(threshold)
             if aux is not None:
                 for tensor in (aux.dec, aux.enc, aux.b):
-                    dist.all_reduce(tensor)
+                    data.sum(tensor)
         return SparseGradient(active, g_values, a, g, g_b_pre, aux, threshold)
 
     def _weight_and_moments(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,13 +124,12 @@ class FusedStep:
 class CppStep(FusedStep):
     """The fused step in C++, on a CPU."""
 
-    pieces: CpuKernels
-
     def __init__(
         self, sae: TopKSparseAutoencoder, moments: Moments, workers: Workers, pieces: CpuKernels
     ):
         self.name = "cpp" if pieces.encode.rounded else "cpp_float32"
-        super().__init__(sae, moments, workers, pieces)
+        self._encoder = pieces.encode
+        super().__init__(sae, moments, workers, over_ranks(pieces, workers.latents))
 
     @torch.no_grad()
     def apply(self, learning_rate: float, grad_clip: float) -> Tensor:
@@ -145,37 +149,41 @@ class CppStep(FusedStep):
         norm = cpu.gradient_norm(gradient, parameters, grad_b_pre)
         if whole.threshold is not None:
             norm = math.hypot(norm, float(torch.linalg.vector_norm(whole.threshold)))
+        ranks = self.workers.latents
+        if ranks.size > 1:
+            rows = norm**2 - float(grad_b_pre.double().square().sum())
+            squares = torch.tensor(rows, dtype=torch.float64)
+            norm = float(norm_over_latents(squares, grad_b_pre, ranks))
         scale = min(1.0, grad_clip / (norm + 1e-6))
         constants = self._adam_constants(learning_rate)
         betas, lazy = self.moments.betas, int(self.moments.lazy)
         step = cpu.AdamStep(*betas, *constants, EPS, self.moments.n_steps, lazy)
         cpu.update(gradient, parameters, step, scale, grad_b_pre)
         self._move_thresholds(whole.threshold, scale, constants)
-        self.pieces.encode.forget_weights()
+        self._encoder.forget_weights()
         return torch.tensor(norm)
 
     def diagnostics(self) -> dict[str, float]:
         """See `Step`."""
-        return self.pieces.encode.diagnostics()
+        return self._encoder.diagnostics()
+
+
+def over_ranks(pieces: PartPieces, ranks: Axis) -> Pieces:
+    """Return the pieces of a step whose latents these ranks share."""
+    return pieces if ranks.size == 1 else Shared(pieces, ranks)
 
 
 def _concatenate(tensors: list[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
-def _gather(tensor: Tensor, n_ranks: int) -> list[Tensor]:
-    pieces = [torch.empty_like(tensor) for _ in range(n_ranks)]
-    dist.all_gather(pieces, tensor)
-    return pieces
+def norm_over_latents(squares: Tensor, grad_b_pre: Tensor, ranks: Axis) -> Tensor:
+    """Return the whole gradient's norm (), and sum b_pre's over the ranks in place.
 
-
-def _gather_uneven(tensor: Tensor, n_ranks: int) -> list[Tensor]:
-    """Gather tensors (n,) whose lengths differ from rank to rank."""
-    lengths = _gather(torch.tensor([len(tensor)], device=tensor.device), n_ranks)
-    sizes = [int(length) for length in lengths]
-    padded = tensor.new_zeros(max(sizes))
-    padded[: len(tensor)] = tensor
-    return [piece[:n] for piece, n in zip(_gather(padded, n_ranks), sizes, strict=True)]
+    squares: () float64, the squared norm of what belongs to this rank's latents.
+    """
+    ranks.sum(grad_b_pre)
+    return (ranks.sum(squares) + grad_b_pre.double().square().sum()).sqrt()
 
 
 def _add(parts: list[AuxGradient]) -> AuxGradient | None:

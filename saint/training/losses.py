@@ -6,15 +6,21 @@ Source: Gao et al., "Scaling and evaluating sparse autoencoders", arXiv:2406.040
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from sae import ActiveLatents, TopKSparseAutoencoder
 from saint.kernels import torch_ops
-from saint.kernels.pieces import AuxGradient, Pieces, SparseGradient, TorchKernels
+from saint.kernels.pieces import (
+    AuxGradient,
+    Pieces,
+    SparseGradient,
+    among_largest,
+    largest,
+)
 from saint.kernels.torch_ops import MIN_NORMALISER
+from saint.stage.workers import Axis
 
 
 @dataclass(frozen=True)
@@ -22,7 +28,7 @@ class Losses:
     """One batch's losses and what the training loop counts; tensors stay on the device.
 
     loss: normalised MSE, mean over tokens. aux_loss: AuxK's, 0 where it was off.
-    squared_error: Σ‖x − x̂‖². fired: (n_latents,) bool, latents active on any token.
+    squared_error: Σ‖x − x̂‖². fired: (n_latents,) bool, a rank's latents active on any token.
     l0: mean number of active latents per token.
     """
 
@@ -37,7 +43,8 @@ class Losses:
 class AuxK:
     """The dead latents' auxiliary loss (Gao et al., sec. A.2).
 
-    dead: (n_dead,) int64 latent indices. k: latents kept per token, at most n_dead.
+    dead: (n_dead,) int64 indices of a rank's latents. k: latents kept per token, at most the n_dead
+    of all ranks.
     coefficient: its weight in the total loss. every: one in so many tokens takes part, and counts
     for as many, which bounds the cost where many latents are dead. first: the number of a
     micro-batch's first token, of which those that `every` divides take part.
@@ -152,7 +159,7 @@ def sparse_gradient(
     n_tokens, n, x = max(1, x.shape[0]), max(1, len(prefixes)), x.contiguous()
     a = x - sae.b_pre
     if isinstance(chosen, int):
-        chosen = ActiveLatents.of_matrices(*pieces.encode(a, sae.W_enc, sae.b_enc, chosen))
+        chosen = largest(pieces, a, sae.W_enc, sae.b_enc, chosen)
     if n > 1:
         chosen = pieces.nest(chosen, prefixes)
     factor = 2.0 * weight / n_tokens / n
@@ -160,7 +167,10 @@ def sparse_gradient(
         *(x, chosen, sae.W_dec, sae.b_pre, factor), parts=n, at_rest=jump is not None
     )
     by_part = g.view(x.shape[0], n, x.shape[1])
-    gradient = SparseGradient(chosen, g_values, a, g, by_part[:, 0].sum(dim=0))
+    g_b_pre = by_part[:, 0].sum(dim=0)
+    if pieces.ranks.rank:  # once is enough: it is summed over the ranks
+        g_b_pre.zero_()
+    gradient = SparseGradient(chosen, g_values, a, g, g_b_pre)
     if jump is not None and sae.threshold is not None:
         threshold = _threshold_gradient(sae.threshold, chosen, g_values, jump, weight / n_tokens)
         g_values = g_values * (chosen.values > 0)
@@ -169,11 +179,11 @@ def sparse_gradient(
     if aux is not None:
         some, share = aux.tokens, weight * aux.every / n_tokens
         residual = by_part[some, -1] * (normaliser[some] / -factor).unsqueeze(1)
-        aux_loss, aux_gradient = _aux_gradient(sae, a[some], residual, aux, share)
+        aux_loss, aux_gradient = _aux_gradient(sae, a[some], residual, aux, share, pieces.ranks)
         gradient = replace(gradient, aux=aux_gradient)
         aux_loss = aux_loss * aux.every / n_tokens
     loss = (squared.mean(dim=1) / normaliser).sum() / n_tokens
-    l0 = (chosen.values > 0).sum() / n_tokens
+    l0 = pieces.ranks.sum((chosen.values > 0).sum()) / n_tokens
     return Losses(loss, aux_loss, squared[:, -1].sum(), fired, l0), gradient
 
 
@@ -197,6 +207,7 @@ def _aux_gradient(
     residual: Tensor,
     aux: AuxK,
     weight: float,
+    ranks: Axis,
 ) -> tuple[Tensor, AuxGradient]:
     """Return AuxK's loss, and weight times its gradients; both sums over tokens.
 
@@ -204,17 +215,29 @@ def _aux_gradient(
     """
     w_dec = sae.W_dec[aux.dead]
     hidden = torch.addmm(sae.b_enc[aux.dead], a, sae.W_enc[aux.dead].T)
-    if aux.k < len(aux.dead):
-        largest, kept = hidden.topk(aux.k, dim=1, sorted=False)
-        hidden = torch.zeros_like(hidden).scatter_(1, kept, largest)
+    if ranks.size > 1:
+        hidden = _kept_on_ranks(hidden, aux.k, ranks)
+    elif aux.k < len(aux.dead):
+        values, kept = hidden.topk(aux.k, dim=1, sorted=False)
+        hidden = torch.zeros_like(hidden).scatter_(1, kept, values)
     hidden.relu_()
-    error = torch.mm(hidden, w_dec).sub_(residual)
+    error = ranks.sum(torch.mm(hidden, w_dec)).sub_(residual)
     normaliser = residual.var(dim=1, correction=0).clamp_min(MIN_NORMALISER)
     loss = (error.square().mean(dim=1) / normaliser).sum()
     factor = 2.0 * weight * aux.coefficient / (residual.shape[1] * normaliser)
     g = error.mul_(factor.unsqueeze(1))
     g_hidden = torch.mm(g, w_dec.T).mul_(hidden > 0)
     return loss, AuxGradient(hidden.T @ g, g_hidden.T @ a, g_hidden.sum(dim=0))
+
+
+def _kept_on_ranks(hidden: Tensor, k: int, ranks: Axis) -> Tensor:
+    """Return hidden (n_tokens, n_dead), of this rank's latents, but for each token's k largest 0.
+
+    The k largest are those of all ranks.
+    """
+    values, places = hidden.topk(min(k, hidden.shape[1]), dim=1, sorted=False)
+    values = torch.where(among_largest(values, k, ranks), values, 0.0)
+    return torch.zeros_like(hidden).scatter_(1, places, values)
 
 
 @torch.no_grad()
@@ -252,22 +275,22 @@ def losses_and_gradients(
     chosen: ActiveLatents | int,
     aux: AuxK | None,
     *,
-    kernel: Literal["sparse", "dense"],
+    pieces: Pieces | None,
     prefixes: tuple[int, ...] = (),
     jump: Jump | None = None,
     weight: float = 1.0,
 ) -> Losses:
     """Compute the losses of standardised x (n_tokens, d_model) and add gradients to `.grad`.
 
-    chosen, prefixes, jump, weight: see `sparse_gradient`. "sparse" touches the active latents only
-    and equals "dense" (autograd) up to rounding.
+    chosen, prefixes, jump, weight: see `sparse_gradient`. With pieces it touches the active latents
+    only, and equals dense autograd, which it is without them, up to rounding.
     """
-    if kernel == "dense":
+    if pieces is None:
         losses, total = losses_dense(sae, x, chosen, aux, prefixes, jump)
         (weight * total).backward()
         return losses
     losses, gradient = sparse_gradient(
-        sae, x, chosen, aux, TorchKernels(), prefixes=prefixes, jump=jump, weight=weight
+        sae, x, chosen, aux, pieces, prefixes=prefixes, jump=jump, weight=weight
     )
     add_to_grad(sae, gradient, aux)
     return losses

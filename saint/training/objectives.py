@@ -13,7 +13,6 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from sae import ActiveLatents, TopKSparseAutoencoder
@@ -31,7 +30,7 @@ class Finder(Protocol):
     sae: TopKSparseAutoencoder
 
     def top(self, a: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """As `kernels.torch_ops.TopK`, of the encoder's inputs x − b_pre."""
+        """As `kernels.torch_ops.TopK`, of the encoder's inputs x − b_pre; this rank's latents."""
         ...
 
     def above(self, a: Tensor, bias: Tensor) -> ActiveLatents:
@@ -142,7 +141,7 @@ class JumpReLU:
         """See `Objective`."""
         threshold, n_latents = step.sae.threshold, step.sae.config.n_latents
         assert threshold is not None
-        if not threshold.any():
+        if not workers.latents.largest(threshold.amax()):
             threshold.fill_(largest_of_batch(step.top, inputs, k, n_latents, workers)[1])
         half = self.bandwidth / 2
         bias, active = step.sae.b_enc - threshold + half, []
@@ -153,9 +152,8 @@ class JumpReLU:
             values = (over + threshold[near.indices.long()]) * (over > 0)
             n_active += (over > 0).sum()
             active.append(replace(near, values=values))
-        if workers.world_size > 1:
-            dist.all_reduce(n_active)
-        n_tokens = max(1, sum(map(len, inputs)) * workers.world_size)
+        workers.everyone.sum(n_active)
+        n_tokens = max(1, sum(map(len, inputs)) * workers.data.size)
         excess = n_active / n_tokens / k - 1
         return Choice(active, jump=Jump(self.bandwidth, 2 * self.l0_coefficient * excess / k))
 
@@ -180,10 +178,12 @@ def largest_of_batch(
 ) -> tuple[list[ActiveLatents], Tensor]:
     """Return the k · n_tokens largest latents of all tokens, and the least of their activations.
 
+    n_latents: of this rank, which finds its own ones among all ranks' largest.
+
     The k · n_tokens-th largest of every token's 2 k largest is at most the wanted cut, so what lies
     below need not be looked at; where a token's 2 k all lie above it, more of it are.
     """
-    n_active = k * sum(map(len, inputs)) * workers.world_size
+    n_active = k * sum(map(len, inputs)) * workers.data.size
     found = [top(a, min(2 * k, n_latents)) for a in inputs]
     floor = nth_largest([values for values, _ in found], n_active, workers) * (1 - _ROUNDING)
     parts = [
@@ -202,14 +202,7 @@ def _at_least(active: ActiveLatents, cut: Tensor) -> ActiveLatents:
 def nth_largest(parts: Sequence[Tensor], n: int, workers: Workers) -> Tensor:
     """Return the n-th largest of all ranks' values (), 0 where there are fewer."""
     values = torch.cat([part.reshape(-1) for part in parts])
-    if workers.world_size > 1:
-        size = torch.tensor(len(values), device=values.device)
-        dist.all_reduce(size, op=dist.ReduceOp.MAX)
-        padded = values.new_zeros(int(size))
-        padded[: len(values)] = values
-        gathered = [torch.empty_like(padded) for _ in range(workers.world_size)]
-        dist.all_gather(gathered, padded)
-        values = torch.cat(gathered)
+    values = workers.everyone.gather_uneven(values)
     if n > len(values) or not n:
         return values.new_zeros(())
     return values.kthvalue(len(values) - n + 1).values

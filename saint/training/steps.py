@@ -9,16 +9,16 @@ from __future__ import annotations
 from typing import Literal, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from sae import ActiveLatents, TopKSparseAutoencoder, encode, normalise_decoder
 from saint.kernels import torch_ops
+from saint.kernels.fastest import encode as encode_by
 from saint.kernels.fastest import fastest_cpu_kernels
-from saint.kernels.pieces import CpuKernels
+from saint.kernels.pieces import CpuKernels, TorchKernels
 from saint.stage.errors import UserError, log
 from saint.stage.workers import Workers
-from saint.training.fused_step import CppStep
+from saint.training.fused_step import CppStep, norm_over_latents, over_ranks
 from saint.training.losses import AuxK, Jump, Losses, losses_and_gradients
 from saint.training.moments import EPS, Moments
 
@@ -36,7 +36,7 @@ class Step(Protocol):
         ...
 
     def top(self, a: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """As `kernels.torch_ops.TopK`, of the encoder's inputs x − b_pre."""
+        """As `kernels.torch_ops.TopK`, of the encoder's inputs x − b_pre; this rank's latents."""
         ...
 
     def above(self, a: Tensor, bias: Tensor) -> ActiveLatents:
@@ -72,7 +72,7 @@ class Step(Protocol):
 
 
 def make_step(kernels: str, sae: TopKSparseAutoencoder, moments: Moments, workers: Workers) -> Step:
-    """Choose the step: "auto" is C++ (else sparse) on a CPU, and dense on a GPU.
+    """Choose the step: "auto" is C++ (else sparse) on a CPU, and dense on a GPU (sparse in shards).
 
     "cpp" multiplies rounded numbers where that is faster and scores what could matter exactly,
     "cpp_float32" never does; "triton" is for GPUs. Raises UserError when these are asked for and
@@ -102,7 +102,8 @@ def make_step(kernels: str, sae: TopKSparseAutoencoder, moments: Moments, worker
                 raise
             log.info("kernels: torch's sparse products, since there are no faster ones: %s", error)
             return TorchStep(sae, moments, workers, "sparse")
-    return TorchStep(sae, moments, workers, "sparse" if kernels == "sparse" else "dense")
+    sparse = kernels == "sparse" or workers.latents.size > 1
+    return TorchStep(sae, moments, workers, "sparse" if sparse else "dense")
 
 
 class TorchStep:
@@ -117,6 +118,7 @@ class TorchStep:
     ):
         self.sae, self.moments, self.workers = sae, moments, workers
         self.name: Literal["sparse", "dense"] = name
+        self.pieces = over_ranks(TorchKernels(), workers.latents) if name == "sparse" else None
         self._touched: Tensor | None = None  # latents with a gradient, where the others are let be
 
     def top(self, a: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -139,7 +141,7 @@ class TorchStep:
     ) -> Losses:
         """See `Step`."""
         how = {"prefixes": prefixes, "jump": jump, "weight": weight}
-        losses = losses_and_gradients(self.sae, x, chosen, aux, kernel=self.name, **how)
+        losses = losses_and_gradients(self.sae, x, chosen, aux, pieces=self.pieces, **how)
         if self.moments.lazy:
             touched = losses.fired.clone()
             if aux is not None:
@@ -149,15 +151,15 @@ class TorchStep:
 
     def apply(self, learning_rate: float, grad_clip: float) -> Tensor:
         """See `Step`."""
-        if self.workers.world_size > 1:
+        data = self.workers.data
+        if data.size > 1:
             for parameter in self.sae.parameters():
-                dist.all_reduce(parameter.grad)
+                assert parameter.grad is not None
+                data.sum(parameter.grad)
             if self._touched is not None:
-                everyones = self._touched.to(torch.int32)
-                dist.all_reduce(everyones, op=dist.ReduceOp.MAX)
-                self._touched = everyones > 0
+                self._touched = data.largest(self._touched.to(torch.int32)) > 0
         project_decoder_gradient(self.sae)
-        norm = torch.nn.utils.clip_grad_norm_(self.sae.parameters(), grad_clip)
+        norm = self._clip(grad_clip)
         touched, self._touched = self._touched, None
         self._adam(learning_rate, touched)
         self.sae.zero_grad(set_to_none=True)
@@ -166,11 +168,25 @@ class TorchStep:
 
     def encode(self, x: Tensor) -> ActiveLatents:
         """See `Step`."""
-        return self.sae.encode(x)
+        if self.pieces is None or self.workers.latents.size == 1:
+            return self.sae.encode(x)
+        return encode_by(self.sae, self.pieces, x)
 
     def diagnostics(self) -> dict[str, float]:
         """See `Step`."""
         return {}
+
+    def _clip(self, largest_norm: float) -> Tensor:
+        ranks, parameters = self.workers.latents, list(self.sae.parameters())
+        if ranks.size == 1:
+            return torch.nn.utils.clip_grad_norm_(parameters, largest_norm)
+        grad_b_pre = self.sae.b_pre.grad
+        own = [p.grad for p in parameters if p.grad is not None and p is not self.sae.b_pre]
+        assert grad_b_pre is not None
+        squares = torch.nn.utils.get_total_norm(own).double().square()
+        norm = norm_over_latents(squares, grad_b_pre, ranks).float()
+        torch.nn.utils.clip_grads_with_norm_(parameters, largest_norm, norm)
+        return norm
 
     @torch.no_grad()
     def _normalise_decoder(self, touched: Tensor | None) -> None:

@@ -28,7 +28,9 @@ _FOLLOWS = 0.05  # share of a batch's threshold in the running one
 class Trainer:
     """The state of a run: weights, Adam's moments, step, and tokens since each latent fired.
 
-    basis: (d_model, d_model) orthogonal; `sae` then takes rows times it, see `plain_sae`.
+    Of ranks that share the latents each has an equal part of all that: `sae` is an SAE of the
+    rank's own ones, numbered from 0, while `recipe.n_latents` counts all. basis: (d_model, d_model)
+    orthogonal; `sae` then takes rows times it, see `plain_sae`.
     """
 
     def __init__(
@@ -54,7 +56,7 @@ class Trainer:
         )
         self.kernels = make_step(kernels, sae, self.moments, workers)
         self.tokens_since_fired = torch.zeros(
-            recipe.n_latents, dtype=torch.int64, device=workers.device
+            sae.config.n_latents, dtype=torch.int64, device=workers.device
         )
         self.threshold = torch.zeros((), device=workers.device)
         self.step = 0
@@ -64,8 +66,13 @@ class Trainer:
         self.since_logged = torch.zeros(6, dtype=torch.float64, device=workers.device)
 
     def dead(self) -> Tensor:
-        """Return the (n_dead,) indices of latents that have not fired for dead_tokens."""
+        """Return the (n_dead,) indices of this rank's latents that are dead, see `Recipe`."""
         return torch.nonzero(self.tokens_since_fired >= self.recipe.dead_tokens).squeeze(1)
+
+    def count_dead(self, dead: Tensor) -> int:
+        """Return how many are dead on all ranks that share the latents."""
+        count = torch.tensor(len(dead), device=self.workers.device)
+        return int(self.workers.latents.sum(count))
 
     def prepare(self, rows: Tensor) -> Tensor:
         """Return raw rows (n, d_model) as `sae` takes them: normalised, in the basis."""
@@ -92,18 +99,19 @@ class Trainer:
     def step_on(self, micros: Sequence[Tensor]) -> tuple[Losses, Tensor]:
         """As `train_step`, of micro-batches that are prepared."""
         dead, k = self.dead(), self.recipe.k_at(self.step)
+        n_dead = self.count_dead(dead)
         n_rows = sum(map(len, micros))
         prefixes = self.objective.prefixes(self.recipe.n_latents)
         parts: list[tuple[float, Losses]] = []
-        first = self.workers.rank * n_rows
+        first = self.workers.data.rank * n_rows
         choice = self._choose(micros, k)
         chosen = choice.active if choice is not None else [k] * len(micros)
         how = (prefixes, choice.jump if choice is not None else None)
         for x, active in zip(micros, chosen, strict=True):
-            aux = self._aux(dead, first)
+            aux = self._aux(dead, n_dead, first)
             first += len(x)
             share = len(x) / n_rows
-            weight = share / self.workers.world_size
+            weight = share / self.workers.data.size
             parts.append((share, self.kernels.accumulate(x, active, aux, weight, *how)))
         losses = self._over_ranks(combine(parts))
         learning_rate = self.recipe.learning_rate_at(self.step, self.n_steps)
@@ -134,7 +142,7 @@ class Trainer:
         if self.sae.threshold is not None:
             return self.sae.threshold.detach()
         if self.objective.activation == "batchtopk":
-            return self.threshold.expand(self.recipe.n_latents)
+            return self.threshold.expand(self.sae.config.n_latents)
         return None
 
     @torch.no_grad()
@@ -145,31 +153,30 @@ class Trainer:
             self.sae.threshold.mul_(factor)
         self.settle_threshold()
 
-    def _aux(self, dead: Tensor, first: int) -> AuxK | None:
+    def _aux(self, dead: Tensor, n_dead: int, first: int) -> AuxK | None:
         """Return AuxK for tokens from number `first` of the batch on; other ones at each step."""
-        if not len(dead) or not self.recipe.aux_coefficient:
+        if not n_dead or not self.recipe.aux_coefficient:
             return None
         n_latents = self.recipe.n_latents
         return AuxK(
             dead,
-            min(self.recipe.k_aux, len(dead)),
+            min(self.recipe.k_aux, n_dead),
             self.recipe.aux_coefficient,
-            every=aux_every(len(dead), n_latents, self.recipe.batch_size),
+            every=aux_every(n_dead, n_latents, self.recipe.batch_size),
             first=first + self.step,
         )
 
     def _over_ranks(self, losses: Losses) -> Losses:
-        """Average losses over the ranks; a latent fired if it did on any."""
-        if self.workers.world_size == 1:
+        """Average losses over the ranks' tokens; a latent fired if it did on any."""
+        data = self.workers.data
+        if data.size == 1:
             return losses
         scalars = torch.stack(
             [losses.loss, losses.aux_loss, losses.squared_error, losses.l0.to(losses.loss.dtype)]
         )
-        fired = losses.fired.to(torch.int32)
-        dist.all_reduce(scalars)
-        dist.all_reduce(fired, op=dist.ReduceOp.MAX)
-        loss, aux_loss, squared_error, l0 = scalars.unbind()
-        n = self.workers.world_size
+        fired = data.largest(losses.fired.to(torch.int32))
+        loss, aux_loss, squared_error, l0 = data.sum(scalars).unbind()
+        n = data.size
         return Losses(loss / n, aux_loss / n, squared_error, fired > 0, l0 / n)
 
     def state(self) -> dict[str, Any]:

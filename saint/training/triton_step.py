@@ -9,7 +9,7 @@ from sae import TopKSparseAutoencoder
 from saint.kernels import torch_ops, triton_ops
 from saint.kernels.triton_encoder import Encoder
 from saint.stage.errors import UserError
-from saint.stage.workers import Workers
+from saint.stage.workers import Axis, Workers
 from saint.training.fused_step import FusedStep
 from saint.training.moments import EPS, Moments
 
@@ -31,6 +31,7 @@ class TritonKernels:
                     f"--kernels triton needs bfloat16 products (compute capability 8.0 or more), "
                     f"{name} has {capability[0]}.{capability[1]}"
                 )
+        self.ranks = Axis()
         self.encode = Encoder()
         self.above = torch_ops.above_by(self.encode, _LOOKED_AT)
         self.nest = torch_ops.nest

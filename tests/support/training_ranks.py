@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from sae import standardise
-from saint.stage.workers import Workers
+from sae import TopKSparseAutoencoder, standardise
+from saint.stage.workers import Axis, Workers, make_mesh
 from saint.training.objectives import OBJECTIVES
 from saint.training.recipe import Recipe
 from saint.training.trainer import Trainer
@@ -32,14 +32,15 @@ def walk(kernels: str, workers: Workers, **changes) -> dict:
     recipe = replace(RECIPE, **changes)
     sae = make_sae(activation=OBJECTIVES[recipe.objective].activation)
     with torch.no_grad():
-        sae.b_enc[:20] -= 3  # some latents are dead soon
+        sae.b_enc[::3] -= 3  # some latents are dead soon
+    sae = own_part(sae, workers.latents)
     trainer = Trainer(sae, recipe, N_STEPS, workers, kernels)
     generator = torch.Generator().manual_seed(9)
     losses, l0s, first, n_dead = [], [], {}, 0
     for step in range(N_STEPS):
         batch = standardise(torch.randn(BATCH, 24, generator=generator))[0]
-        n_dead = max(n_dead, len(trainer.dead()))
-        share = batch.chunk(workers.world_size)[workers.rank]
+        n_dead = max(n_dead, trainer.count_dead(trainer.dead()))
+        share = batch.chunk(workers.data.size)[workers.data.rank]
         found = trainer.train_step(share, 11)[0]
         losses.append(float(found.loss))
         l0s.append(float(found.l0))
@@ -50,11 +51,26 @@ def walk(kernels: str, workers: Workers, **changes) -> dict:
     return {"losses": losses, "l0": l0s, "first": first, "weights": weights, "n_dead": n_dead}
 
 
-def rank_main(rank: int, world_size: int, directory: Path, changes: list[dict]) -> None:
+def own_part(sae: TopKSparseAutoencoder, ranks: Axis) -> TopKSparseAutoencoder:
+    """Return an SAE of a rank's share of the latents."""
+    n = sae.config.n_latents // ranks.size
+    part = TopKSparseAutoencoder(replace(sae.config, n_latents=n))
+    rows = slice(ranks.rank * n, (ranks.rank + 1) * n)
+    with torch.no_grad():
+        for name, parameter in part.named_parameters():
+            whole = getattr(sae, name)
+            parameter.copy_(whole if name == "b_pre" else whole[rows])
+    return part
+
+
+def rank_main(
+    rank: int, world_size: int, directory: Path, changes: list[dict], n_latent_ranks: int = 1
+) -> None:
     torch.set_num_threads(1)
     store = f"file://{directory}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
-    workers = Workers(rank, world_size, torch.device("cpu"))
+    mesh = make_mesh("cpu", world_size, n_latent_ranks) if n_latent_ranks > 1 else None
+    workers = Workers(rank, world_size, torch.device("cpu"), mesh=mesh)
     results = [walk(**how, workers=workers) for how in changes]
     torch.save(results, directory / f"{rank}.pt")
     dist.destroy_process_group()
