@@ -103,7 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def page_text(page: Page, title: str, demo_url: str) -> str:
+def page_text(page: Page, title: str, demo_url: str, sae_fingerprint: str) -> str:
     """Return the whole HTML file: styles, script and data inside."""
     packed = {"latents": page.latents, "sentences": page.sentences}
     return render(
@@ -116,6 +116,7 @@ def page_text(page: Page, title: str, demo_url: str) -> str:
         vocabulary=page.vocabulary,
         packed=packed,
         demo_url=demo_url,
+        sae_fingerprint=sae_fingerprint,
     )
 
 
@@ -134,7 +135,7 @@ def fit_page(evidence: Evidence, labels: Mapping[int, Label], args: argparse.Nam
     for per_decile in range(args.decile_windows, -1, -1):
         limits = WindowLimits(top=args.top_windows, quantile=per_decile)
         page = PageBuilder(evidence, labels, limits, places, effects).build()
-        text = page_text(page, title, args.demo_url)
+        text = page_text(page, title, args.demo_url, facts.get("sae_fingerprint", ""))
         megabytes = len(text.encode()) / 1e6
         if megabytes <= args.max_megabytes:
             return text

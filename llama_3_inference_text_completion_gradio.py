@@ -17,6 +17,7 @@ import socket
 import threading
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llama_3 import CheckpointError
@@ -108,12 +109,15 @@ def launch(
     *,
     finder: ConceptFinder | None = None,
     shown_concepts: Sequence[Shown] = (),
+    latent_pages: Sequence[Path | None] = (),
     host: str,
     port: int | None,
     share: bool,
     auth: tuple[str, str] | None,
 ) -> tuple[gradio.Blocks, PageHandlers]:
     """Start serving in the background; port None takes a free one.
+
+    latent_pages: each SAE's page of its latents, see `find_pages`.
 
     Raises OSError when the port is taken, UserError when there is no public link to share.
     """
@@ -123,8 +127,11 @@ def launch(
 
     from saint.page.gate import Gate
     from saint.page.handlers import PageHandlers
+    from saint.page.latents import routes, with_pages
     from saint.page.layout import build_page, css, theme
 
+    if latent_pages:
+        guides = with_pages(guides, latent_pages)
     handlers = PageHandlers(studio, guides, finder, shown_concepts)
     page = build_page(handlers)
     with redirect_stdout(io.StringIO()):  # what Gradio says there, we say in our own words
@@ -133,7 +140,10 @@ def launch(
             server_port=port,
             share=share,
             # Gradio's own login leaves routes open, and its login page names the API.
-            app_kwargs={"middleware": [Middleware(Gate, *auth)] if auth else []},
+            app_kwargs={
+                "middleware": [Middleware(Gate, *auth)] if auth else [],
+                "routes": routes(latent_pages),
+            },
             theme=theme(),
             css=css(),
             quiet=True,
@@ -156,6 +166,8 @@ def launch(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Load the model and serve the page until it is interrupted."""
+    from saint.page.latents import find_pages
+
     args = build_parser().parse_args(argv)
     log_arguments(
         argparse.Namespace(**vars(args) | {"auth": args.auth and "(given)"}), build_parser()
@@ -165,6 +177,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     require_port(args.host, args.port)  # before the model is loaded
     studio, guides = load_studio(args, limits)
     finder = open_finder(args, studio, guides)
+    pages = find_pages(args.sae_model_path, guides)
     examples = load_showcase(args.sae_model_path[0].with_name(SHOWCASE), studio)
     if not examples and not any(guide.shown(1) for guide in guides):
         log.info("no examples are known to show: python -m saint.steering.showcase finds some")
@@ -173,6 +186,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         guides,
         finder=finder,
         shown_concepts=examples,
+        latent_pages=pages,
         host=args.host,
         port=args.port,
         share=args.share,

@@ -258,8 +258,13 @@ def _effects(effects: Sequence[Effect], guides: Sequence[Guide]) -> list[dict[st
             numbers = (effect.present or 0.0, effect.target, effect.realised or 0.0)
             latent = isinstance(effect.setting, Setting)
             cells = [f"{value:.2f}×" if latent else f"{value:+.1f} std" for value in numbers]
-        rows.append({"hue": hue(i), "name": wish_name(effect.setting, guides), "cells": cells})
+        row = {"hue": hue(i), "name": wish_name(effect.setting, guides), "cells": cells}
+        rows.append(row | {"address": _address(effect.setting, guides)})
     return rows
+
+
+def _address(wish: Wish, guides: Sequence[Guide]) -> str:
+    return guides[wish.sae].address(wish.latent) if isinstance(wish, Setting) else ""
 
 
 def cards_html(cards: Sequence[tuple[Card, Hit | None]], *, n_saes: int, note: str = "") -> Markup:
@@ -287,6 +292,7 @@ def _card(card: Card, hit: Hit | None, n_saes: int) -> dict[str, Any]:
         "sae": card.sae,
         "latent": card.latent,
         "title": card.label or f"latent {card.latent}",
+        "address": card.address,
         "facts": facts,
         "windows": [_pieces(*window) for window in card.windows],
         "promoted": ", ".join(token.strip() for token in card.promoted if token.strip()),
@@ -346,6 +352,7 @@ def why_html(found: Attribution, guide: Guide) -> Markup:
             "sae": found.sae,
             "latent": part.latent,
             "name": guide.label(part.latent) or f"latent {part.latent}",
+            "address": guide.address(part.latent),
             "on": found.tokens[part.position],
             "effect": f"{part.effect:+.2f}",
             "width": f"{100 * abs(part.effect) / total:.0f}",

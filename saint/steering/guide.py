@@ -24,6 +24,7 @@ class Guide:
 
     intruder: latent, labelled or not -> how often the odd one out of its excerpts was found.
     effects: what latents do when they are turned up, where `latent_effects.py` has measured it.
+    page: address of the page of all latents, "" where none is served.
     """
 
     labels: dict[int, Label] = field(default_factory=dict)
@@ -31,12 +32,17 @@ class Guide:
     densities: list[float] | None = None
     intruder: dict[int, float] = field(default_factory=dict)
     effects: Effects | None = None
+    page: str = ""
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
     _tokens: dict[str, list[tuple[int, float]]] | None = None
 
     def label(self, latent: int) -> str:
         """The latent's label, or "" where it has none."""
         return self.labels[latent].text if latent in self.labels else ""
+
+    def address(self, latent: int) -> str:
+        """Where the latent's own page is, "" where none is served."""
+        return f"{self.page}#/latent/{latent}" if self.page else ""
 
     def row(self, latent: int) -> dict[str, Any] | None:
         """The evidence of one latent, or None; parquet readers are not made for several threads."""

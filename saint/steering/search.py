@@ -48,7 +48,7 @@ class Card:
     measured. windows: (tokens, activations in units) of its strongest examples. promoted: tokens
     that its direction makes likelier when read straight through the unembedding. effect: what it
     adds to a text when it is turned up, in a model's words, "" where nobody asked. measured: what
-    `latent_effects.py` saw of that, "" where it did not run.
+    `latent_effects.py` saw of that, "" where it did not run. address: see `Guide.address`.
     """
 
     sae: int
@@ -63,6 +63,7 @@ class Card:
     promoted: list[str]
     effect: str = ""
     measured: str = ""
+    address: str = ""
 
 
 def search_labels(studio: Studio, guides: list[Guide], query: str, *, limit: int = 12) -> list[Hit]:
@@ -262,6 +263,7 @@ def make_card(studio: Studio, guides: list[Guide], sae: int, latent: int) -> Car
         promoted or promoted_tokens(studio, dictionary, latent),
         label.effect if label else "",
         guide.measured(latent),
+        guide.address(latent),
     )
 
 

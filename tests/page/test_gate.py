@@ -31,7 +31,10 @@ def threads() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    with running_site(tmp_path_factory.mktemp("gate"), auth=(USER, PASSWORD)) as running:
+    root = tmp_path_factory.mktemp("gate")
+    page = root / "latents.html"
+    page.write_text(f"<p>{SECRETS[0]}</p>")
+    with running_site(root, auth=(USER, PASSWORD), latent_page=page) as running:
         yield running
 
 
@@ -90,7 +93,7 @@ TOLD = [
 
 def test_no_route_answers_without_a_login(site: Site):
     found = dict(routes(site.app))
-    assert len(found) > 60 and {"/gradio_api/queue/join", "/config"} <= found.keys()
+    assert len(found) > 60 and {"/gradio_api/queue/join", "/config", "/latents-0"} <= found.keys()
     data = json.dumps({"data": [], "session_hash": "x", "fn_index": 0, "event_id": "x"}).encode()
     for path in [*found, *TOLD]:
         for method in ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS"):

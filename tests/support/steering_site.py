@@ -57,8 +57,10 @@ class Site:
 
 
 @contextmanager
-def running_site(root: Path, *, auth: tuple[str, str] | None = None) -> Iterator[Site]:
-    """Serve a tiny model with two SAEs, on different layers."""
+def running_site(
+    root: Path, *, auth: tuple[str, str] | None = None, latent_page: Path | None = None
+) -> Iterator[Site]:
+    """Serve a tiny model with two SAEs, on different layers; latent_page: of the first one."""
     model_dir, _ = write_setup(root)
     studio, guides = make_studio(model_dir, make_sae(), make_sae(layer=2, seed=4))
     brake, original = Brake(), completions.generate
@@ -76,6 +78,7 @@ def running_site(root: Path, *, auth: tuple[str, str] | None = None) -> Iterator
         guides,
         finder=finder,
         shown_concepts=[example(finder)],
+        latent_pages=[latent_page, None],
         host="127.0.0.1",
         port=None,
         share=False,

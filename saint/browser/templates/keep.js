@@ -48,7 +48,9 @@ function keepButton(i) {
 
 // ---------------------------------------------------------------- steering by a latent
 
-const page = document.documentElement.dataset;
+const page = { demo: document.documentElement.dataset.demo };
+// The demo serves this page too, and says so: then it is where it runs.
+if (new URLSearchParams(location.search).get("demo") === "here") page.demo = location.href.replace(/[^/]*([?#].*)?$/s, "").replace(/\/$/, "");
 
 /** A link that brings the running demo to a pair steered by this latent; see `read_link` of the demo. */
 function demoLink(i, text = "The best thing about today is") {
