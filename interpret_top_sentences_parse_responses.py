@@ -20,7 +20,7 @@ from saint.interpretation.report import build_report, report_page, show_report
 from saint.interpretation.responses import AnswerSet, count, read_all
 from saint.interpretation.scores import MeasuredLabels, add_effects, add_scores, made_labels
 from saint.stage.errors import UserError, log
-from saint.stage.files import write_json, write_text
+from saint.stage.files import remove_torn, write_json, write_text
 from saint.stage.flags import add_overwrite_flag
 from saint.stage.manifests import Output, file_checksum, fingerprint, manifest_path, read_manifest
 from saint.stage.program import log_arguments, run_stage
@@ -63,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Make labels and scores of everything that was retrieved, and write them."""
     args = build_parser().parse_args(argv)
     log_arguments(args, build_parser())
+    path = args.parsed_responses_output_filepath
+    remove_torn(path.parent, f"{path.stem}.")
     _check_not_edited(args)
     if args.from_top_tokens and _has_labels_of_a_model(args):
         return

@@ -151,6 +151,8 @@ def launch(
             ssr_mode=False,
             run_history=False,
             enable_monitoring=False,
+            # Each visitor's, and each API client's, takes 0.1 MB.
+            state_session_capacity=200,
             footer_links=["api"],
             # Visitors have nothing to upload.
             max_file_size=1,

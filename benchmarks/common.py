@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import random
+import socket
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -61,3 +65,20 @@ def medians(ways: dict[str, Callable[[], float]], repeats: int) -> dict[str, flo
             figures[name].append(way())
             print(f"{name} {repeat + 1}/{repeats}: {figures[name][-1]:,.1f}", flush=True)
     return {name: statistics.median(values) for name, values in figures.items()}
+
+
+@contextmanager
+def served_demo(model_dir: Path, sae_path: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """Start the demo on a free port by its own command; gives its address and process."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, REPO / "llama_3_inference_text_completion_gradio.py"]
+    command += ["--llama_model_dir", model_dir, "--sae_model_path", sae_path, "--port", port]
+    with subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, text=True) as it:
+        try:
+            assert it.stdout is not None
+            if not any(line.startswith("open http") for line in it.stdout):
+                raise SystemExit("the demo did not start")
+            yield f"http://127.0.0.1:{port}", it
+        finally:
+            it.kill()

@@ -3,9 +3,9 @@
     python -m benchmarks.faults --kills 200 --work_dir runs/faults
 
 A tiny model's stages (capture, the shuffle in memory, on disk and in place, training on one and two
-ranks, top sentences, evaluation, browser, exchange) are killed at random times and before, in and
-after random writes, fsyncs, renames and removals; get SIGTERM; meet a disk that is full at ten
-sizes, a read-only directory, a second run on the same output, and a clock that was set back.
+ranks, top sentences, evaluation, labels, browser, exchange) are killed at random times and before,
+in and after random writes, fsyncs, renames and removals; get SIGTERM; meet a disk that is full at
+ten sizes, a read-only directory, a second run on the same output, and a clock that was set back.
 Whatever happened, the same command must then end with the bytes of an undisturbed run. Then every
 kind of file that is read is damaged, and the line that is printed for it is shown in a table. Ends
 with one JSON line. Run again with the same --work_dir it goes on where it stopped.

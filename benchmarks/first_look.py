@@ -14,19 +14,15 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import socket
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.common import REPO
+from benchmarks.common import served_demo
 from saint.stage.flags import positive_int
 from saint.stage.program import run_stage
 
-STAGE = REPO / "llama_3_inference_text_completion_gradio.py"
 _MOVE = """
 async (slider) => {
   const shown = () => document.querySelector('#opening .variant:not([hidden])');
@@ -57,32 +53,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     from playwright import sync_api
 
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    command = [sys.executable, STAGE, "--llama_model_dir", args.llama_model_dir]
-    command += ["--sae_model_path", args.sae_model_path, "--port", port]
     started = time.monotonic()
-    with subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, text=True) as it:
-        try:
-            assert it.stdout is not None
-            for line in it.stdout:
-                if line.startswith("open http"):
-                    break
-            found: dict[str, float] = {"served_after_s": round(time.monotonic() - started, 2)}
-            with sync_api.sync_playwright() as play:
-                browser = play.chromium.launch(executable_path=args.chromium)
-                seconds, moves = [], []
-                for _ in range(args.openings):
-                    tab = browser.new_context().new_page()
-                    started = time.monotonic()
-                    tab.goto(f"http://127.0.0.1:{port}", wait_until="commit")
-                    tab.wait_for_selector("#opening .pane:not(.plain) .tok:visible")
-                    seconds.append(time.monotonic() - started)
-                    moves += tab.locator("#opening input[type=range]").evaluate(_MOVE)
-                    tab.context.close()
-                browser.close()
-        finally:
-            it.kill()
+    with served_demo(args.llama_model_dir, args.sae_model_path) as (url, _):
+        found: dict[str, float] = {"served_after_s": round(time.monotonic() - started, 2)}
+        with sync_api.sync_playwright() as play:
+            browser = play.chromium.launch(executable_path=args.chromium)
+            seconds, moves = [], []
+            for _ in range(args.openings):
+                tab = browser.new_context().new_page()
+                started = time.monotonic()
+                tab.goto(url, wait_until="commit")
+                tab.wait_for_selector("#opening .pane:not(.plain) .tok:visible")
+                seconds.append(time.monotonic() - started)
+                moves += tab.locator("#opening input[type=range]").evaluate(_MOVE)
+                tab.context.close()
+            browser.close()
     found |= {
         "pair_s": round(statistics.median(seconds), 2),
         "pair_worst_s": round(max(seconds), 2),

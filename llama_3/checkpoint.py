@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llama_3.args import CheckpointError, load_args, naming, read_json
 from llama_3.model import Llama
-from llama_3.tokenizer import Tokenizer, load_tokenizer
+from llama_3.tokenizer import SPEC, Tokenizer, load_tokenizer
 
 _WORDS = (
     "output=lm_head tok_embeddings=model.embed_tokens layers=model.layers norm=model.norm"
@@ -50,6 +50,12 @@ def load_llama(
         output, embedding = ({tensor.data_ptr() for _, tensor in parts} for parts in both)
         args = replace(args, tied=output <= embedding)
     tokenizer = load_tokenizer(model_dir)
+    is_cut = is_meta and not (model_dir / SPEC).is_file() and tokenizer.n_vocab < args.vocab_size
+    if is_cut or tokenizer.n_vocab > args.vocab_size:
+        raise CheckpointError(
+            f"{model_dir}: the tokenizer has {tokenizer.n_vocab} tokens, the model "
+            f"{args.vocab_size}: one of the files is another model's, or cut short"
+        )
     if device.type == "cuda":
         # cuDNN's attention builds a plan for every new shape, which packs and growing caches are.
         torch.backends.cuda.enable_cudnn_sdp(False)

@@ -32,6 +32,9 @@ _MAX_CHARS = 100_000  # tiktoken's regex engine overflows on longer runs of whit
 _WORD_BREAK = re.compile(r"(?<=[a-zA-Z])(?= [a-zA-Z])")
 
 
+SPEC = "tokenizer_spec.json"
+
+
 class Tokenizer:
     """Text to token ids and back.
 
@@ -122,7 +125,7 @@ def load_tokenizer(model_dir: Path) -> Tokenizer:
 
     Raises CheckpointError if neither is there or a file is damaged.
     """
-    path, spec_path = Path(model_dir) / "tokenizer.model", Path(model_dir) / "tokenizer_spec.json"
+    path, spec_path = Path(model_dir) / "tokenizer.model", Path(model_dir) / SPEC
     if path.is_file():
         with naming(path):
             ranks = _read_ranks(path)
@@ -133,6 +136,15 @@ def load_tokenizer(model_dir: Path) -> Tokenizer:
             spec = read_json(spec_path)
             if (spec.get("format"), spec.get("version")) != ("saint.tokenizer", 1):
                 raise ValueError("expected format saint.tokenizer, version 1")
+            known = {*ranks.values(), *spec["special_tokens"].values()}
+            n_vocab = spec["n_vocab"]
+            missing = set(range(n_vocab)) - known
+            # A vocabulary may lack some of the single bytes, and nothing else.
+            if len(missing) > sum(ranks.get(bytes([i]), n_vocab) >= n_vocab for i in range(256)):
+                raise ValueError(
+                    f"{len(missing)} of its {n_vocab} tokens are in no file: is "
+                    f"{path.name} cut short?"
+                )
             return Tokenizer(ranks, spec)
     path = path.with_suffix(".json")
     if path.is_file():

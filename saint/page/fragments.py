@@ -16,6 +16,7 @@ from markupsafe import Markup
 from saint.page.conversation import Exchange
 from saint.stage import plots
 from saint.stage.html import fragment, inline, render
+from saint.stage.terminal import visible
 from saint.steering.attribution import Attribution
 from saint.steering.completions import Effect, Pair, Reading, Streamed
 from saint.steering.dose import (
@@ -59,7 +60,7 @@ def hue(index: int) -> str:
 def wish_name(setting: Wish, guides: Sequence[Guide]) -> str:
     """A concept's name; a latent's label, or its number where it has none."""
     if isinstance(setting, ConceptSetting):
-        return setting.concept.name
+        return visible(setting.concept.name)
     label = guides[setting.sae].label(setting.latent)
     return f"{label} (#{setting.latent})" if label else f"latent #{setting.latent}"
 

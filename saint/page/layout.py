@@ -109,7 +109,7 @@ def build_page(handlers: PageHandlers) -> gr.Blocks:
         writing.why.pressed(shown(handlers.choose), mix, mix, **_QUIET)
         for name, function in api_endpoints(handlers).items():
             api(shown(function), api_name=name, **_MODEL)
-    page.queue(max_size=32, default_concurrency_limit=1)
+    page.queue(max_size=64, default_concurrency_limit=1)
     return page
 
 

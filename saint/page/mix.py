@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from saint.stage.errors import UserError
+from saint.stage.terminal import visible
 from saint.steering.concepts import ConceptFinder, reshaped
 from saint.steering.settings import ConceptSetting, Setting, Wish, concept_from_json
 
@@ -65,7 +66,7 @@ class Mixer:
         ]
         d_model = studio.dictionaries[concept.sae].sae.config.d_model
         return {
-            "concept": concept.name,
+            "concept": visible(concept.name),
             "definition": json.loads(json.dumps(concept.to_json())),  # keys of JSON are texts
             "mode": wish.mode,
             "dose": wish.dose,

@@ -13,6 +13,7 @@ from llama_3 import Tokenizer
 from saint.evidence.file import Evidence
 from saint.evidence.labels import SET_SIZE, Label
 from saint.stage.errors import UserError, log
+from saint.stage.terminal import visible
 from saint.steering.effects import EFFECTS, Effects, load_effects
 
 INTRUDER_CHANCE = 1 / SET_SIZE
@@ -37,8 +38,8 @@ class Guide:
     _tokens: dict[str, list[tuple[int, float]]] | None = None
 
     def label(self, latent: int) -> str:
-        """The latent's label, or "" where it has none."""
-        return self.labels[latent].text if latent in self.labels else ""
+        """The latent's label as it can be shown, or "" where it has none."""
+        return visible(self.labels[latent].text) if latent in self.labels else ""
 
     def address(self, latent: int) -> str:
         """Where the latent's own page is, "" where none is served."""

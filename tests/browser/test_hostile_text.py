@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from saint.evaluation.compare import evaluations_page
 from saint.interpretation.report import report_page as labels_page
 from saint.stage.html import render
 from saint.training.curves_page import training_page
+from tests.support import program
+from tests.support.pipeline import train_args
 from tests.support.steering_site import running_browser
 from tests.support.tiny_store import make_store
 
@@ -136,3 +139,28 @@ def test_even_markup_that_got_in_does_nothing(
     assert tab.evaluate("window.ran") is None
     assert deeds == []
     tab.close()
+
+
+def test_the_page_of_a_running_training_is_text_too(
+    root: Path, browser: Any, tmp_path: Path
+) -> None:
+    # A file's name can hold all of it but a slash.
+    name = "<img src=x onerror=window.ran=1><script>window.ran=1<\u2215script>\u202egnp\x1b[31m"
+    arguments = train_args(root, tmp_path / f"{name}.pt", num_epochs=100_000, logs_per_epoch=1)
+    process = program.start("sae_training", *arguments, output=tmp_path / "output")
+    page = tmp_path / f"{name}.training.html"
+    try:
+        while not page.exists():
+            assert process.is_alive(), (tmp_path / "output.err").read_text()
+            time.sleep(0.05)
+        tab, deeds = visit(browser, page)
+        assert tab.locator("svg").count() > 0 and process.is_alive()
+        text = tab.evaluate("document.body.innerText + document.title")
+        assert "<img src=x onerror=window.ran=1>" in text and r"\u202egnp\x1b[31m" in text
+        assert not set("\u202e\x1b") & set(text)
+        assert tab.evaluate("window.ran") is None and tab.locator("img").count() == 0
+        assert [deed for deed in deeds if deed != page.as_uri()] == []
+        tab.close()
+    finally:
+        process.kill()
+        process.join()

@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from llama_3 import CheckpointError, load_tokenizer
+from llama_3 import CheckpointError, load_llama, load_tokenizer
 from llama_3.tokenizer import LLAMA_3_PATTERN, LLAMA_3_SPECIAL_TOKENS
 from tests.support.llama_reference import write_tokenizer
+from tests.support.tiny_steering import write_model
 
 
 def real_tokenizer_model() -> Path:
@@ -189,7 +191,7 @@ def spec_tokenizer(model_dir: Path, **changes):
 def test_spec_file(tmp_path):
     tokenizer = spec_tokenizer(tmp_path / "plain")
     assert tokenizer.encode("hé", bos=True) == [256, 104, 0xC3, 0xA9]
-    assert (tokenizer.n_vocab, tokenizer.bos_id, tokenizer.eos_id) == (264, 256, 257)
+    assert (tokenizer.n_vocab, tokenizer.bos_id, tokenizer.eos_id) == (259, 256, 257)
     assert tokenizer.stop_ids == {257} and not tokenizer.has_chat
     with pytest.raises(ValueError, match="no chat format"):
         tokenizer.format_chat([{"role": "user", "content": "x"}])
@@ -223,6 +225,24 @@ def test_bytes_without_a_token_are_dropped(tmp_path):
         assert tokenizer.encode_batch(["\x06", "\x07"], bos=False) == [[], [7]]
         with pytest.raises(ValueError):
             tokenizer.token_bytes(300)
+
+
+def test_a_file_that_ends_early_is_refused(tmp_path):
+    write_model(tmp_path)
+    path = tmp_path / "tokenizer.model"
+    whole = path.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    cuts = {"holds no tokens": b"", "cut short": b"".join(lines[: len(lines) // 2])}
+    cuts |= {"1 of its": b"".join(lines[:-1]), "not a base64 token": whole[:-4]}
+    for reason, content in cuts.items():
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=reason):
+            load_tokenizer(tmp_path)
+    # Meta's own file has no spec: there the model's embedding tells.
+    (tmp_path / "tokenizer_spec.json").unlink()
+    path.write_bytes(b"".join(lines[: len(lines) // 2]))
+    with pytest.raises(CheckpointError, match="the tokenizer has .* tokens, the model"):
+        load_llama(tmp_path, device=torch.device("cpu"), dtype=torch.float32)
 
 
 def test_damaged_files_are_named(tmp_path):

@@ -80,7 +80,7 @@ def write_tokenizer(model_dir: Path) -> None:
         "special_tokens": SPECIAL_TOKENS,
         "bos_token": "<|begin|>",
         "stop_tokens": ["<|end|>"],
-        "n_vocab": N_VOCAB,
+        "n_vocab": 259,
     }
     (model_dir / "tokenizer_spec.json").write_text(json.dumps(spec))
 

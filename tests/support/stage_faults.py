@@ -20,6 +20,7 @@ from pathlib import Path
 import yaml
 
 from tests.support import program
+from tests.support.interpretation_workplace import Workplace
 from tests.support.pipeline import (
     capture_args,
     evaluate_args,
@@ -78,7 +79,7 @@ class Tally:
 
 
 def make_inputs(root: Path) -> None:
-    """A tiny model, text, store, rows, SAE and evidence, which the cases read."""
+    """A tiny model, text, store, rows, SAE, evidence and answers, which the cases read."""
     write_model(root / "model")
     write_dataset(root / "data")
     top = ["--data_dir", root / "acts", "--model_path", root / "trained_sae.pt", "--top_n", 5]
@@ -92,6 +93,9 @@ def make_inputs(root: Path) -> None:
         done = call(stage, *arguments)
         assert done.returncode == 0, done.stderr
     labels = {i: {"common_semantic": f"concept {i}", "certainty": 0.5} for i in range(9)}
+    answers = Workplace(root / "answers")
+    answers.everything()
+    answers.api.close()
     (root / "labels.yaml").write_text(yaml.safe_dump(labels))
 
 
@@ -101,7 +105,7 @@ def export_args(root: Path, out: Path) -> list[object]:
 
 
 def cases(root: Path) -> list[Case]:
-    """Every stage that can be killed without an API."""
+    """Every stage that asks no server; `fault_campaign` has those that do."""
     rows = {"input_dir": root / "acts"}
 
     def shuffle(out: Path, **flags: object) -> list[object]:
@@ -123,6 +127,12 @@ def cases(root: Path) -> list[Case]:
     def bring_in(out: Path) -> list[object]:
         return ["import", root / "lens", "--output_path", out / "sae.safetensors"]
 
+    def name(out: Path) -> list[object]:
+        answers = root / "answers"
+        argv = ["--response_ids_filepath", answers / "tops" / "response_ids.yaml"]
+        argv += ["--retrieved_responses_dir", answers / "output"]
+        return [*argv, "--parsed_responses_output_filepath", out / "labels.yaml", "--report"]
+
     return [
         Case("capture", "capture_activations", lambda out: capture_args(root, out / "acts"), 100),
         Case("shuffle in memory", "sae_preprocessing", shuffle, 30),
@@ -143,6 +153,7 @@ def cases(root: Path) -> list[Case]:
             lambda out: evaluate_args(root, output_path=out / "report.json", num_samples=60),
             8,
         ),
+        Case("labels", "interpret_top_sentences_parse_responses", name, 10),
         Case("browser", "latent_browser", browse, 4),
         Case("exchange, out", "saint_exchange", lambda out: export_args(root, out / "lens"), 8),
         Case("exchange, in", "saint_exchange", bring_in, 6),
