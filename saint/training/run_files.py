@@ -47,8 +47,9 @@ class RunFiles:
 
     def names(self) -> tuple[str, ...]:
         """Return what a run writes beside its checkpoints, relative to the SAE's directory."""
-        best = f"{self.checkpoint_dir.name}/{self.best.name}"
-        return (self.model.name, self.metrics.name, self.page.name, best)
+        saes = (Path(self.model.name), Path(self.checkpoint_dir.name, self.best.name))
+        beside = [path.with_suffix(".json") for path in saes if path.suffix == ".safetensors"]
+        return (*map(str, (*saes, *beside)), self.metrics.name, self.page.name)
 
     def patterns(self) -> tuple[str, ...]:
         """Return the glob pattern of its checkpoints, relative to the SAE's directory."""

@@ -147,3 +147,35 @@ def test_the_doctor_names_what_is_damaged_unfinished_and_stale_and_what_comes_ne
     for words in (f"{rows} is corrupt", "trained_sae.pt", "has not ended"):
         assert words in errors
     assert "it resumes" in next_command(diagnose(run))
+
+
+def test_what_a_killed_writer_left_beside_an_sae_goes_and_others_stay(root, tmp_path):
+    torn = [tmp_path / f".sae.{suffix}.2147483646.tmp" for suffix in ("json", "safetensors")]
+    stranger = tmp_path / ".saetta.json.2147483646.tmp"
+    save = tmp_path / "sae.safetensors"
+    for path in (*torn, stranger):
+        path.write_text("{")
+    done = call("sae_training", *train_args(root, save, num_epochs=1))
+    assert done.returncode == 0, done.stderr
+    assert not any(path.exists() for path in torn) and stranger.exists()
+    for path in torn:
+        path.write_text("{")
+    out = ["--format", "saelens", "--output_dir", tmp_path / "lens"]
+    assert call("saint_exchange", "export", save, *out).returncode == 0
+    done = call("saint_exchange", "import", tmp_path / "lens", "--output_path", save)
+    assert done.returncode == 0, done.stderr
+    assert not any(path.exists() for path in torn) and stranger.exists()
+
+
+def test_a_damaged_checkpoint_is_one_line_and_the_one_before_is_taken(root, tmp_path):
+    save = tmp_path / "sae.pt"
+    arguments = train_args(root, save, checkpoint_minutes=1e-6, num_epochs=1)
+    assert call("sae_training", *arguments, die_at=120).returncode < 0
+    before, newest = sorted((tmp_path / "sae_checkpoints").glob("sae.step_*.pt"))
+    content = newest.read_bytes()
+    newest.write_bytes(content[: len(content) // 2])
+    done = call("sae_training", *arguments)
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if newest.name in line]
+    assert len(lines) == 1 and "is damaged" in lines[0], lines
+    assert f"continuing at step {int(before.stem.split('_')[-1])} of" in done.stderr
