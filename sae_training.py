@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -34,7 +34,7 @@ from saint.stage.program import log_arguments, progress, run_stage
 from saint.stage.terminal import FINAL, page_link
 from saint.stage.workers import Workers, start_workers
 from saint.training.jobs import add_sweep_flags, by_rows, plan_jobs
-from saint.training.metrics import Measured, calibrate, validate
+from saint.training.metrics import Look, Measured, calibrate, look, validate
 from saint.training.recipe import add_recipe_flags
 from saint.training.run import Job, Pass, Plan, Run, Stop
 from saint.training.steps import KERNELS
@@ -87,9 +87,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--kernels",
         default="auto",
         choices=KERNELS,
-        help="cpp: compiled for this CPU; triton: for a GPU (none has run it yet); sparse: torch's "
-        "sparse products; dense: plain autograd; same results up to rounding. auto: cpp on a CPU "
-        "(without a compiler sparse), dense on a GPU [%(default)s]",
+        help="cpp: compiled for this CPU; torch: for any device; triton: for a GPU (none has run "
+        "it yet); dense: plain autograd; same results up to rounding. auto: what a run was begun "
+        "with, else cpp on a CPU (without a compiler torch), torch on a GPU [%(default)s]",
     )
     add_device_flags(parser)
     add_overwrite_flag(parser)
@@ -126,8 +126,10 @@ def train(this: Pass) -> list[Run]:
             logging = [run for run in here if run.plan.logs_at(run.trainer.step)]
             if not (saving or logging):
                 continue
-            bad = [run for run in runs if (run in saving or run in logging) and run.is_bad]
-            said = leave_lines(this, [run for run in logging if run not in bad])
+            seen = {run: look(run.trainer, run.meter) for run in logging}
+            bad = [run for run in logging if seen[run].first_bad_step >= 0]
+            bad += [run for run in saving if run not in seen and run.is_bad]
+            said = leave_lines(this, {run: seen[run] for run in logging if run not in bad})
             if said:
                 bar.set_postfix_str(min(said)[1])
             for run in saving if workers.is_main else ():
@@ -146,8 +148,8 @@ def train(this: Pass) -> list[Run]:
     return []
 
 
-def leave_lines(this: Pass, runs: Sequence[Run]) -> list[tuple[float, str]]:
-    """Write a line of metrics for each run, of those whose turn it is with validation.
+def leave_lines(this: Pass, runs: Mapping[Run, Look]) -> list[tuple[float, str]]:
+    """Write a line of metrics for each run, of what was seen, and validate those due for it.
 
     Returns each one's FVU and what a bar is to say of it.
     """
@@ -157,8 +159,8 @@ def leave_lines(this: Pass, runs: Sequence[Run]) -> list[tuple[float, str]]:
         return []
     measured = measure(this, [run for run in runs if run.plan.validates_at(run.trainer.step)])
     said = []
-    for run in runs:
-        fvu, text = run.report.write(run.trainer, run.meter, measured.get(run))
+    for run, seen in runs.items():
+        fvu, text = run.report.write(run.trainer, run.meter, seen, measured.get(run))
         said.append((fvu, run.job.label + text))
     return said
 

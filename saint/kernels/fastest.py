@@ -11,7 +11,9 @@ from torch import Tensor
 
 from sae import ActiveLatents, TopKSparseAutoencoder
 from saint.kernels import cpu
-from saint.kernels.pieces import CpuKernels, Pieces, largest
+from saint.kernels.pieces import CpuKernels, Pieces, TorchKernels, largest
+from saint.kernels.rounding import has_rounded_product
+from saint.kernels.torch_encoder import Encoder
 from saint.stage.errors import UserError, log
 
 Encode = Callable[[Tensor], ActiveLatents]
@@ -24,6 +26,11 @@ def fastest_cpu_kernels(d_model: int) -> CpuKernels:
     """Multiply rounded numbers where that is faster. Raises UserError like `CpuKernels`."""
     rounded = d_model >= _LEAST_ROUNDED_D_MODEL and cpu.has_rounded_product()
     return CpuKernels(rounded=rounded)
+
+
+def fastest_torch_kernels(device: torch.device) -> TorchKernels:
+    """Multiply rounded numbers where the device is faster with them."""
+    return TorchKernels(Encoder() if has_rounded_product(device) else None)
 
 
 @torch.no_grad()
@@ -45,9 +52,14 @@ def encode(sae: TopKSparseAutoencoder, pieces: Pieces, x: Tensor) -> ActiveLaten
 
 
 def fastest_encode(sae: TopKSparseAutoencoder) -> Encode:
-    """Return the `sae.encode` of `make_step("auto", …)`, for weights that stay as they are."""
-    if sae.W_enc.device.type != "cpu" or sae.W_enc.dtype != torch.float32:
+    """Return the `sae.encode` of `make_step("auto", …)`, for weights that stay as they are.
+
+    Narrower weights are widened and multiplied in float32, by `sae.encode`.
+    """
+    if sae.W_enc.dtype != torch.float32:
         return sae.encode
+    if sae.W_enc.device.type != "cpu":
+        return partial(encode, sae, fastest_torch_kernels(sae.W_enc.device))
     try:
         return partial(encode, sae, fastest_cpu_kernels(sae.config.d_model))
     except UserError as error:

@@ -12,8 +12,10 @@ from torch.nn import functional as F
 
 from sae import ActiveLatents, encode
 from saint.kernels import cpu, torch_ops
+from saint.kernels.torch_encoder import Encoder
 from saint.stage.workers import Axis
 
+LOOKED_AT = 128  # a token's latents that are looked at first where their number is not known
 _ALONE = Axis()
 
 
@@ -92,15 +94,25 @@ class PartPieces(Pieces, Protocol):
 
 
 class TorchKernels:
-    """The pieces of the step as torch operations, on any device."""
+    """The pieces of the step as torch operations, on any device.
+
+    encoder: instead of the float32 product, where the device is faster with it. waits: whether it
+    may wait for the device to know which tokens are unsure.
+    """
 
     ranks = _ALONE
-    encode = staticmethod(encode)
-    above = staticmethod(torch_ops.above)
     nest = staticmethod(torch_ops.nest)
     reconstruct = staticmethod(torch_ops.reconstruct)
     decode = staticmethod(torch_ops.decode)
     gather_dot = staticmethod(torch_ops.gather_dot)
+
+    def __init__(self, encoder: Encoder | None = None, *, waits: bool = True) -> None:
+        self.encoder = encoder
+        self.encode: Callable[..., tuple[Tensor, Tensor]] = encode
+        self.above = torch_ops.above
+        if encoder is not None:
+            self.encode = encoder if waits else encoder.without_waiting
+            self.above = torch_ops.above_by(encoder, LOOKED_AT)
 
 
 class CpuKernels:

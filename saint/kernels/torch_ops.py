@@ -110,16 +110,15 @@ def above_by(
     return find
 
 
-def gather_dot(g: Tensor, active: ActiveLatents, w_dec: Tensor) -> Tensor:
-    """Return (n_active,) dot products of g's rows with the decoder rows of their latents."""
-    wanted = torch.sparse_csr_tensor(
-        active.offsets,
-        active.indices.to(active.offsets.dtype),
-        g.new_zeros(len(active.values)),
-        size=(len(active.offsets) - 1, w_dec.shape[0]),
-        check_invariants=False,
+def gather_dot(g: Tensor, active: ActiveLatents, weight: Tensor) -> Tensor:
+    """Return (n_active,) dot products of g's rows with the weight rows of their latents.
+
+    It is what `decode` has as its values' gradient: the rows are never stored side by side.
+    """
+    indices = active.indices.long()
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        g, weight.detach(), indices, active.offsets, active.tokens(), 0
     )
-    return torch.sparse.sampled_addmm(wanted, g, w_dec.T, beta=0.0).values()
 
 
 def nest(active: ActiveLatents, prefixes: Sequence[int]) -> ActiveLatents:
@@ -136,10 +135,13 @@ def nest(active: ActiveLatents, prefixes: Sequence[int]) -> ActiveLatents:
 def _in_rows(entries: ActiveLatents, row: Tensor, n_rows: int) -> ActiveLatents:
     """Sort entries into rows, given each one's; stably."""
     order = torch.argsort(row, stable=True)
-    counts = torch.bincount(row, minlength=n_rows)
-    return ActiveLatents(
-        entries.values[order], entries.indices[order], F.pad(counts.cumsum(0), (1, 0))
-    )
+    offsets = _starts(row[order], n_rows)
+    return ActiveLatents(entries.values[order], entries.indices[order], offsets)
+
+
+def _starts(ascending: Tensor, n: int) -> Tensor:
+    """Return (n + 1,) where each of the numbers 0 to n begins in an ascending list."""
+    return torch.searchsorted(ascending, torch.arange(n + 1, device=ascending.device))
 
 
 def reconstruct(
@@ -182,9 +184,8 @@ def reconstruct(
 
 def fired_latents(active: ActiveLatents, n_latents: int) -> Tensor:
     """Return which latents are active on any token: (n_latents,) bool."""
-    fired = torch.zeros(n_latents, dtype=torch.bool, device=active.values.device)
-    fired[active.indices[active.values > 0].long()] = True
-    return fired
+    fired = torch.zeros(n_latents, dtype=torch.int32, device=active.values.device)
+    return fired.scatter_reduce_(0, active.indices.long(), (active.values > 0).int(), "amax") > 0
 
 
 @dataclass(frozen=True)
@@ -212,33 +213,32 @@ def group_by_latent(active: ActiveLatents, n_latents: int) -> ByLatent:
     """Sort entries by latent, stably: sums are deterministic."""
     indices = active.indices.long()
     order = torch.argsort(indices, stable=True)
-    counts = torch.bincount(indices, minlength=n_latents)
-    row_starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    tokens = active.tokens()[order]
+    tokens, row_starts = active.tokens()[order], _starts(indices[order], n_latents)
     return ByLatent(order, tokens, row_starts, len(active.offsets) - 1)
 
 
 def outer_by_latent(by_latent: ByLatent, values: Tensor, rows: Tensor) -> Tensor:
     """Return (n_latents, d_model): for each latent, the sum of value · rows[token].
 
-    values: (n_active,), in the order that was grouped. rows: (n_tokens, d_model).
+    values: (n_active,), in the order that was grouped. rows: (n_tokens, d_model). It is `decode`
+    with tokens and latents exchanged: one entry after the other, without atomics.
     """
-    n_latents = len(by_latent.row_starts) - 1
-    matrix = torch.sparse_csr_tensor(
-        by_latent.row_starts,
+    return F.embedding_bag(
         by_latent.tokens,
-        values[by_latent.order],
-        size=(n_latents, by_latent.n_tokens),
-        check_invariants=False,
+        rows,
+        by_latent.row_starts,
+        per_sample_weights=values[by_latent.order],
+        mode="sum",
+        include_last_offset=True,
     )
-    return matrix @ rows
 
 
 def sum_by_latent(by_latent: ByLatent, values: Tensor) -> Tensor:
     """Return (n_latents,): for each latent, the sum of its values (n_active,)."""
-    flat = values[by_latent.order]
-    latents = torch.repeat_interleave(
-        torch.arange(len(by_latent.row_starts) - 1, device=flat.device), by_latent.row_starts.diff()
-    )
-    # One entry after the other in latent order: the same sum every time, on the CPU.
-    return flat.new_zeros(len(by_latent.row_starts) - 1).index_add_(0, latents, flat)
+    return F.embedding_bag(
+        by_latent.order,
+        values.unsqueeze(1),
+        by_latent.row_starts,
+        mode="sum",
+        include_last_offset=True,
+    ).squeeze(1)

@@ -1,13 +1,9 @@
 """The encoder in Triton: a dense product in bfloat16, then exact selection of the k largest.
 
-Rounding a number to bfloat16 errs by at most u = 2⁻⁸ of it, by u²/3 in the mean square, and a
-product of two rows a and w adds up d such errors of either side: σ² ≤ 2u²/3 · Σᵢ aᵢ²wᵢ², which is
-at most 2u²/3 · ‖a‖₄² ‖w‖₄² (Cauchy-Schwarz) even where both have their outliers in the same places.
-With 6σ, and u of the product itself for its own rounding, every pre-activation lies between two
-bounds. The k-th largest maximum of the groups' lower bounds is below k pre-activations; so every
-latent whose upper bound is below that is not among the k largest. The others are scored again in
-float32. A token falls back to the float32 product when a candidate lies outside its bounds, or
-when there are too many.
+Every pre-activation lies between the two bounds of `rounding`. The k-th largest maximum of the
+groups' lower bounds is below k pre-activations; so every latent whose upper bound is below that is
+not among the k largest. The others are scored again in float32. A token falls back to the float32
+product when a candidate lies outside its bounds, or when there are too many.
 """
 
 from __future__ import annotations
@@ -21,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sae import encode
+from saint.kernels.rounding import FACTOR, U, product
 from saint.kernels.triton_ops import launch, load_rows, round_row, row_shape
 
 _BLOCK_ELEMENTS = 1 << 28  # pre-activations of one block: 512 MB in bfloat16
@@ -28,9 +25,8 @@ _GROUP = 64  # latents whose maximum is taken first, at most
 _TILE = 1024  # numbers that a program looks at together
 _MANY = 64  # candidates that are ranked together
 _TOKENS = 16  # tokens for which a program keeps its latents' norms
-_U = 2.0**-8
-_FACTORS = tl.constexpr(6 * math.sqrt(2 / 3) * _U)
-_PRODUCT = tl.constexpr(_U)
+_FACTORS = tl.constexpr(FACTOR)
+_PRODUCT = tl.constexpr(U)
 
 
 @triton.jit
@@ -225,17 +221,6 @@ def _group_size(n_latents: int, k: int) -> int:
     return size
 
 
-def _product(a: Tensor, w: Tensor) -> Tensor:
-    """Return a · wᵀ (n_tokens, n_latents) in bfloat16, summed in float32."""
-    flags = torch.backends.cuda.matmul
-    before = flags.allow_bf16_reduced_precision_reduction
-    flags.allow_bf16_reduced_precision_reduction = False  # partial sums would err by more than u
-    try:
-        return torch.mm(a, w.T)
-    finally:
-        flags.allow_bf16_reduced_precision_reduction = before
-
-
 def _find(
     pre: Tensor, bias: Tensor, a: Rounded, weights: Rounded, k: int, capacity: int
 ) -> tuple[Tensor, Tensor]:
@@ -344,7 +329,7 @@ class Encoder:
         values, indices, unsure = outputs
         (n_tokens, d_model), n_latents, k = a.shape, len(w_enc), values.shape[1]
         rounded, capacity = round_rows(a), 4 * k + 256
-        pre = _product(rounded.rows, weights.rows)
+        pre = product(rounded.rows, weights.rows)
         candidates, counts = _find(pre, b_enc, rounded, weights, k, capacity)
         scores = a.new_empty(n_tokens, capacity)
         launch(

@@ -97,12 +97,6 @@ class FusedStep:
         weight: Tensor = getattr(self.sae, name)
         return weight.detach(), self.moments.first[name], self.moments.second[name]
 
-    def _adam_constants(self, learning_rate: float) -> tuple[float, float]:
-        """Count a step; return lr / (1 − β₁ᵗ) and 1 / √(1 − β₂ᵗ)."""
-        self.moments.n_steps += 1
-        correction1, correction2 = (1 - beta**self.moments.n_steps for beta in self.moments.betas)
-        return learning_rate / correction1, correction2**-0.5
-
     def _move_thresholds(
         self, gradient: Tensor | None, scale: Tensor | float, constants: tuple[float, float]
     ) -> None:
@@ -155,7 +149,7 @@ class CppStep(FusedStep):
             squares = torch.tensor(rows, dtype=torch.float64)
             norm = float(norm_over_latents(squares, grad_b_pre, ranks))
         scale = min(1.0, grad_clip / (norm + 1e-6))
-        constants = self._adam_constants(learning_rate)
+        constants = self.moments.advance(learning_rate)
         betas, lazy = self.moments.betas, int(self.moments.lazy)
         step = cpu.AdamStep(*betas, *constants, EPS, self.moments.n_steps, lazy)
         cpu.update(gradient, parameters, step, scale, grad_b_pre)

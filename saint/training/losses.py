@@ -198,7 +198,8 @@ def _threshold_gradient(
     levels = threshold[indices]
     near = chosen.values - levels < jump.bandwidth / 2
     pull = (levels * g_values + jump.price * share) * (near / -jump.bandwidth)
-    return torch.zeros_like(threshold).index_add_(0, indices, pull)
+    by_latent = torch_ops.group_by_latent(chosen, len(threshold))
+    return torch_ops.sum_by_latent(by_latent, pull)
 
 
 def _aux_gradient(
@@ -249,9 +250,9 @@ def add_to_grad(sae: TopKSparseAutoencoder, gradient: SparseGradient, aux: AuxK 
     enc = torch_ops.outer_by_latent(by_token, gradient.g_values, gradient.a)
     b_enc = torch_ops.sum_by_latent(by_latent, gradient.g_values)
     if aux is not None and gradient.aux is not None:
-        dec.index_add_(0, aux.dead, gradient.aux.dec)
-        enc.index_add_(0, aux.dead, gradient.aux.enc)
-        b_enc.index_add_(0, aux.dead, gradient.aux.b)
+        parts = (gradient.aux.dec, gradient.aux.enc, gradient.aux.b)
+        for whole, part in zip((dec, enc, b_enc), parts, strict=True):
+            whole[aux.dead] += part
     # b_pre also enters every pre-activation, through W_enc · (x − b_pre).
     b_pre = gradient.g_b_pre - b_enc @ sae.W_enc
     _accumulate(sae.W_dec, dec)
@@ -267,30 +268,3 @@ def _accumulate(parameter: nn.Parameter, gradient: Tensor) -> None:
         parameter.grad = gradient
     else:
         parameter.grad.add_(gradient)
-
-
-def losses_and_gradients(
-    sae: TopKSparseAutoencoder,
-    x: Tensor,
-    chosen: ActiveLatents | int,
-    aux: AuxK | None,
-    *,
-    pieces: Pieces | None,
-    prefixes: tuple[int, ...] = (),
-    jump: Jump | None = None,
-    weight: float = 1.0,
-) -> Losses:
-    """Compute the losses of standardised x (n_tokens, d_model) and add gradients to `.grad`.
-
-    chosen, prefixes, jump, weight: see `sparse_gradient`. With pieces it touches the active latents
-    only, and equals dense autograd, which it is without them, up to rounding.
-    """
-    if pieces is None:
-        losses, total = losses_dense(sae, x, chosen, aux, prefixes, jump)
-        (weight * total).backward()
-        return losses
-    losses, gradient = sparse_gradient(
-        sae, x, chosen, aux, pieces, prefixes=prefixes, jump=jump, weight=weight
-    )
-    add_to_grad(sae, gradient, aux)
-    return losses

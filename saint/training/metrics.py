@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -170,7 +171,7 @@ class LossMeter:
     def __init__(self, sums: Tensor):
         """sums: (6,) float64, the trainer's `since_logged`: five figures and the steps."""
         self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=sums.device)
-        self._sums, self._one = sums, torch.ones(1, dtype=torch.float64, device=sums.device)
+        self.sums, self._one = sums, torch.ones(1, dtype=torch.float64, device=sums.device)
         self._n_timed, self._since = 0, time.monotonic()
         self._means, self._seconds = [math.nan] * 5, math.nan
 
@@ -180,18 +181,18 @@ class LossMeter:
         scalars = torch.stack([scalar.double() for scalar in scalars])
         bad = ~torch.isfinite(scalars).all() & (self.first_bad_step < 0)
         self.first_bad_step.masked_fill_(bad, step)
-        self._sums += torch.cat([scalars, self._one])
+        self.sums += torch.cat([scalars, self._one])
         self._n_timed += 1
 
-    def read(self) -> tuple[list[float], float]:
-        """Return means since the last read, and seconds per step.
+    def read(self, sums: Sequence[float]) -> tuple[list[float], float]:
+        """Return means since the last read, and seconds per step. sums: ours, on the host.
 
         The means are of loss, aux_loss, l0, the gradient's norm and a batch's squared error: those
         of the last read where no step was taken since, NaN where there is none.
         """
-        if self._sums[5] > 0:
-            self._means = (self._sums[:5] / self._sums[5]).tolist()
-            self._sums.zero_()
+        if sums[5] > 0:
+            self._means = [figure / sums[5] for figure in sums[:5]]
+            self.sums.zero_()
         if self._n_timed:
             self._seconds = (time.monotonic() - self._since) / self._n_timed
             self._n_timed = 0
@@ -203,14 +204,44 @@ class LossMeter:
         self._since, self._n_timed = time.monotonic(), 0
 
 
-def describe_step(trainer: Trainer, meter: LossMeter, variance: float) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Look:
+    """A trainer's figures on the host. sums: of the meter. longest: tokens that a latent waits."""
+
+    sums: list[float]
+    first_bad_step: int
+    longest: int
+    n_longest: int
+    n_dead: int
+    diagnostics: dict[str, float]
+
+
+def look(trainer: Trainer, meter: LossMeter) -> Look:
+    """Wait for the device, and copy all that a log says in one piece."""
+    since, kernels = trainer.tokens_since_fired, trainer.kernels.diagnostics()
+    ranks = trainer.workers.latents
+    longest = ranks.largest(since.max())
+    latents = ranks.sum(torch.stack([(since == longest).sum(), trainer.is_dead().sum()]))
+    counts = (meter.first_bad_step, longest, *latents.unbind())
+    more = [torch.as_tensor(figure, device=since.device) for figure in kernels.values()]
+    figures = torch.stack([figure.double() for figure in (*counts, *more)])
+    on_host = torch.cat([meter.sums, figures]).tolist()
+    sums, rest = on_host[: len(meter.sums)], on_host[len(meter.sums) :]
+    first_bad_step, wait, n_longest, n_dead = map(int, rest[: len(counts)])
+    found = dict(zip(kernels, rest[len(counts) :], strict=True))
+    return Look(sums, first_bad_step, wait, n_longest, n_dead, found)
+
+
+def describe_step(
+    trainer: Trainer, meter: LossMeter, seen: Look, variance: float
+) -> dict[str, Any]:
     """Return the metrics since the last log, under the names that DESIGN fixes.
 
-    variance: of the training rows, standardised and summed over d_model, for train/fvu.
+    seen: by `look`. variance: of the training rows, standardised and summed over d_model, for
+    train/fvu.
     """
-    (loss, aux_loss, l0, norm, squared_error), seconds = meter.read()
-    recipe, since = trainer.recipe, trainer.tokens_since_fired
-    longest = int(since.max())
+    (loss, aux_loss, l0, norm, squared_error), seconds = meter.read(seen.sums)
+    recipe = trainer.recipe
     return {
         "step": trainer.step,
         "tokens": trainer.step * recipe.batch_size,
@@ -220,10 +251,10 @@ def describe_step(trainer: Trainer, meter: LossMeter, variance: float) -> dict[s
         "train/fvu": squared_error / recipe.batch_size / max(variance, 1e-12),
         "train/l0": l0,
         "train/grad_norm": norm,
-        "debug/dead_latents_ratio": len(trainer.dead()) / recipe.n_latents,
-        "debug/max_dead_latent": longest // recipe.batch_size,
-        "debug/max_dead_latent_count": int((since == longest).sum()),
+        "debug/dead_latents_ratio": seen.n_dead / recipe.n_latents,
+        "debug/max_dead_latent": seen.longest // recipe.batch_size,
+        "debug/max_dead_latent_count": seen.n_longest,
         "learning_rate": recipe.learning_rate_at(trainer.step - 1, trainer.n_steps),
         "tokens_per_s": recipe.batch_size / seconds,
-        **trainer.kernels.diagnostics(),
+        **seen.diagnostics,
     }

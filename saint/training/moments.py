@@ -78,32 +78,41 @@ class Moments:
                 assert state[mine][name].dtype == tensor.dtype, f"moments of another kind: {name}"
                 tensor.copy_(state[mine][name])
 
+    def advance(self, learning_rate: float) -> tuple[float, float]:
+        """Count a step; return lr / (1 − β₁ᵗ) and 1 / √(1 − β₂ᵗ)."""
+        self.n_steps += 1
+        correction1, correction2 = (1 - beta**self.n_steps for beta in self.betas)
+        return learning_rate / correction1, correction2**-0.5
+
     def blocks(
         self, name: str, touched: Tensor | None = None
-    ) -> Iterator[tuple[slice | Tensor, Tensor, Tensor]]:
+    ) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Yield rows of a parameter, and both moments of these in float32; changes are kept.
 
-        touched: (n_latents,) bool, the rows that are wanted of a parameter that has latents', by
-        default all: then one block where they are float32 anyway.
+        touched: (n_rows,) bool, the rows whose codes may change, by default all.
         """
         first, second = self.first[name], self.second[name]
-        wanted = None if touched is None or name == "b_pre" else touched.nonzero().squeeze(1)
-        if name not in self.scales:
-            if wanted is None:
-                yield slice(None), first, second
-                return
-            m, v = first[wanted], second[wanted]
-            yield wanted, m, v
-            first[wanted], second[wanted] = m, v
-            return
-        n_rows = max(1, _BLOCK_ELEMENTS // first.shape[1])
-        every = torch.arange(len(first), device=first.device) if wanted is None else wanted
-        for rows in every.split(n_rows):
-            scales = self.scales[name][:, rows].unsqueeze(2)
-            m, v = from_codes(first[rows], second[rows], scales)
+        n_rows = max(1, _BLOCK_ELEMENTS * len(first) // first.numel())
+        for start in range(0, len(first), n_rows):
+            rows = slice(start, min(start + n_rows, len(first)))
+            if name not in self.scales:
+                yield rows, first[rows], second[rows]
+                continue
+            kept = (first[rows], second[rows], self.scales[name][:, rows])
+            m, v = from_codes(kept[0], kept[1], kept[2].unsqueeze(2))
             yield rows, m, v
-            numbers = uniform(self.n_steps, MATRICES.index(name), rows, m)
-            first[rows], second[rows], self.scales[name][:, rows] = to_codes(m, v, *numbers)
+            numbers = torch.arange(rows.start, rows.stop, device=m.device)
+            new = to_codes(m, v, *uniform(self.n_steps, MATRICES.index(name), numbers, m))
+            for mine, theirs, some in zip(kept, new, _masks(touched, rows), strict=True):
+                mine.copy_(theirs if some is None else torch.where(some, theirs, mine))
+
+
+def _masks(touched: Tensor | None, rows: slice) -> tuple[Tensor | None, ...]:
+    """Return which of both moments' codes and of their scales may change."""
+    if touched is None:
+        return None, None, None
+    some = touched[rows]
+    return some.unsqueeze(1), some.unsqueeze(1), some
 
 
 def from_codes(first: Tensor, second: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,7 +147,7 @@ def _round(share: Tensor, root: Tensor, uniform: Tensor, *, top: int, power: int
 def uniform(step: int, tensor: int, rows: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     """Return the (n, d) numbers in (0, 1) that both moments of rows (n,) are rounded with."""
     device = like.device
-    key = _mix(torch.tensor((2 * step + tensor) & _WORD, device=device))
+    key = _mix(torch.full((), (2 * step + tensor) & _WORD, device=device))
     row = _mix(key ^ rows)
     columns = torch.arange(like.shape[1], device=device)
     h = _mix((row.unsqueeze(1) + columns).bitwise_and_(_WORD))

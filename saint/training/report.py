@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from saint.store.shuffled_rows import BatchedRows
-from saint.training.metrics import LossMeter, describe_step
+from saint.training.metrics import Look, LossMeter, describe_step
 from saint.training.recipe import Recipe
 from saint.training.run_files import RunFiles, WandbLog
 from saint.training.trainer import Trainer
@@ -42,13 +42,16 @@ class Report:
         self,
         trainer: Trainer,
         meter: LossMeter,
+        seen: Look,
         measured: tuple[Mapping[str, float], Tensor] | None,
     ) -> tuple[float, str]:
-        """Write what the meter holds. measured: a validation's metrics and latents' density.
+        """Write what was seen of the trainer and its meter.
+
+        measured: a validation's metrics and latents' density.
 
         Returns the FVU, the held-out one once there is one, and what a bar is to say.
         """
-        entry = describe_step(trainer, meter, self.variance)
+        entry = describe_step(trainer, meter, seen, self.variance)
         if math.isnan(entry["train/loss"]):  # no step since the last line: its losses stand
             for earlier in self.files.read_metrics()[-1:]:
                 entry |= {k: v for k, v in earlier.items() if k in entry and entry[k] != entry[k]}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sae import TopKSparseAutoencoder, normalise_decoder
-from saint.stage.errors import UserError
+from saint.stage.errors import UserError, log
 from saint.stage.workers import Workers
 from saint.training.losses import AuxK, Losses
 from saint.training.moments import Moments
@@ -23,13 +23,16 @@ from saint.training.recipe import Recipe
 from saint.training.steps import make_step
 
 _FOLLOWS = 0.05  # share of a batch's threshold in the running one
+_DEAD_FOR = 16  # steps: to list the dead latents, the host must wait for the device
 
 
 class Trainer:
     """The state of a run: weights, Adam's moments, step, and tokens since each latent fired.
 
     Of ranks that share the latents each has an equal part of all that: `sae` is an SAE of the
-    rank's own ones, numbered from 0, while `recipe.n_latents` counts all. basis: (d_model, d_model)
+    rank's own ones, numbered from 0, while `recipe.n_latents` counts all. dead: this rank's that
+    AuxK trains, int64, which had not fired for dead_tokens when this was last looked at, every 16
+    steps; n_dead: how many on all ranks that share the latents. basis: (d_model, d_model)
     orthogonal; `sae` then takes rows times it, see `plain_sae`.
     """
 
@@ -54,10 +57,12 @@ class Trainer:
             lazy=recipe.lazy,
             threshold_rate=recipe.threshold_rate,
         )
+        self._asked_kernels = kernels
         self.kernels = make_step(kernels, sae, self.moments, workers)
         self.tokens_since_fired = torch.zeros(
             sae.config.n_latents, dtype=torch.int64, device=workers.device
         )
+        self.dead, self.n_dead = torch.empty(0, dtype=torch.int64, device=workers.device), 0
         self.threshold = torch.zeros((), device=workers.device)
         self.step = 0
         self.skipped_steps: set[int] = set()
@@ -65,14 +70,15 @@ class Trainer:
         # Sums of five figures and the steps since the last line of the log, see `LossMeter`.
         self.since_logged = torch.zeros(6, dtype=torch.float64, device=workers.device)
 
-    def dead(self) -> Tensor:
-        """Return the (n_dead,) indices of this rank's latents that are dead, see `Recipe`."""
-        return torch.nonzero(self.tokens_since_fired >= self.recipe.dead_tokens).squeeze(1)
+    def is_dead(self) -> Tensor:
+        """Return which of this rank's latents have not fired for dead_tokens, bool."""
+        return self.tokens_since_fired >= self.recipe.dead_tokens
 
-    def count_dead(self, dead: Tensor) -> int:
-        """Return how many are dead on all ranks that share the latents."""
-        count = torch.tensor(len(dead), device=self.workers.device)
-        return int(self.workers.latents.sum(count))
+    def _list_dead(self, mask: Tensor) -> None:
+        """Let AuxK train the latents of a mask; waits for the device."""
+        self.dead = torch.nonzero(mask).squeeze(1)
+        count = torch.full((), len(self.dead), device=self.workers.device)
+        self.n_dead = int(self.workers.latents.sum(count))
 
     def prepare(self, rows: Tensor) -> Tensor:
         """Return raw rows (n, d_model) as `sae` takes them: normalised, in the basis."""
@@ -98,8 +104,9 @@ class Trainer:
 
     def step_on(self, micros: Sequence[Tensor]) -> tuple[Losses, Tensor]:
         """As `train_step`, of micro-batches that are prepared."""
-        dead, k = self.dead(), self.recipe.k_at(self.step)
-        n_dead = self.count_dead(dead)
+        if self.step % _DEAD_FOR == 0:
+            self._list_dead(self.is_dead())
+        k = self.recipe.k_at(self.step)
         n_rows = sum(map(len, micros))
         prefixes = self.objective.prefixes(self.recipe.n_latents)
         parts: list[tuple[float, Losses]] = []
@@ -108,7 +115,7 @@ class Trainer:
         chosen = choice.active if choice is not None else [k] * len(micros)
         how = (prefixes, choice.jump if choice is not None else None)
         for x, active in zip(micros, chosen, strict=True):
-            aux = self._aux(dead, n_dead, first)
+            aux = self._aux(first)
             first += len(x)
             share = len(x) / n_rows
             weight = share / self.workers.data.size
@@ -117,7 +124,7 @@ class Trainer:
         learning_rate = self.recipe.learning_rate_at(self.step, self.n_steps)
         norm = self.kernels.apply(learning_rate, self.recipe.grad_clip)
         self.tokens_since_fired += self.recipe.batch_size
-        self.tokens_since_fired[losses.fired] = 0
+        self.tokens_since_fired.masked_fill_(losses.fired, 0)
         self.step += 1
         return losses, norm
 
@@ -153,16 +160,16 @@ class Trainer:
             self.sae.threshold.mul_(factor)
         self.settle_threshold()
 
-    def _aux(self, dead: Tensor, n_dead: int, first: int) -> AuxK | None:
+    def _aux(self, first: int) -> AuxK | None:
         """Return AuxK for tokens from number `first` of the batch on; other ones at each step."""
-        if not n_dead or not self.recipe.aux_coefficient:
+        if not self.n_dead or not self.recipe.aux_coefficient:
             return None
         n_latents = self.recipe.n_latents
         return AuxK(
-            dead,
-            min(self.recipe.k_aux, n_dead),
+            self.dead,
+            min(self.recipe.k_aux, self.n_dead),
             self.recipe.aux_coefficient,
-            every=aux_every(n_dead, n_latents, self.recipe.batch_size),
+            every=aux_every(self.n_dead, n_latents, self.recipe.batch_size),
             first=first + self.step,
         )
 
@@ -187,7 +194,9 @@ class Trainer:
         return more | {
             "sae": self.sae.state_dict(),
             "moments": self.moments.state_dict(),
+            "kernels": self.kernels.name,
             "tokens_since_fired": self.tokens_since_fired,
+            "dead": torch.zeros_like(self.is_dead()).index_fill_(0, self.dead, True),
             "step": self.step,
             "skipped_steps": sorted(self.skipped_steps),
             "best_val_loss": self.best_val_loss,
@@ -206,27 +215,43 @@ class Trainer:
         # The old one may keep the old weights, rounded.
         self.kernels = make_step(self.kernels.name, self.sae, self.moments, self.workers)
 
+    def _go_on_with(self, kernels: str) -> None:
+        """Take up the kernels that a run began with, unless others are asked for."""
+        mine = self.kernels.name
+        if kernels == mine:
+            return
+        if self._asked_kernels != "auto":
+            log.info("kernels: %s, as asked; the run began with %s", mine, kernels)
+            return
+        try:
+            self.kernels = make_step(kernels, self.sae, self.moments, self.workers)
+        except UserError as error:
+            log.warning("warning: the run began with %s: going on with %s", error, mine)
+
     def restore(self, path: Path) -> None:
         """Continue from a checkpoint file.
 
         Raises UserError, before anything changes, when it is damaged or of another run.
         """
         try:
-            state = torch.load(path, map_location=self.workers.device, weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError):
             raise UserError(f"{path} is damaged") from None
         mine = self.state()
-        if isinstance(state, dict):  # older ones logged a line with each checkpoint
-            state.setdefault("since_logged", torch.zeros_like(self.since_logged))
+        if isinstance(state, dict):
+            _complete(state, mine)
         if not _is_alike(mine, state) or not 0 <= state["step"] <= self.n_steps:
             raise UserError(f"{path} is no checkpoint of this run")
+        self._go_on_with(state["kernels"])
         self.sae.load_state_dict(state["sae"])
         self.moments.load_state_dict(state["moments"])
         if self.basis is not None:
-            self.basis = state["basis"]  # not in place: several trainers may share one
-        self.threshold = state.get("threshold", self.threshold)
+            # Not in place: several trainers may share one.
+            self.basis = state["basis"].to(self.workers.device)
+        self.threshold = state.get("threshold", self.threshold).to(self.workers.device)
         self.settle_threshold()
         self.tokens_since_fired.copy_(state["tokens_since_fired"])
+        self._list_dead(state["dead"].to(self.workers.device))
         self.step, self.best_val_loss = state["step"], state["best_val_loss"]
         self.skipped_steps |= set(state["skipped_steps"])
         self.since_logged.copy_(state["since_logged"])
@@ -252,6 +277,13 @@ def share_bases(trainers: Sequence[Trainer]) -> None:
             if trainer.basis is not None and other.basis is not None:
                 if torch.equal(trainer.basis, other.basis):
                     trainer.basis = other.basis
+
+
+def _complete(state: dict[str, Any], mine: Mapping[str, Any]) -> None:
+    """Give a checkpoint of before what it had no word for."""
+    state.setdefault("since_logged", torch.zeros_like(mine["since_logged"]))
+    state.setdefault("dead", torch.zeros_like(mine["dead"]))
+    state.setdefault("kernels", mine["kernels"])
 
 
 def _is_alike(mine: Any, theirs: Any) -> bool:

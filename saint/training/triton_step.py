@@ -7,14 +7,13 @@ from torch import Tensor
 
 from sae import TopKSparseAutoencoder
 from saint.kernels import torch_ops, triton_ops
+from saint.kernels.pieces import LOOKED_AT
+from saint.kernels.rounding import LEAST_CAPABILITY
 from saint.kernels.triton_encoder import Encoder
 from saint.stage.errors import UserError
 from saint.stage.workers import Axis, Workers
 from saint.training.fused_step import FusedStep
 from saint.training.moments import EPS, Moments
-
-_LEAST_CAPABILITY = (8, 0)  # Ampere: products of bfloat16
-_LOOKED_AT = 128  # a token's latents that are looked at first where their number is not known
 
 
 class TritonKernels:
@@ -25,7 +24,7 @@ class TritonKernels:
             if device.type != "cuda":
                 raise UserError(f"--kernels triton works on a GPU, this run is on {device}")
             capability = torch.cuda.get_device_capability(device)
-            if capability < _LEAST_CAPABILITY:
+            if capability < LEAST_CAPABILITY:
                 name = torch.cuda.get_device_name(device)
                 raise UserError(
                     f"--kernels triton needs bfloat16 products (compute capability 8.0 or more), "
@@ -33,7 +32,7 @@ class TritonKernels:
                 )
         self.ranks = Axis()
         self.encode = Encoder()
-        self.above = torch_ops.above_by(self.encode, _LOOKED_AT)
+        self.above = torch_ops.above_by(self.encode, LOOKED_AT)
         self.nest = torch_ops.nest
         self.reconstruct = triton_ops.reconstruct
 
@@ -61,7 +60,7 @@ class TritonStep(FusedStep):
         norm = norm.sqrt()
         scale = (grad_clip / (norm + 1e-6)).clamp(max=1.0).float()
         betas, lazy = self.moments.betas, self.moments.lazy
-        constants = self._adam_constants(learning_rate)
+        constants = self.moments.advance(learning_rate)
         step = triton_ops.AdamStep(*betas, EPS, *constants, lazy)
         weights = self.pieces.encode.rounded_weights(sae.W_enc)
         parameters = [self._weight_and_moments(name) for name in ("W_enc", "b_enc", "W_dec")]

@@ -116,7 +116,7 @@ def check_ranks(n_ranks: int, directory: Path, walks: list[dict], n_latent_ranks
 
 
 def test_four_ranks_take_one_ranks_steps_with_all_kernels(tmp_path: Path):
-    check_ranks(4, tmp_path, [{"kernels": kernels} for kernels in ("cpp", "sparse")])
+    check_ranks(4, tmp_path, [{"kernels": kernels} for kernels in ("cpp", "torch")])
 
 
 @pytest.mark.parametrize(("n_ranks", "n_latent_ranks"), [(2, 2), (4, 4), (4, 2)])
@@ -125,7 +125,7 @@ def test_ranks_that_share_the_latents_take_one_ranks_steps(
 ):
     how = {"lazy": True, "beta2": 0.99}
     names = OBJECTIVES if n_ranks == 2 else ("topk", "batchtopk")
-    walks = [how | {"kernels": k, "objective": name} for k in ("cpp", "sparse") for name in names]
+    walks = [how | {"kernels": k, "objective": name} for k in ("cpp", "torch") for name in names]
     check_ranks(n_ranks, tmp_path, walks, n_latent_ranks)
 
 
@@ -135,7 +135,7 @@ def test_two_ranks_take_one_ranks_steps_with_every_objective(tmp_path: Path):
     check_ranks(
         2,
         tmp_path,
-        [how | {"kernels": k, "objective": name} for k in ("cpp", "sparse") for name in names],
+        [how | {"kernels": k, "objective": name} for k in ("cpp", "torch") for name in names],
     )
 
 

@@ -46,7 +46,7 @@ def preprocess(run: Path, out: str, mean: str) -> Finished:
 def train(run: Path, save: str) -> Finished:
     flags = {
         "data_dir": run / "rows", "b_pre_path": run / "mean.pt", "model_save_path": run / save,
-        "n_latents": 24, "k": 3, "num_epochs": 4, "logs_per_epoch": 2, "kernels": "sparse",
+        "n_latents": 24, "k": 3, "num_epochs": 4, "logs_per_epoch": 2, "kernels": "torch",
         "device": "cpu", "keep_last_n": 1, "dead_tokens": 200, "k_aux": 4,
     }  # fmt: skip
     return call_with("sae_training", flags)

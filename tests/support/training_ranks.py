@@ -39,7 +39,7 @@ def walk(kernels: str, workers: Workers, **changes) -> dict:
     losses, l0s, first, n_dead = [], [], {}, 0
     for step in range(N_STEPS):
         batch = standardise(torch.randn(BATCH, 24, generator=generator))[0]
-        n_dead = max(n_dead, trainer.count_dead(trainer.dead()))
+        n_dead = max(n_dead, trainer.n_dead)
         share = batch.chunk(workers.data.size)[workers.data.rank]
         found = trainer.train_step(share, 11)[0]
         losses.append(float(found.loss))

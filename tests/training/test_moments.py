@@ -17,7 +17,7 @@ from saint.training.trainer import Trainer
 from tests.support.training_checks import ALONE, make_sae, needs_cpp
 from tests.support.training_ranks import RECIPE
 
-KERNELS = (*(("cpp",) if is_available() else ()), "sparse", "dense")
+KERNELS = (*(("cpp",) if is_available() else ()), "torch", "dense")
 MASK = 0xFFFFFFFF
 
 
@@ -125,16 +125,16 @@ def test_what_adam_divides_by_is_never_rounded_to_nothing(kernels):
 def test_cpp_and_torch_make_the_same_codes(monkeypatch):
     monkeypatch.setattr(moments, "_BLOCK_ELEMENTS", 24 * 37)  # several blocks, the last one short
     ends = []
-    for kernels in ("cpp_float32", "sparse"):
+    for kernels in ("cpp_float32", "torch"):
         trainer = trainer_of(kernels, "int8")
         losses_of(trainer, batches(3))
         ends.append(trainer)
-    cpp, sparse = (t.moments for t in ends)
+    cpp, by_torch = (t.moments for t in ends)
     for name in ("W_enc", "W_dec"):
-        torch.testing.assert_close(cpp.scales[name], sparse.scales[name], rtol=1e-4, atol=0)
+        torch.testing.assert_close(cpp.scales[name], by_torch.scales[name], rtol=1e-4, atol=0)
         for mine, theirs in (
-            (cpp.first[name], sparse.first[name]),
-            (cpp.second[name], sparse.second[name]),
+            (cpp.first[name], by_torch.first[name]),
+            (cpp.second[name], by_torch.second[name]),
         ):
             apart = (mine.int() - theirs.int()).abs()
             assert mine.any() and apart.max() <= 1 and (apart > 0).double().mean() < 2e-3

@@ -22,7 +22,7 @@ from saint.training.trainer import Trainer, turn
 from tests.support.training_checks import ALONE, WEIGHTS, make_sae, relative
 from tests.support.training_ranks import RECIPE
 
-KERNELS = (*(("cpp", "cpp_float32") if is_available() else ()), "sparse", "dense")
+KERNELS = (*(("cpp", "cpp_float32") if is_available() else ()), "torch", "dense")
 FAST = KERNELS[0]
 CHOOSING = [name for name in OBJECTIVES if name != "topk"]
 

@@ -189,7 +189,7 @@ def test_the_best_sae_has_its_own_steering_unit(data, tmp_path, kernels):
         torch.testing.assert_close(sae.max_activations, wanted, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kernels", ["auto", "sparse"])
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
 def test_other_weights_are_encoded_with_at_once(kernels):
     """Kernels keep rounded weights: another SAE's would send nearly all tokens through float32."""
     saes = [make_sae(64, 500, 5, seed=seed) for seed in range(2)]
@@ -228,7 +228,7 @@ def fvu(sae: TopKSparseAutoencoder, x: Tensor) -> float:
     return float(error / (x - x.mean(0)).square().sum())
 
 
-@pytest.mark.parametrize("kernels", ["cpp", "sparse", "dense"])
+@pytest.mark.parametrize("kernels", ["cpp", "torch", "dense"])
 def test_the_training_fvu_is_that_of_the_batch_before_the_step(
     data, tmp_path, monkeypatch, kernels
 ):

@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 from sae import standardise
 from saint.kernels import cpu, fastest
 from saint.kernels.pieces import CpuKernels, TorchKernels
+from saint.kernels.torch_encoder import Encoder
 from saint.stage.errors import UserError
 from saint.stage.workers import Workers
 from saint.training import steps
 from saint.training.losses import AuxK, sparse_gradient
 from saint.training.moments import Moments
 from saint.training.steps import make_step
+from saint.training.torch_step import TorchStep
 from tests.support.training_checks import (
     ALONE,
     WEIGHTS,
@@ -33,7 +35,7 @@ try:
     CPP, ROUNDED = ("cpp", "cpp_float32"), cpu.has_rounded_product()
 except UserError:  # no compiler on this machine
     CPP, ROUNDED = (), False
-KERNELS = (*CPP, "sparse", "dense")  # test_triton_step.py has the tests of "triton"
+KERNELS = (*CPP, "torch", "dense")  # test_triton_step.py has the tests of "triton"
 needs_rounding = pytest.mark.skipif(not ROUNDED, reason="this CPU has no fast products of bytes")
 
 
@@ -291,7 +293,7 @@ def test_numbers_that_are_not_finite_show_in_the_loss():
     sae = make_sae()
     x = standardise(torch.randn(4, 24))[0]
     x[2, 3] = torch.nan
-    for pieces in (CpuKernels(rounded=True), TorchKernels()):
+    for pieces in (CpuKernels(rounded=True), TorchKernels(), TorchKernels(Encoder())):
         losses, _ = sparse_gradient(sae, x, 5, None, pieces)
         assert not torch.isfinite(losses.loss)
 
@@ -315,7 +317,7 @@ def test_without_a_compiler_torch_does_it(monkeypatch, caplog):
     monkeypatch.setattr(cpu.shutil, "which", lambda name: None)
     cpu.library.cache_clear()
     try:
-        assert make_step("auto", sae, moments, ALONE).name == "sparse"
+        assert make_step("auto", sae, moments, ALONE).name == "torch"
         assert "no C++ compiler" in caplog.text
         with pytest.raises(UserError, match="no C\\+\\+ compiler"):
             make_step("cpp", sae, moments, ALONE)
@@ -328,4 +330,8 @@ def test_without_a_compiler_torch_does_it(monkeypatch, caplog):
     gpu = Workers(0, 1, torch.device("cuda"))
     with pytest.raises(UserError, match="works on a CPU"):
         make_step("cpp", sae, moments, gpu)
-    assert steps.make_step("auto", sae, moments, gpu).name == "dense"
+    for capability in ((7, 5), (8, 0), (9, 0)):  # bfloat16 is fast from Ampere on
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, it=capability: it)
+        step = steps.make_step("auto", sae, moments, gpu)
+        assert isinstance(step, TorchStep) and step.name == "torch"
+        assert (step.encoder is not None) == (capability >= (8, 0))
