@@ -181,6 +181,8 @@ def measure(this: Pass, runs: Sequence[Run]) -> dict[Run, Measured]:
     if ended:
         found = validate([run.trainer for run in ended], this.rows, None, this.together)
         measured |= zip(ended, found, strict=True)
+    for run in runs:
+        run.trainer.kernels.diagnostics()  # what follows in the log is of training alone
     return measured
 
 

@@ -23,7 +23,9 @@ from saint.training.recipe import Recipe
 from saint.training.steps import make_step
 
 _FOLLOWS = 0.05  # share of a batch's threshold in the running one
-_DEAD_FOR = 16  # steps: to list the dead latents, the host must wait for the device
+# Steps between lists of the dead latents, for which the host must wait for the device: at most so
+# many, and at most that share of the steps after which a latent is dead.
+_MOST_BETWEEN, _SHARE_BETWEEN = 16, 16
 
 
 class Trainer:
@@ -31,8 +33,8 @@ class Trainer:
 
     Of ranks that share the latents each has an equal part of all that: `sae` is an SAE of the
     rank's own ones, numbered from 0, while `recipe.n_latents` counts all. dead: this rank's that
-    AuxK trains, int64, which had not fired for dead_tokens when this was last looked at, every 16
-    steps; n_dead: how many on all ranks that share the latents. basis: (d_model, d_model)
+    AuxK trains, int64, which had not fired for dead_tokens when this was last looked at, some
+    steps ago; n_dead: how many on all ranks that share the latents. basis: (d_model, d_model)
     orthogonal; `sae` then takes rows times it, see `plain_sae`.
     """
 
@@ -57,6 +59,8 @@ class Trainer:
             lazy=recipe.lazy,
             threshold_rate=recipe.threshold_rate,
         )
+        dead_after = recipe.dead_tokens // recipe.batch_size
+        self._steps_between = max(1, min(_MOST_BETWEEN, dead_after // _SHARE_BETWEEN))
         self._asked_kernels = kernels
         self.kernels = make_step(kernels, sae, self.moments, workers)
         self.tokens_since_fired = torch.zeros(
@@ -104,7 +108,7 @@ class Trainer:
 
     def step_on(self, micros: Sequence[Tensor]) -> tuple[Losses, Tensor]:
         """As `train_step`, of micro-batches that are prepared."""
-        if self.step % _DEAD_FOR == 0:
+        if self.step % self._steps_between == 0:
             self._list_dead(self.is_dead())
         k = self.recipe.k_at(self.step)
         n_rows = sum(map(len, micros))
