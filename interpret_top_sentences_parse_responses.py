@@ -24,7 +24,7 @@ from saint.stage.files import remove_torn, write_json, write_text
 from saint.stage.flags import add_overwrite_flag
 from saint.stage.manifests import Output, file_checksum, fingerprint, manifest_path, read_manifest
 from saint.stage.program import log_arguments, run_stage
-from saint.stage.terminal import page_link
+from saint.stage.terminal import FINAL, page_link
 from saint.stage.yaml_files import load_yaml, write_yaml
 
 STAGE = "interpret_top_sentences_parse_responses"
@@ -204,7 +204,12 @@ def _summarise(
     told = ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items())) or "none read"
     path = args.parsed_responses_output_filepath
     log.info(
-        "%d responses: %s; %d labels: look at %s", len(answers.kinds), told, _n_named(labels), path
+        "%d responses: %s; %d labels: look at %s",
+        len(answers.kinds),
+        told,
+        _n_named(labels),
+        path,
+        extra=FINAL,
     )
     if n := kinds.get("failure", 0):
         failures = _beside(args, ".failures.yaml")

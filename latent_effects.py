@@ -34,6 +34,7 @@ from saint.stage.flags import (
 )
 from saint.stage.manifests import Output, State, file_checksum, model_fingerprint
 from saint.stage.program import log_arguments, progress, run_stage
+from saint.stage.terminal import FINAL
 from saint.stage.workers import Workers, start_workers
 from saint.steering.effects import (
     EFFECTS,
@@ -166,7 +167,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             seconds = time.monotonic() - started
             finish(args, prober, output, work_dir)
             rate = f", {n_measured / seconds:.0f} latents/s" if n_measured else ""
-            log.info("%d live latents%s: %s", len(prober.live), rate, output.path / EFFECTS)
+            path, n_live = output.path / EFFECTS, len(prober.live)
+            log.info("%d live latents%s: %s", n_live, rate, path, extra=FINAL)
 
 
 def finish(args: argparse.Namespace, prober: Prober, output: Output, work_dir: Path) -> None:

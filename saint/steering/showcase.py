@@ -32,6 +32,7 @@ from saint.stage.files import read_json, write_json
 from saint.stage.flags import add_overwrite_flag, positive_int, seed_number
 from saint.stage.manifests import Output, State, file_checksum, model_fingerprint
 from saint.stage.program import run_stage
+from saint.stage.terminal import FINAL
 from saint.steering.concepts import (
     ConceptFinder,
     add_concept_flags,
@@ -463,7 +464,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             one.concept.name, round(one.share * len(one.texts)), len(one.texts), one.dose, one.loss,
         )  # fmt: skip
     seconds = time.monotonic() - started
-    log.info("%d concepts show, %.0f s: %s", len(shown), seconds, output.path)
+    log.info("%d concepts show, %.0f s: %s", len(shown), seconds, output.path, extra=FINAL)
 
 
 if __name__ == "__main__":
