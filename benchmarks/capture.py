@@ -13,7 +13,8 @@ runs (tiny random model) over 10,000 and 100,000 sentences. The last line is JSO
 
     python -m benchmarks.capture --model_dir runs/quickstart/model \
         --dataset_dir runs/quickstart/sentences
-    python -m benchmarks.capture --device cuda --shape 3b --num_sentences 20000
+    python -m benchmarks.capture --device cuda --shape 3b --num_sentences 20000 \
+        --skip rss first_version
 
 Without --model_dir: random weights in the chosen shape, random tokens; speed depends on neither.
 """
@@ -29,7 +30,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -39,6 +41,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.common import REPO, SHAPES, draw_sentences, medians, seconds
 from llama_3 import HookPoint, Llama, load_args, load_llama
@@ -46,7 +49,7 @@ from saint.capture.shards import Capture, ShardJob, capture_shards
 from saint.stage.devices import pick_dtype
 from saint.store.dataset import Sampler, open_dataset
 
-LAYERS = {"embedded": 9, "3b": 22}
+LAYERS = {"embedded": 9, "3b": 22, "tiny": 2}
 FIRST_BATCH = 32
 # Dense bf16 peaks in TFLOP/s from the vendor's data sheets, as of 2026-11.
 BF16_PEAKS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "4090": 165.0, "3090": 71.0, "L4": 121.0}
@@ -66,7 +69,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--rss_sentences", type=int, nargs=2, default=(10_000, 100_000), help="[10000 100000]"
     )
-    parser.add_argument("--skip", nargs="*", default=[], choices=["capture", "rss"])
+    parser.add_argument(
+        "--skip", nargs="*", default=[], choices=["capture", "rss", "first_version"]
+    )
     parser.add_argument("--work_dir", type=Path, help="on the disk to measure [a temporary one]")
     return parser
 
@@ -167,11 +172,6 @@ def capture_like_version_one(subject: Subject, out: Path, queue: Any, done: Any)
 
 def bench_capture(args: argparse.Namespace, work_dir: Path) -> dict[str, Any]:
     subject = load_subject(args)
-    context = torch.multiprocessing.get_context("spawn")
-    queue, done = context.Queue(), context.Queue()
-    writer = context.Process(target=save_sentences, args=(queue, done), daemon=True)
-    writer.start()
-    done.get()
 
     def timed(capture: Callable[[Path], int]) -> float:
         out = work_dir / "captured"
@@ -187,21 +187,56 @@ def bench_capture(args: argparse.Namespace, work_dir: Path) -> dict[str, Any]:
 
     ways: dict[str, Callable[[], float]] = {
         "saint_tokens_per_s": lambda: timed(lambda out: capture_with_saint(subject, out)),
-        "first_version_tokens_per_s": lambda: timed(
-            lambda out: capture_like_version_one(subject, out, queue, done)
-        ),
     }
-    if args.device.type == "cuda":  # kernels are chosen and memory is taken once
-        for way in ways.values():
-            way()
-    result: dict[str, Any] = medians(ways, args.repeats)
-    queue.put(None)
-    writer.join()
-    result["ratio"] = result["saint_tokens_per_s"] / result["first_version_tokens_per_s"]
+    with first_version_writer("first_version" in args.skip) as pipes:
+        if pipes:
+            ways["first_version_tokens_per_s"] = lambda: timed(
+                lambda out: capture_like_version_one(subject, out, *pipes)
+            )
+        if args.device.type == "cuda":  # kernels are chosen and memory is taken once
+            for way in ways.values():
+                way()
+        result: dict[str, Any] = medians(ways, args.repeats)
+    if pipes:
+        result["ratio"] = result["saint_tokens_per_s"] / result["first_version_tokens_per_s"]
     result |= {"dtype": str(subject.model.dtype), "num_sentences": len(subject.texts)}
+    result["attention"] = attention(subject)
     if args.device.type == "cuda":
         result |= gpu_share(subject, result["saint_tokens_per_s"])
     return result
+
+
+@contextmanager
+def first_version_writer(skipped: bool) -> Iterator[tuple[Any, Any] | None]:
+    """Start the first version's second process; yields its queues, None where it is skipped."""
+    if skipped:
+        yield None
+        return
+    context = torch.multiprocessing.get_context("spawn")
+    queue, done = context.Queue(), context.Queue()
+    writer = context.Process(target=save_sentences, args=(queue, done), daemon=True)
+    writer.start()
+    done.get()
+    yield queue, done
+    queue.put(None)
+    writer.join()
+
+
+@torch.inference_mode()
+def attention(subject: Subject) -> list[str]:
+    """Return by which kernels one pass computes attention."""
+    model = subject.model
+    lists = subject.tokenizer.encode_batch(subject.texts[:64], bos=False)
+    tokens = torch.tensor([token for ids in lists for token in ids], device=model.device)
+    activities = [ProfilerActivity.CPU]
+    if model.device.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    with profile(activities=activities) as profiled:
+        hook = HookPoint(subject.layer, "resid_pre")
+        model.capture(tokens, [hook], seq_lens=[len(ids) for ids in lists])
+    words = ("flash", "fmha", "cudnn", "attention_")
+    names = {event.key for event in profiled.key_averages()}
+    return sorted(name for name in names if any(word in name.lower() for word in words))
 
 
 def gpu_share(subject: Subject, tokens_per_s: float) -> dict[str, Any]:
@@ -275,8 +310,8 @@ def bench_memory(args: argparse.Namespace, work_dir: Path) -> dict[str, Any]:
     return dict(zip(names, peaks, strict=True))
 
 
-def main() -> None:
-    args = build_parser().parse_args()
+def main(argv: Sequence[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
     if (args.model_dir is None) != (args.dataset_dir is None):
         raise SystemExit("--model_dir and --dataset_dir go together")
     work_dir = Path(tempfile.mkdtemp(prefix="saint_capture_", dir=args.work_dir))

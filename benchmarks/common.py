@@ -1,8 +1,11 @@
-"""What several benchmarks share: shapes, drawn sentences, timing in turn."""
+"""What several benchmarks share: shapes, drawn sentences, timing in turn, processes."""
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import random
+import signal
 import socket
 import statistics
 import subprocess
@@ -39,6 +42,7 @@ SHAPES = {
         vocab_size=128256,
         tied=True,
     ),
+    "tiny": LlamaArgs(64, 3, 4, 2, 16, 128, 512, tied=True),
 }
 
 
@@ -82,3 +86,27 @@ def served_demo(model_dir: Path, sae_path: Path) -> Iterator[tuple[str, subproce
             yield f"http://127.0.0.1:{port}", it
         finally:
             it.kill()
+
+
+def in_child(work: Callable[[], object], limit: float | None = None) -> int | None:
+    """Do work in a process forked from this one; return its exit code, None where it was killed.
+
+    It is killed with all that it started after `limit` seconds. This process must neither have
+    used a GPU, which the child could not then, nor computed by several threads, for which the
+    child would wait.
+    """
+
+    def whole() -> None:
+        if limit is not None:
+            os.setsid()  # a group of its own, which its children belong to
+        work()
+
+    child = multiprocessing.get_context("fork").Process(target=whole)
+    child.start()
+    child.join(limit)
+    if child.exitcode is None:
+        assert child.pid is not None
+        os.killpg(child.pid, signal.SIGKILL)
+        child.join()
+        return None
+    return child.exitcode

@@ -81,7 +81,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "same_tokens": ids == before,
             }
         )
-    print(json.dumps({"dtype": str(studio.model.dtype), "results": results}))
+    one, four = (found["pair_tokens_per_s"]["one"] for found in results)
+    rates = {"pair_tokens_per_s_one_prompt": one, "pair_tokens_per_s_four_prompts": four}
+    print(json.dumps({"dtype": str(studio.model.dtype), "results": results} | rates))
 
 
 if __name__ == "__main__":

@@ -19,12 +19,11 @@ import argparse
 import base64
 import itertools
 import json
-import multiprocessing
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,6 +33,7 @@ import torch
 
 import capture_activations
 import llama_3_inference_text_completion as terminal
+from benchmarks.common import SHAPES, draw_sentences, in_child
 from llama_3 import CheckpointError, Llama, LlamaArgs
 from sae import BLOCK_ELEMENTS, SAEConfig, TopKSparseAutoencoder, save_sae, standardise
 from saint.stage.devices import pick_device
@@ -45,12 +45,14 @@ from saint.steering.completions import stream_pairs
 from saint.steering.settings import Limits, Request, Setting
 from saint.steering.studio import load_studio
 from saint.training.moments import Moments
-from saint.training.steps import make_step
+from saint.training.steps import KERNELS, make_step
 
-SHAPE = LlamaArgs(3072, 28, 24, 8, 128, 8192, 128256, tied=True)
+SHAPE = SHAPES["3b"]
 DICTIONARY = SAEConfig(3072, 65536, 64, layer=22)
+TINY = (SHAPES["tiny"], SAEConfig(64, 256, 8, layer=2))
 CUDA_CONTEXT = 500_000_000  # assumed: driver, cuBLAS; outside of torch's count
 _NEW_TOKENS = 4
+_WEIGHTS = "consolidated.00.pth"
 
 
 def weight_bytes(shape: LlamaArgs, dictionary: SAEConfig) -> dict[str, int]:
@@ -99,85 +101,98 @@ def demo_bytes(shape: LlamaArgs, dictionary: SAEConfig, limits: Limits) -> dict[
 # --- the parts, each in a process of its own -----------------------------------------------------
 
 
+def sizes(args: argparse.Namespace) -> tuple[LlamaArgs, SAEConfig]:
+    """Return the shapes at the depth that was asked for; the SAE reads layer 22 or the last."""
+    shape, dictionary = TINY if args.tiny else (SHAPE, DICTIONARY)
+    shape = replace(shape, n_layers=min(args.layers, shape.n_layers))
+    return shape, replace(dictionary, layer=min(dictionary.layer or 0, shape.n_layers - 1))
+
+
 @torch.no_grad()
 def write_files(args: argparse.Namespace) -> dict[str, float]:
-    """Write a random model with Llama 3's number of tokens, an SAE and some sentences."""
-    shape = replace(SHAPE, n_layers=args.layers)
-    model_dir = args.work_dir / "model"
-    model_dir.mkdir()
+    """Write a random model with Llama 3's number of tokens, an SAE and random sentences."""
+    shape, dictionary = sizes(args)
+    device, model_dir = pick_device(args.device), args.files_dir / "model"
+    model_dir.mkdir(parents=True)
     names = {"dim": "dim", "n_layers": "n_layers", "n_heads": "n_heads", "ffn_dim": "ffn_dim"}
     names |= {"n_kv_heads": "n_kv_heads", "vocab_size": "vocab_size", "norm_eps": "norm_eps"}
     params = {name: getattr(shape, field) for name, field in names.items()}
     (model_dir / "params.json").write_text(json.dumps(params | {"max_seq_len": 8192}))
-    n_ranks = shape.vocab_size - 256
     tokens = itertools.chain.from_iterable(
         itertools.product(range(256), repeat=n) for n in (1, 2, 3)
     )
     lines = [
         base64.b64encode(bytes(token)) + b" %d" % rank
-        for rank, token in enumerate(itertools.islice(tokens, n_ranks))
+        for rank, token in enumerate(itertools.islice(tokens, shape.vocab_size - 256))
     ]
     (model_dir / "tokenizer.model").write_bytes(b"\n".join(lines))
-    model = Llama(shape, device=torch.device("cpu"), dtype=torch.bfloat16)
+    model = Llama(shape, device=device, dtype=torch.bfloat16)
     for name, weight in model.named_parameters():
         weight.fill_(1.0) if "norm" in name else weight.normal_(std=0.02)
-    torch.save(model.state_dict(), model_dir / "consolidated.00.pth")
-    del model
-    sae = TopKSparseAutoencoder(replace(DICTIONARY, layer=hooked_layer(args)))
-    sae.initialise(torch.zeros(DICTIONARY.d_model), seed=0)
-    sae.max_activations = torch.ones(DICTIONARY.n_latents)
-    save_sae(args.work_dir / "trained_sae.pt", sae)
-    pq.write_table(pa.table({"text": ["a b c d e f g h " * 4] * 64}), args.work_dir / "s.parquet")
+    state = model.state_dict()
+    del state["output.weight"]  # it is the embedding
+    torch.save({name: weight.cpu() for name, weight in state.items()}, model_dir / _WEIGHTS)
+    sae = TopKSparseAutoencoder(dictionary)
+    sae.initialise(torch.zeros(dictionary.d_model), seed=0)
+    sae.max_activations = torch.ones(dictionary.n_latents)
+    save_sae(args.files_dir / "trained_sae.pt", sae)
+    # Letters and spaces: most tokens are one of them.
+    drawn = draw_sentences(30 * args.num_samples, 27)
+    texts = ["".join(" abcdefghijklmnopqrstuvwxyz"[i] for i in ids) for ids in drawn]
+    pq.write_table(pa.table({"text": texts}), args.files_dir / "s.parquet")
     return {}
 
 
-def hooked_layer(args: argparse.Namespace) -> int:
-    """Layer 22 where the model has so many, else its last."""
-    return min(DICTIONARY.layer or 0, args.layers - 1)
-
-
 def capture(args: argparse.Namespace) -> dict[str, float]:
-    """Capture 64 sentences, as the stage does."""
+    """Capture sentences, as the stage does."""
     flags = {"model_dir": "model", "dataset_dir": "s.parquet", "output_dir": "activations"}
-    argv = [f"--{name}={args.work_dir / path}" for name, path in flags.items()]
-    argv += ["--num_samples=64", f"--layers={hooked_layer(args)}", "--dtype=bfloat16"]
-    capture_activations.main([*argv, f"--device={args.device}"])
+    argv = [f"--{name}={args.files_dir / path}" for name, path in flags.items()]
+    layer = sizes(args)[1].layer
+    argv += [f"--num_samples={args.num_samples}", f"--layers={layer}", "--dtype=bfloat16"]
+    capture_activations.main([*argv, f"--device={args.device}", "--overwrite"])
     return {}
 
 
 def train(args: argparse.Namespace) -> dict[str, float]:
-    """Take one step at full size, with the kernels that training would choose."""
-    device = pick_device(args.device)
-    sae = TopKSparseAutoencoder(DICTIONARY, device=device)
-    sae.initialise(torch.zeros(DICTIONARY.d_model), seed=0)
-    step = make_step("auto", sae, Moments(sae), Workers(0, 1, device))
-    x = standardise(torch.randn(args.batch_size, DICTIONARY.d_model, device=device))[0]
-    losses = step.accumulate(x, DICTIONARY.k, None, 1.0)
+    """Take one step at full size."""
+    device, (shape, dictionary) = pick_device(args.device), sizes(args)
+    sae = TopKSparseAutoencoder(dictionary, device=device)
+    sae.initialise(torch.zeros(dictionary.d_model), seed=0)
+    step = make_step(args.kernels, sae, Moments(sae), Workers(0, 1, device))
+    x = standardise(torch.randn(args.batch_size, dictionary.d_model, device=device))[0]
+    losses = step.accumulate(x, dictionary.k, None, 1.0)
     step.apply(1e-4, 1.0)
-    state = 3 * weight_bytes(SHAPE, DICTIONARY)["SAE (float32)"]
+    state = 3 * weight_bytes(shape, dictionary)["SAE (float32)"]
     return {"loss": float(losses.loss), "weights and moments": state / 1e9}
 
 
 def demo(args: argparse.Namespace) -> dict[str, float]:
     """Load model and SAE from files and write one pair of completions at the limit of tokens."""
-    argv = [f"--llama_model_dir={args.work_dir / 'model'}", f"--device={args.device}"]
-    argv += [f"--sae_model_path={args.work_dir / 'trained_sae.pt'}", "--dtype=bfloat16"]
+    argv = [f"--llama_model_dir={args.files_dir / 'model'}", f"--device={args.device}"]
+    argv += [f"--sae_model_path={args.files_dir / 'trained_sae.pt'}", "--dtype=bfloat16"]
     studio, _ = load_studio(terminal.build_parser().parse_args(argv))
     limits = studio.limits
     words = limits.tokens // limits.prompts - _NEW_TOKENS - 1  # BOS is one of the tokens
-    prompt = " ".join("a" for _ in range(words))
+    prompt = "a" if args.tiny else " ".join("a" for _ in range(words))
     settings = (Setting(0, "scale", 2.0), Setting(1, "add", 1.0))
     request = Request((prompt,) * limits.prompts, settings, max_new_tokens=_NEW_TOKENS)
     n_rows = sum(map(len, studio.encode_prompts(request))) + limits.prompts * _NEW_TOKENS
     *_, last = stream_pairs(studio, request)
-    assert last.pairs is not None and n_rows == limits.tokens
-    computed = demo_bytes(replace(SHAPE, n_layers=args.layers), DICTIONARY, limits)["peak"]
+    assert last.pairs is not None and (args.tiny or n_rows == limits.tokens)
+    computed = demo_bytes(*sizes(args), limits)["peak"]
     return {"tokens": n_rows, "computed at this depth": computed / 1e9}
 
 
-def measured(part: Callable[[argparse.Namespace], dict], args: argparse.Namespace) -> dict:
-    """Run one part in this process; returns its peaks in GB with what it reports itself."""
+PARTS = {part.__name__: part for part in (write_files, capture, train, demo)}
+
+
+def measure(
+    part: Callable[[argparse.Namespace], dict], args: argparse.Namespace, said: Path
+) -> None:
+    """Run one part in this process; leave its peaks in GB with what it reports itself."""
     peak, done, before = 0, threading.Event(), _private_bytes()
+    on_gpu = pick_device(args.device).type == "cuda"
+    args.num_samples = args.num_samples or (4000 if on_gpu else 64)
 
     def watch() -> None:
         nonlocal peak
@@ -193,9 +208,10 @@ def measured(part: Callable[[argparse.Namespace], dict], args: argparse.Namespac
         done.set()
         watcher.join()
     peaks = {"host": peak / 1e9, "host before": before / 1e9}
-    if pick_device(args.device).type == "cuda":
+    if on_gpu:
         peaks["GPU"] = torch.cuda.max_memory_allocated() / 1e9
-    return {name: round(value, 3) for name, value in (peaks | reported).items()}
+    found = {name: round(value, 3) for name, value in (peaks | reported).items()}
+    said.write_text(json.dumps(found))
 
 
 def _private_bytes() -> int:
@@ -209,36 +225,56 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--layers", type=positive_int, default=2, help="of 28 blocks [2]")
     parser.add_argument("--batch_size", type=positive_int, default=256, help="tokens a step [256]")
+    parser.add_argument("--num_samples", type=positive_int, help="sentences [64, on a GPU 4,000]")
+    parser.add_argument("--kernels", choices=KERNELS, default="auto", help="of the step [auto]")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N [auto]")
-    parser.add_argument("--work_dir", type=Path, help="where to put 3 GB [a temporary one]")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="[all]")
+    parser.add_argument("--tiny", action="store_true", help="other widths, that take no time")
+    parser.add_argument(
+        "--files_dir", type=Path, help="where write_files is to leave its 3 to 8 GB [a temporary]"
+    )
     return parser
+
+
+def summary(result: dict[str, dict]) -> dict[str, float]:
+    """Return each part's peak in GB: the GPU's, or where there is none the host's."""
+    return {f"{name}_gb": part.get("GPU", part["host"]) for name, part in result.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     result: dict[str, dict] = {}
-    with tempfile.TemporaryDirectory(prefix="saint_memory_", dir=args.work_dir) as directory:
-        args.work_dir = Path(directory)
-        for part in (write_files, capture, train, demo):
-            spawn = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(1, mp_context=spawn) as pool:
-                result[part.__name__] = pool.submit(measured, part, args).result()
-            log.info("%s, in GB: %s", part.__name__, result[part.__name__])
+    with ExitStack() as stack:
+        if args.files_dir is None:
+            made = tempfile.TemporaryDirectory(prefix="saint_memory_")
+            args.files_dir = Path(stack.enter_context(made))
+        for name in args.parts:
+            said = args.files_dir.parent / f"{args.files_dir.name}.{name}.json"
+            if code := in_child(lambda part=PARTS[name], said=said: measure(part, args, said)):
+                raise SystemExit(code)
+            result[name] = json.loads(said.read_text())
+            said.unlink()
+            log.info("%s, in GB: %s", name, result[name])
+    print(json.dumps(computed(result) | summary(result) | {"layers": args.layers}))
+
+
+def computed(result: dict[str, dict]) -> dict:
+    """Print what the demo needs by its tensors' sizes, and return it beside what was measured."""
     parts = demo_bytes(SHAPE, DICTIONARY, Limits())
     for name, n_bytes in (parts | {"CUDA's context (assumed)": CUDA_CONTEXT}).items():
         print(f"{name:<34}{n_bytes / 1e9:7.2f} GB")
     total = round((parts["peak"] + CUDA_CONTEXT) / 1e9, 2)
     print(f"computed for the demo on a GPU, all 28 layers: {total} GB")
-    summary = {"layers": args.layers, "measured": result, "computed_gpu_gb": total}
-    if "GPU" not in result["demo"]:
+    found = {"measured": result, "computed_gpu_gb": total}
+    if "demo" in result and "GPU" not in result["demo"]:
         beyond = result["demo"]["host"] - result["demo"]["computed at this depth"]
         decoder = 4 * DICTIONARY.n_latents * DICTIONARY.d_model / 1e9
-        host = summary["computed_host_gb"] = round(beyond + decoder, 2)
+        host = found["computed_host_gb"] = round(beyond + decoder, 2)
         print(
             f"computed for its host: {host} GB: {decoder:.2f} for the decoder, transposed while "
             f"loading, and {beyond:.2f} measured here beyond tensors; CUDA's libraries not counted"
         )
-    print(json.dumps(summary))
+    return found
 
 
 if __name__ == "__main__":

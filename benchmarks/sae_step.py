@@ -90,10 +90,8 @@ def dense_step(args: argparse.Namespace, x: Tensor) -> Callable[[], float]:
     return step
 
 
-def saint_step(
-    args: argparse.Namespace, x: Tensor, objective: str
-) -> tuple[str, Callable[[], float]]:
-    """Return the name of the kernels and SAINT's step: all that its trainer does with a batch."""
+def saint_trainer(args: argparse.Namespace, x: Tensor, objective: str) -> Trainer:
+    """Return a trainer with the recipe's defaults; `n_dead` of its latents can be dead."""
     config = SAEConfig(
         args.d_model, args.n_latents, args.k, activation=OBJECTIVES[objective].activation
     )
@@ -112,11 +110,17 @@ def saint_step(
     basis = None
     if recipe.basis == "pca":
         basis = torch.linalg.qr(torch.randn(args.d_model, args.d_model, device=x.device))[0]
-    workers = Workers(0, 1, x.device)
-    trainer = Trainer(sae, recipe, 10**6, workers, args.kernels, basis)
+    return Trainer(sae, recipe, 10**6, Workers(0, 1, x.device), args.kernels, basis)
+
+
+def saint_step(
+    args: argparse.Namespace, x: Tensor, objective: str
+) -> tuple[str, Callable[[], float]]:
+    """Return the name of the kernels and SAINT's step: all that its trainer does with a batch."""
+    trainer = saint_trainer(args, x, objective)
 
     def step() -> float:
-        trainer.tokens_since_fired[: args.n_dead] = recipe.dead_tokens
+        trainer.tokens_since_fired[: args.n_dead] = trainer.recipe.dead_tokens
         return trainer.train_step(x, len(x))[0].loss.item()
 
     return trainer.kernels.name, step

@@ -59,14 +59,19 @@ def available_bytes(device: torch.device) -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
-def peak_memory(device: torch.device) -> str:
-    """Say the most memory that this process has held: the GPU's, or its own on a CPU."""
+def peak_gigabytes(device: torch.device) -> float:
+    """Return the most memory that this process has held: the GPU's, or its own on a CPU."""
     import torch
 
     if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB of GPU memory at most"
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return f"{kilobytes / 1e6:.1f} GB of memory at most"
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+def peak_memory(device: torch.device) -> str:
+    """Say `peak_gigabytes`."""
+    whose = "GPU memory" if device.type == "cuda" else "memory"
+    return f"{peak_gigabytes(device):.1f} GB of {whose} at most"
 
 
 def cpu_multiplies_bf16() -> bool:
