@@ -212,16 +212,21 @@ class TopKSparseAutoencoder(nn.Module):
         self.max_activations: Tensor | None = None
 
     @torch.no_grad()
-    def initialise(self, mean: Tensor, *, seed: int) -> None:
+    def initialise(self, mean: Tensor, *, seed: int, part: tuple[int, int] = (0, 1)) -> None:
         """Draw random unit decoder directions, the encoder as their transpose, b_pre as the mean.
 
-        mean: (d_model,) in the normalised input space. The draw is the same on every device.
+        mean: (d_model,) in the normalised input space. The draw is the same on every device. part:
+        (i, n), this is the i-th of n equal parts of an SAE's latents, and gets that one's rows.
         """
-        generator = torch.Generator().manual_seed(seed)
-        for start in range(0, self.config.n_latents, 4096):
-            rows = self.W_dec[start : start + 4096]
-            draw = torch.randn(rows.shape, generator=generator)
-            rows.copy_(draw / torch.linalg.vector_norm(draw, dim=1, keepdim=True))
+        generator, n_here = torch.Generator().manual_seed(seed), self.config.n_latents
+        first, n_in_all = part[0] * n_here, part[1] * n_here
+        for start in range(0, first + n_here, 4096):
+            n_rows = min(4096, n_in_all - start)
+            draw = torch.randn(n_rows, self.config.d_model, generator=generator)
+            draw /= torch.linalg.vector_norm(draw, dim=1, keepdim=True)
+            own = draw[max(first - start, 0) : first + n_here - start]
+            at = max(start - first, 0)
+            self.W_dec[at : at + len(own)].copy_(own)
         self.W_enc.copy_(self.W_dec)
         self.b_enc.zero_()
         self.b_pre.copy_(mean)
@@ -347,10 +352,20 @@ def save_sae(path: Path, sae: TopKSparseAutoencoder) -> None:
     A path that ends in .safetensors becomes such a file, whose metadata hold the config, with the
     same config beside it as .json for people; any other one is written by `torch.save`.
     """
-    state = {name: tensor.detach().cpu() for name, tensor in _tensors(sae).items()}
+    state = {name: tensor.detach().cpu() for name, tensor in file_tensors(sae).items()}
     state["decoder.weight"] = state["decoder.weight"].contiguous()
-    header = describe(sae.config, state)
-    maximum = None if sae.max_activations is None else sae.max_activations.cpu()
+    write_sae(path, sae.config, state, sae.max_activations)
+
+
+def write_sae(
+    path: Path, config: SAEConfig, state: dict[str, Tensor], maximum: Tensor | None
+) -> None:
+    """Write the file of `save_sae`: state has its contiguous tensors, on the CPU, by their names.
+
+    maximum: max_activations.
+    """
+    header = describe(config, state)
+    maximum = None if maximum is None else maximum.cpu()
     if path.suffix != ".safetensors":
         header["config"]["max_activations"] = maximum
         save_torch(path, header | {"state_dict": state})
@@ -388,7 +403,7 @@ def as_metadata(header: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _tensors(sae: TopKSparseAutoencoder) -> dict[str, Tensor]:
+def file_tensors(sae: TopKSparseAutoencoder) -> dict[str, Tensor]:
     """Return an SAE's parameters by their names in a file, as views."""
     tensors = {
         "encoder.weight": sae.W_enc,
@@ -409,13 +424,15 @@ def load_sae(
     hook_point: str | None = None,
     no_bos: bool = False,
     dtype: torch.dtype = torch.float32,
+    part: tuple[int, int] = (0, 1),
 ) -> TopKSparseAutoencoder:
     """Load a checkpoint written by `save_sae`, or a bare state dict with the same keys.
 
     k, layer, hook_point, no_bos: what a bare state dict (older checkpoints) does not know; for a
-    full checkpoint they must agree with it. dtype: of W_enc and W_dec. Raises UserError when the
-    file is missing, damaged, of an unknown version or another tool's, when a tensor disagrees with
-    the config, or when a flag contradicts it.
+    full checkpoint they must agree with it. dtype: of W_enc and W_dec. part: (i, n), only the i-th
+    of n equal parts of its latents. Raises UserError when the file is missing, damaged, of an
+    unknown version or another tool's, when a tensor disagrees with the config, or when a flag
+    contradicts it.
     """
     path = Path(path)
     config, state = read_sae(path)
@@ -423,6 +440,9 @@ def load_sae(
         config = _bare_config(path, state, k, layer, hook_point, no_bos)
     else:
         _refuse_contradictions(path, config, k=k, layer=layer, hook_point=hook_point, no_bos=no_bos)
+    _refuse_bad_k(path, config)
+    if part[1] > 1:
+        config, state = _only(path, config, state, part)
     maximum, scaled = state.pop("max_activations", None), "magnitude_scale" in state
     sae = TopKSparseAutoencoder(config, device=device, dtype=dtype, scaled=scaled)
     _copy_state(path, sae, state)
@@ -569,12 +589,30 @@ def _bare_config(
     )
 
 
+def _refuse_bad_k(path: Path, config: SAEConfig) -> None:
+    n = config.n_latents
+    if config.activation == "topk" and not 1 <= config.k <= n:
+        raise UserError(f"{path}: k {config.k} is not between 1 and its {n} latents")
+
+
+def _only(
+    path: Path, config: SAEConfig, state: dict[str, Tensor], part: tuple[int, int]
+) -> tuple[SAEConfig, dict[str, Tensor]]:
+    """Return config and tensors, views, of the i-th of n equal parts of the latents."""
+    i, n = part
+    if config.n_latents % n:
+        raise UserError(f"{path} has {config.n_latents} latents, which {n} ranks cannot share")
+    n_here = config.n_latents // n
+    own = slice(i * n_here, (i + 1) * n_here)
+    cut = {name: tensor if name == "b_pre" else tensor[own] for name, tensor in state.items()}
+    if "decoder.weight" in state:
+        cut["decoder.weight"] = state["decoder.weight"][:, own]
+    return replace(config, n_latents=n_here), cut
+
+
 @torch.no_grad()
 def _copy_state(path: Path, sae: TopKSparseAutoencoder, state: dict[str, Tensor]) -> None:
-    n = sae.config.n_latents
-    if sae.config.activation == "topk" and not 1 <= sae.config.k <= n:
-        raise UserError(f"{path}: k {sae.config.k} is not between 1 and its {n} latents")
-    for name, parameter in _tensors(sae).items():
+    for name, parameter in file_tensors(sae).items():
         tensor = state.get(name)
         if tensor is None:
             hint = (

@@ -18,7 +18,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from sae import save_sae
 from saint.stage.devices import peak_memory
 from saint.stage.errors import UserError, log
 from saint.stage.files import naming_full_disk, try_directory
@@ -40,7 +39,7 @@ from saint.training.run import Job, Pass, Plan, Run, Stop
 from saint.training.steps import KERNELS
 from saint.training.sweep_results import compare
 from saint.training.together import Together
-from saint.training.weights import leave_saes
+from saint.training.weights import leave_saes, save_whole
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -91,6 +90,15 @@ def build_parser() -> argparse.ArgumentParser:
         "it yet); dense: plain autograd; same results up to rounding. auto: what a run was begun "
         "with, else cpp on a CPU (without a compiler torch), torch on a GPU [%(default)s]",
     )
+    work.add_argument(
+        "--latent_parallel_size",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="split the latents over N ranks of torchrun, each with its own part of weights and "
+        "moments; N times M ranks share the tokens M-fold besides (not with --kernels dense or "
+        "triton, nor --moments int8) [%(default)s]",
+    )
     add_device_flags(parser)
     add_overwrite_flag(parser)
     return parser
@@ -111,7 +119,7 @@ def train(this: Pass) -> list[Run]:
         batch_size=this.runs[0].job.recipe.batch_size,
         first_batch=first,
         n_batches=last,
-        part=(workers.rank, workers.world_size),
+        part=(workers.data.rank, workers.data.size),
         device=workers.device,
     )
     with progress(last, unit="step", description="train", initial=first) as bar:
@@ -132,9 +140,10 @@ def train(this: Pass) -> list[Run]:
             said = leave_lines(this, {run: seen[run] for run in logging if run not in bad})
             if said:
                 bar.set_postfix_str(min(said)[1])
-            for run in saving if workers.is_main else ():
+            for run in saving if workers.data.rank == 0 else ():
                 if run not in bad:
-                    run.job.files.save(run.trainer.state(), run.trainer.step)
+                    state = run.trainer.state()
+                    run.job.files.save(state, run.trainer.step, workers.latents)
             last_saved = time.monotonic() if saving else last_saved
             for run in runs:
                 run.meter.restart_clock()
@@ -155,11 +164,11 @@ def leave_lines(this: Pass, runs: Mapping[Run, Look]) -> list[tuple[float, str]]
     """
     ended = [run.trainer for run in runs if run.has_ended]
     this.together.each(calibrate, ended, [this.rows] * len(ended))
-    if not this.workers.is_main:
+    if this.workers.data.rank:
         return []
     measured = measure(this, [run for run in runs if run.plan.validates_at(run.trainer.step)])
     said = []
-    for run, seen in runs.items():
+    for run, seen in runs.items() if this.workers.is_main else ():
         fvu, text = run.report.write(run.trainer, run.meter, seen, measured.get(run))
         said.append((fvu, run.job.label + text))
     return said
@@ -175,7 +184,7 @@ def measure(this: Pass, runs: Sequence[Run]) -> dict[Run, Measured]:
     for run, (metrics, _) in zip(runs, found, strict=True):
         if metrics["val/loss"] < run.trainer.best_val_loss:
             run.trainer.best_val_loss = metrics["val/loss"]
-            save_sae(run.job.files.best, run.trainer.plain_sae())
+            save_whole(run.job.files.best, run.trainer)
     measured = dict(zip(runs, found, strict=True))
     ended = [run for run in runs if run.has_ended and n_sample < n_all]
     if ended:
@@ -256,7 +265,7 @@ def make(jobs: Sequence[Job], args: argparse.Namespace, workers: Workers, stop: 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train as the command line says."""
     args = build_parser().parse_args(argv)
-    workers = start_workers(args.device)
+    workers = start_workers(args.device, latent_parallel_size=args.latent_parallel_size)
     log_arguments(args, build_parser())
     jobs = plan_jobs(args, workers)
     stop = Stop()
@@ -277,7 +286,7 @@ def finish(run: Run, args: argparse.Namespace, seconds: float) -> None:
     job, trainer, output = run.job, run.trainer, run.job.output
     last = job.files.read_metrics()[-1]
     counts = {"n_steps": trainer.step, "n_tokens": trainer.step * job.recipe.batch_size}
-    facts = asdict(trainer.sae.config) | {"final": last}
+    facts = asdict(trainer.sae.config) | {"n_latents": job.recipe.n_latents, "final": last}
     output.finish(facts=facts, counts=counts, files=[output.path.name])
     job.files.clear_checkpoints()
     run.report.close()

@@ -69,6 +69,31 @@ class Axis:
         gathered = self.gather(padded)
         return torch.cat([piece[:n] for piece, n in zip(gathered, lengths, strict=True)])
 
+    def broadcast(self, tensor: Tensor) -> None:
+        """Give all of them the first one's contiguous tensor, in place."""
+        if self.size > 1:
+            import torch.distributed as dist
+
+            dist.broadcast(tensor, self._place(0), group=self.group)
+
+    def send_to_first(self, tensor: Tensor) -> None:
+        """Send a contiguous tensor, which the first must `receive`."""
+        import torch.distributed as dist
+
+        dist.send(tensor, self._place(0), group=self.group)
+
+    def receive(self, tensor: Tensor, rank: int) -> Tensor:
+        """Fill a contiguous tensor with the one that a rank of these sends; return it."""
+        import torch.distributed as dist
+
+        dist.recv(tensor, self._place(rank), group=self.group)
+        return tensor
+
+    def _place(self, rank: int) -> int:
+        import torch.distributed as dist
+
+        return rank if self.group is None else dist.get_global_rank(self.group, rank)
+
     def barrier(self) -> None:
         """Wait for all of them."""
         if self.size > 1:

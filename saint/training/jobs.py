@@ -94,6 +94,7 @@ def _output(
         settings={
             "device": str(workers.device),
             "world_size": workers.world_size,
+            "latent_parallel_size": workers.latents.size,
             "kernels": args.kernels,
             "data_dir": str(args.data_dir),
         },

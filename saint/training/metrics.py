@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from sae import TopKSparseAutoencoder
 from saint.kernels.fastest import Encode
+from saint.stage.workers import Axis
 from saint.store.shuffled_rows import BatchedRows, Split
 from saint.training.losses import Losses
 from saint.training.objectives import nth_largest
@@ -41,7 +41,10 @@ def validate(
     """
     for trainer in trainers:
         trainer.settle_threshold()
-    meters = [HeldOutMeter(trainer.sae, trainer.kernels.encode) for trainer in trainers]
+    meters = [
+        HeldOutMeter(trainer.sae, trainer.kernels.encode, trainer.workers.latents)
+        for trainer in trainers
+    ]
     n_rows = n_rows or rows.n_rows("val")
     for start in range(0, n_rows, _BLOCK_ROWS):
         raw = rows.read("val", start, min(start + _BLOCK_ROWS, n_rows))
@@ -52,11 +55,13 @@ def validate(
 class HeldOutMeter:
     """Sums what an SAE makes of normalised rows.
 
-    encode: `sae.encode` or a faster version of it.
+    encode: `sae.encode` or a faster version of it. ranks: who shares the latents, of which `sae`
+    then has a part; each of them measures the same rows.
     """
 
-    def __init__(self, sae: TopKSparseAutoencoder, encode: Encode):
+    def __init__(self, sae: TopKSparseAutoencoder, encode: Encode, ranks: Axis | None = None):
         self._sae, self._encode, self._n_rows = sae, encode, 0
+        self._ranks = ranks or Axis()
         zeros = sae.b_pre.detach().new_zeros
         self._loss, self._error, self._n_active = zeros(3, dtype=torch.float64).unbind()
         self._total, self._squares = zeros(2, sae.config.d_model, dtype=torch.float64).unbind()
@@ -66,7 +71,10 @@ class HeldOutMeter:
     def add(self, x: Tensor) -> None:
         """Count a block of rows (n, d_model) in."""
         self._n_rows, active = self._n_rows + len(x), self._encode(x)
-        error = (self._sae.decode(active) - x).square().sum(dim=1).double()
+        decoded = self._sae.decode(active)
+        if self._ranks.size > 1:
+            decoded = self._ranks.sum(decoded - self._sae.b_pre) + self._sae.b_pre
+        error = (decoded - x).square().sum(dim=1).double()
         self._loss += (error / x.square().sum(dim=1).clamp_min(1e-12)).sum()
         self._error += error.sum()
         self._n_active += (active.values > 0).sum()
@@ -77,7 +85,8 @@ class HeldOutMeter:
 
     def read(self) -> Measured:
         """Return what was measured so far."""
-        n_rows, fired = self._n_rows, self._fired
+        n_rows, fired = self._n_rows, self._ranks.gather(self._fired).flatten()
+        n_active = self._ranks.sum(self._n_active.clone())
         variance = (self._squares - self._total.square() / n_rows).sum().clamp_min(1e-12)
         density = (fired / n_rows).cpu()
         metrics = {
@@ -85,7 +94,7 @@ class HeldOutMeter:
             "val/aux_loss": 0.0,  # AuxK trains dead latents; held-out tokens have none of their own
             "val/total_loss": float(self._loss / n_rows),
             "val/fvu": float(self._error / variance),
-            "val/l0": float(self._n_active / n_rows),
+            "val/l0": float(n_active / n_rows),
             "val/silent_latents_ratio": float((fired == 0).float().mean()),
             **density_quantiles(density),
         }
@@ -108,10 +117,13 @@ def density_quantiles(density: Tensor) -> dict[str, float]:
 def maxima_over_rows(
     trainers: Sequence[Trainer], rows: BatchedRows, together: Together = ALONE
 ) -> list[Tensor]:
-    """Return for each trainer (n_latents,) float32: latents' maxima over every captured token."""
+    """Return for each trainer (n_latents,) float32: latents' maxima over every captured token.
+
+    Of ranks that share the latents, each gets its own ones'.
+    """
     if not trainers:
         return []
-    workers = trainers[0].workers
+    workers, data = trainers[0].workers, trainers[0].workers.data
     maxima = [
         torch.zeros(trainer.sae.config.n_latents, device=workers.device) for trainer in trainers
     ]
@@ -119,13 +131,10 @@ def maxima_over_rows(
     blocks: list[tuple[Split, int]] = [
         (s, i) for s in splits for i in range(0, rows.n_rows(s), _BLOCK_ROWS)
     ]
-    for split, start in blocks[workers.rank :: workers.world_size]:
+    for split, start in blocks[data.rank :: data.size]:
         raw = rows.read(split, start, min(start + _BLOCK_ROWS, rows.n_rows(split)))
         together.each(_raise_maxima, maxima, trainers, prepare_each(trainers, raw))
-    if workers.world_size > 1:
-        for maximum in maxima:
-            dist.all_reduce(maximum, op=dist.ReduceOp.MAX)
-    return maxima
+    return [data.largest(maximum) for maximum in maxima]
 
 
 @torch.no_grad()
@@ -141,11 +150,11 @@ def calibrate(trainer: Trainer, rows: BatchedRows) -> None:
     On average over the first 262,144 training rows, which are a sample. Does nothing where there
     are no thresholds.
     """
-    levels, workers = trainer.levels(), trainer.workers
-    n_rows = min(rows.n_rows("train"), _CALIBRATION_ROWS) // workers.world_size
-    if levels is None or not levels.any() or not n_rows:
+    levels, workers, n_ranks = trainer.levels(), trainer.workers, trainer.workers.data.size
+    n_rows = min(rows.n_rows("train"), _CALIBRATION_ROWS) // n_ranks
+    if levels is None or not workers.latents.largest(levels.amax()) or not n_rows:
         return
-    n_active = trainer.sae.config.k * n_rows * workers.world_size
+    n_active = trainer.sae.config.k * n_rows * n_ranks
     factor, floor = levels.new_zeros(()), 0.8
     while not factor and floor > 1e-3:  # what lies above the floor is enough, nearly always
         ratios = list(_ratios(trainer, rows, n_rows, levels, floor))
@@ -158,7 +167,7 @@ def _ratios(
     trainer: Trainer, rows: BatchedRows, n_rows: int, levels: Tensor, floor: float
 ) -> Iterator[Tensor]:
     """Yield pre-activations over levels (n_latents,), those above a floor, of this rank's rows."""
-    sae, first = trainer.sae, trainer.workers.rank * n_rows
+    sae, first = trainer.sae, trainer.workers.data.rank * n_rows
     for start in range(first, first + n_rows, _BLOCK_ROWS):
         raw = rows.read("train", start, min(start + _BLOCK_ROWS, first + n_rows))
         above = trainer.kernels.above(trainer.prepare(raw) - sae.b_pre, sae.b_enc - floor * levels)

@@ -266,10 +266,15 @@ def resolve_recipe(
         problems.append(
             f"--batch_size {recipe.batch_size} is larger than the {given.n_rows} training rows"
         )
-    if recipe.batch_size % workers.world_size:
+    n_data, n_parts = workers.data.size, workers.latents.size
+    if recipe.batch_size % n_data:
+        problems.append(f"--batch_size {recipe.batch_size} does not divide among {n_data} ranks")
+    if recipe.n_latents % n_parts:
         problems.append(
-            f"--batch_size {recipe.batch_size} does not divide among {workers.world_size} ranks"
+            f"--n_latents {recipe.n_latents} does not divide by --latent_parallel_size {n_parts}"
         )
+    if n_parts > 1 and recipe.moments != "float32":
+        problems.append(f"--moments {recipe.moments} is not for --latent_parallel_size")
     if recipe.k > recipe.n_latents:
         problems.append(f"--k {recipe.k} is larger than --n_latents {recipe.n_latents}")
     if recipe.k_start < recipe.k:

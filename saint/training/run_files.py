@@ -14,7 +14,9 @@ import torch
 
 from saint.stage.errors import UserError, log
 from saint.stage.files import atomic_path, save_torch, write_text
+from saint.stage.workers import Axis
 from saint.training.curves_page import training_page
+from saint.training.shard_files import complete_checkpoints, part_name
 from saint.training.trainer import Trainer
 
 
@@ -55,43 +57,57 @@ class RunFiles:
         """Return the glob pattern of its checkpoints, relative to the SAE's directory."""
         return (f"{self.checkpoint_dir.name}/{glob.escape(self.model.stem)}.step_*.pt",)
 
-    def checkpoints(self) -> list[Path]:
-        """Return the checkpoints, oldest first."""
+    def checkpoints(self) -> list[list[Path]]:
+        """Return the complete checkpoints, oldest first, each as its files."""
+        return complete_checkpoints(self._checkpoint_files())
+
+    def _checkpoint_files(self) -> list[Path]:
         return sorted(self.model.parent.glob(*self.patterns()))
 
+    def _keep(self, n: int) -> None:
+        """Remove all but the n newest checkpoints, whole or in parts."""
+        kept = {path for paths in self.checkpoints()[::-1][:n] for path in paths}
+        for path in self._checkpoint_files():
+            if path not in kept:
+                path.unlink()
+
     def restore_newest(self, trainer: Trainer) -> None:
-        """Continue from the newest checkpoint that can be read, if there are any.
+        """Continue from the newest checkpoint that every rank can read, if there are any.
 
         Raises UserError when none can.
         """
-        problem = None
-        for path in reversed(self.checkpoints()):
+        workers, problem = trainer.workers, None
+        for paths in workers.broadcast(self.checkpoints()[::-1]):
+            state, mine = None, None
             try:
-                trainer.restore(path)
+                state = trainer.read(paths)
             except UserError as error:
-                problem = problem or error
+                mine = str(error)
+            problems = [said for said in workers.gather(mine) if said]
+            if problems:
+                problem = problem or problems[0]
                 continue
+            trainer.restore(state)
             if problem:
-                log.warning("warning: %s: going on from %s", problem, path.name)
+                log.warning("warning: %s: going on from %s", problem, paths[0].name)
             return
         if problem:
             raise UserError(f"{problem}, nor is there an older one: --overwrite starts over")
 
-    def save(self, state: Mapping[str, Any], step: int) -> None:
+    def save(self, state: Mapping[str, Any], step: int, ranks: Axis) -> None:
         """Write a checkpoint, and only then remove the older ones beyond keep_last_n.
 
-        While the run goes on there are two: the one before stands in for one that is damaged.
+        While the run goes on there are two: the one before stands in for one that is damaged. Each
+        of the ranks that share the latents writes its part.
         """
-        path = self.checkpoint_dir / f"{self.model.stem}.step_{step:09d}.pt"
-        save_torch(path, dict(state))
-        for old in self.checkpoints()[: -max(2, self.keep_last_n)]:
-            old.unlink()
+        save_torch(self.checkpoint_dir / part_name(self.model.stem, step, ranks), dict(state))
+        ranks.barrier()
+        if ranks.rank == 0:
+            self._keep(max(2, self.keep_last_n))
 
     def clear_checkpoints(self) -> None:
         """After success: leave the keep_last_n newest; with 0 none, nor the best SAE."""
-        checkpoints = self.checkpoints()
-        for path in checkpoints[: len(checkpoints) - self.keep_last_n]:
-            path.unlink()
+        self._keep(self.keep_last_n)
         if self.keep_last_n == 0:
             self.best.unlink(missing_ok=True)
 

@@ -75,8 +75,10 @@ def make_step(kernels: str, sae: TopKSparseAutoencoder, moments: Moments, worker
 
     "cpp" multiplies rounded numbers where that is faster and scores what could matter exactly,
     "cpp_float32" never does; "torch" does on GPUs that can; "triton" is for GPUs. Raises UserError
-    when these are asked for and cannot be had.
+    when these are asked for and cannot be had: "triton" and "dense" where ranks share the latents.
     """
+    if kernels in ("dense", "triton") and workers.latents.size > 1:
+        raise UserError(f"--kernels {kernels} is not for --latent_parallel_size: leave it out")
     if kernels == "triton":
         try:
             from saint.training.triton_step import (

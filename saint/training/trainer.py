@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from sae import TopKSparseAutoencoder, normalise_decoder
@@ -20,6 +18,7 @@ from saint.training.losses import AuxK, Losses
 from saint.training.moments import Moments
 from saint.training.objectives import Choice, objective_of
 from saint.training.recipe import Recipe
+from saint.training.shard_files import read_part
 from saint.training.steps import make_step
 
 _FOLLOWS = 0.05  # share of a batch's threshold in the running one
@@ -208,14 +207,16 @@ class Trainer:
         }
 
     def take_weights(self, sae: TopKSparseAutoencoder | None) -> None:
-        """Go on with rank 0's other plain SAE everywhere; the optimiser's state stays as it is."""
+        """Go on with the first ranks' other plain SAE everywhere; the optimiser's state stays.
+
+        The first ones are those of rank 0's tokens, with a part of the latents each.
+        """
         if sae is not None:
             self.sae.load_state_dict(sae.state_dict())
             if self.basis is not None:
                 turn(self.sae, self.basis)
-        if self.workers.world_size > 1:
-            for parameter in self.sae.parameters():
-                dist.broadcast(parameter.detach(), src=0)
+        for parameter in self.sae.parameters():
+            self.workers.data.broadcast(parameter.detach())
         # The old one may keep the old weights, rounded.
         self.kernels = make_step(self.kernels.name, self.sae, self.moments, self.workers)
 
@@ -232,27 +233,27 @@ class Trainer:
         except UserError as error:
             log.warning("warning: the run began with %s: going on with %s", error, mine)
 
-    def restore(self, path: Path) -> None:
-        """Continue from a checkpoint file.
+    def read(self, paths: Sequence[Path]) -> Any:
+        """Return what `restore` takes of a checkpoint's files, see `shard_files.read_part`.
 
-        Raises UserError, before anything changes, when it is damaged or of another run.
+        Raises UserError when one is damaged or of another run.
         """
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError):
-            raise UserError(f"{path} is damaged") from None
-        mine = self.state()
+        state, mine = read_part(paths, self.workers.latents), self.state()
         if isinstance(state, dict):
             _complete(state, mine)
         if not _is_alike(mine, state) or not 0 <= state["step"] <= self.n_steps:
-            raise UserError(f"{path} is no checkpoint of this run")
+            raise UserError(f"{paths[0]} is no checkpoint of this run")
+        return state
+
+    def restore(self, state: Any) -> None:
+        """Continue from what `read` returned."""
+        device = self.workers.device
         self._go_on_with(state["kernels"])
         self.sae.load_state_dict(state["sae"])
         self.moments.load_state_dict(state["moments"])
         if self.basis is not None:
-            # Not in place: several trainers may share one.
-            self.basis = state["basis"].to(self.workers.device)
-        self.threshold = state.get("threshold", self.threshold).to(self.workers.device)
+            self.basis = state["basis"].to(device)  # not in place: several trainers may share one
+        self.threshold = state.get("threshold", self.threshold).to(device)
         self.settle_threshold()
         self.tokens_since_fired.copy_(state["tokens_since_fired"])
         self._list_dead(state["dead"].to(self.workers.device))

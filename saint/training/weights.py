@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from saint.training.metrics import calibrate, maxima_over_rows
 from saint.training.objectives import OBJECTIVES
 from saint.training.recipe import Recipe
 from saint.training.run_files import RunFiles
+from saint.training.shard_files import write_whole
 from saint.training.together import Together
 from saint.training.trainer import Trainer
 
@@ -47,16 +49,19 @@ def first_sae(
 ) -> TopKSparseAutoencoder:
     """Return random directions and the mean, or another SAE's weights, for these rows.
 
-    b_pre_path, load_path: the flags --b_pre_path and --model_load_path. Raises UserError.
+    Of ranks that share the latents each gets its part of the same SAE. b_pre_path, load_path: the
+    flags --b_pre_path and --model_load_path. Raises UserError.
     """
-    config = make_config(recipe, rows)
-    sae = TopKSparseAutoencoder(config, device=workers.device)
+    config, ranks = make_config(recipe, rows), workers.latents
+    part = (ranks.rank, ranks.size)
+    here = replace(config, n_latents=recipe.n_latents // ranks.size)
+    sae = TopKSparseAutoencoder(here, device=workers.device)
     mean = read_mean(b_pre_path, config.d_model)
     if recipe.normalisation != "per_token_standardise":  # the file's is of standardised tokens
         mean = sample_moments(rows, config)[0].float()
-    sae.initialise(mean, seed=recipe.seed)
+    sae.initialise(mean, seed=recipe.seed, part=part)
     if load_path:
-        _copy_weights(sae, load_path)
+        _copy_weights(sae, load_path, part)
     return sae
 
 
@@ -124,12 +129,14 @@ def refuse_another_mean(path: Path, rows: BatchedRows) -> None:
 
 
 @torch.no_grad()
-def _copy_weights(sae: TopKSparseAutoencoder, path: Path) -> None:
+def _copy_weights(sae: TopKSparseAutoencoder, path: Path, part: tuple[int, int]) -> None:
     """Start from another SAE's weights, its decoder directions normalised."""
-    other = load_sae(path, device="cpu", k=sae.config.k)
+    other = load_sae(path, device="cpu", k=sae.config.k, part=part)
     for name in ("d_model", "n_latents", "normalisation"):
         mine, theirs = getattr(sae.config, name), getattr(other.config, name)
         if mine != theirs:
+            if name == "n_latents":
+                mine, theirs = mine * part[1], theirs * part[1]
             raise UserError(f"--model_load_path {path} has {name} {theirs}, this run has {mine}")
     state = other.state_dict()
     if sae.threshold is None:
@@ -169,25 +176,35 @@ def leave_saes(
     """
     _set_maxima(trainers, rows, together)
     for trainer, its in zip(trainers, files, strict=True):
-        if trainer.workers.is_main:
-            save_sae(its.model, trainer.plain_sae())
+        save_whole(its.model, trainer)
     others = []
     for trainer, its in zip(trainers, files, strict=True):
         best = _load_best(trainer, its)
         is_last = best is None or _equal(trainer.plain_sae(), best)
-        if not trainer.workers.broadcast(is_last):
+        if not all(trainer.workers.gather(is_last)):
             trainer.take_weights(best)
             calibrate(trainer, rows)
             others.append(trainer)
     _set_maxima(others, rows, together)
     for trainer, its in zip(trainers, files, strict=True):
-        if trainer.workers.is_main and its.keep_last_n and its.best.exists():
-            save_sae(its.best, trainer.plain_sae())
+        if its.keep_last_n and its.best.exists():
+            save_whole(its.best, trainer)
+
+
+def save_whole(path: Path, trainer: Trainer) -> None:
+    """Write the trainer's plain SAE; every rank calls it, or all with rank 0's tokens."""
+    workers = trainer.workers
+    if workers.data.rank == 0 and workers.latents.size == 1:
+        save_sae(path, trainer.plain_sae())
+    elif workers.data.rank == 0:
+        write_whole(path, trainer.plain_sae(), workers.latents)
 
 
 def _load_best(trainer: Trainer, files: RunFiles) -> TopKSparseAutoencoder | None:
-    if trainer.workers.is_main and files.keep_last_n and files.best.exists():
-        return load_sae(files.best, device=trainer.workers.device)
+    """Return the best SAE, or this rank's part of it, where this rank has the first tokens."""
+    workers, ranks = trainer.workers, trainer.workers.latents
+    if workers.data.rank == 0 and files.keep_last_n and files.best.exists():
+        return load_sae(files.best, device=workers.device, part=(ranks.rank, ranks.size))
     return None
 
 

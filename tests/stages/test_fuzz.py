@@ -159,7 +159,7 @@ def kinds(root: Path, tmp_path_factory) -> dict[str, Kind]:
         "SAE's config": Kind(
             here / "sae.json", lambda: load_sae(here / "sae.safetensors", device="cpu")
         ),
-        "step checkpoint": Kind(here / "step.pt", lambda: trainer.restore(here / "step.pt")),
+        "step checkpoint": Kind(here / "step.pt", lambda: trainer.read([here / "step.pt"])),
         "evidence": Kind(here / "evidence.parquet", evidence),
         "labels": Kind(here / "labels.yaml", lambda: load_labels(here / "labels.yaml")),
         "concepts": Kind(

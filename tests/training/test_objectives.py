@@ -313,7 +313,7 @@ def test_a_checkpoint_continues_with_the_same_bits(kernels, name, tmp_path):
     for batch in x[:5]:
         before.train_step(batch, 64)
     torch.save(before.state(), tmp_path / "5.pt")
-    after.restore(tmp_path / "5.pt")
+    after.restore(after.read([tmp_path / "5.pt"]))
     for batch in x[5:]:
         after.train_step(batch, 64)
     for mine, theirs in zip(after.sae.parameters(), whole.sae.parameters(), strict=True):
