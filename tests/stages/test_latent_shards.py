@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from sae import SAEConfig, TopKSparseAutoencoder, load_sae
+from saint.training.run_files import RunFiles
 from tests.support.pipeline import train_args
 from tests.support.program import Finished, call, call_ranks
 
@@ -69,7 +70,7 @@ def test_a_checkpoint_of_four_goes_on_with_two_and_with_one(
     save = tmp_path / "sae.pt"
     train(root, save, 4, 4, die_at={3: 40})
     assert not save.exists() and "3-of-4" in " ".join(parts(save))
-    newest = max(save.parent.glob("*/*.2-of-4.pt"))
+    newest = RunFiles(save).checkpoints()[-1][2]
     newest.write_bytes(newest.read_bytes()[:-100] + bytes(100))
     ranks = train(root, save, 2, 2, die_at={0: 40})
     assert "damaged" in ranks[0].stderr and "going on from" in ranks[0].stderr
