@@ -130,9 +130,8 @@ def launch(
     from saint.page.latents import routes, with_pages
     from saint.page.layout import build_page, css, theme
 
-    if latent_pages:
-        guides = with_pages(guides, latent_pages)
-    handlers = PageHandlers(studio, guides, finder, shown_concepts)
+    known = with_pages(guides, latent_pages)
+    handlers = PageHandlers(studio, known, finder, shown_concepts)
     page = build_page(handlers)
     with redirect_stdout(io.StringIO()):  # what Gradio says there, we say in our own words
         page.launch(

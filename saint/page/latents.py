@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 
 from starlette.requests import Request
@@ -36,7 +37,7 @@ def with_pages(guides: Sequence[Guide], pages: Sequence[Path | None]) -> list[Gu
     """Let guides say where their latents' pages are, relative to the demo's."""
     return [
         replace(guide, page="" if page is None else f"latents-{sae}?demo=here")
-        for sae, (guide, page) in enumerate(zip(guides, pages, strict=True))
+        for sae, (guide, page) in enumerate(zip_longest(guides, pages))
     ]
 
 

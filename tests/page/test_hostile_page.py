@@ -40,7 +40,12 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 def test_nothing_that_was_written_runs(site: Site) -> None:
     with running_browser() as browser, open_tab(site, browser) as tab:
         dialogs: list[str] = []
-        tab.on("dialog", lambda dialog: (dialogs.append(dialog.message), dialog.dismiss()))
+
+        def dismiss(dialog: sync_api.Dialog) -> None:
+            dialogs.append(dialog.message)
+            dialog.dismiss()
+
+        tab.on("dialog", dismiss)
         field(tab, "prompts").fill(HOSTILE)
         field(tab, "wish").fill(HOSTILE)
         field(tab, "wish").press("Enter")
