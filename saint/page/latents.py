@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
-from itertools import zip_longest
 from pathlib import Path
 
 from starlette.requests import Request
@@ -35,10 +34,11 @@ def _head(path: Path) -> bytes:
 
 def with_pages(guides: Sequence[Guide], pages: Sequence[Path | None]) -> list[Guide]:
     """Let guides say where their latents' pages are, relative to the demo's."""
-    return [
-        replace(guide, page="" if page is None else f"latents-{sae}?demo=here")
-        for sae, (guide, page) in enumerate(zip_longest(guides, pages))
-    ]
+    found = list(guides)
+    for sae, page in enumerate(pages):
+        if page is not None:
+            found[sae] = replace(found[sae], page=f"latents-{sae}?demo=here")
+    return found
 
 
 def routes(pages: Sequence[Path | None]) -> list[Route]:
