@@ -252,7 +252,7 @@ def compare(
     args: argparse.Namespace, task: Task, held_out: HeldOut, root: Path
 ) -> dict[str, dict[str, Any]]:
     """Return the row of SAINT's default, and of each contender at its best setting."""
-    best = search(args, task, held_out, root)
+    best = search(args, task, held_out, root) if args.n_settings else {}
     cache = Cache(root, task)
     plan: list[tuple[str, str, Setting | None]] = [
         (name, name if name != "saint" else "saint_tuned", best[name]) for name in best
@@ -284,7 +284,9 @@ def summary(rows: dict[str, dict[str, Any]], args: argparse.Namespace) -> dict[s
         found |= {"best_peer": best["fvu_at_k"], "best_peer_name": name}
     if "saint" in rows:
         own = rows["saint"]
-        found |= {"saint": own["fvu_at_k"], "saint_tuned": rows["saint_tuned"]["fvu_at_k"]}
+        found |= {"saint": own["fvu_at_k"]}
+        if "saint_tuned" in rows:
+            found |= {"saint_tuned": rows["saint_tuned"]["fvu_at_k"]}
         found |= {"dead": own["dead"], "l0": own["l0"]}
     found["spread"] = max(row["spread"] for row in rows.values())
     return found
@@ -299,7 +301,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch_size", type=int, default=1024)
     parser.add_argument("--n_steps", type=int, default=557)
     parser.add_argument("--dead_tokens", type=int, default=190_000, help="the same for all")
-    parser.add_argument("--n_settings", type=int, default=len(SETTINGS), help="of 16, for each")
+    parser.add_argument(
+        "--n_settings",
+        type=int,
+        default=len(SETTINGS),
+        help="of 16, for each; 0: SAINT's default alone",
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="first: searched")
     parser.add_argument(
         "--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), metavar="NAME"
