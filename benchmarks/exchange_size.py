@@ -2,8 +2,8 @@
 
     python benchmarks/exchange_size.py --work_dir runs/exchange_size
 
-Makes a JumpReLU SAE of SAELens's layout (random, decoder norms other than one, so that all is
-folded), imports it, and exports the result to each format that carries it. The last line is one
+Makes a JumpReLU and a TopK SAE of SAELens's layout (random, decoder norms other than one, so that
+all is folded), imports them, and exports each to the formats that carry it. The last line is one
 JSON object: seconds, peak resident memory, and that memory in sizes of the SAE's file.
 """
 
@@ -24,19 +24,23 @@ sys.path.insert(0, str(REPO))
 
 from saint.exchange.foreign import LazyTensor, write_tensors  # noqa: E402
 
+FORMATS = {"jumprelu": ("saelens", "dictionary_learning"), "topk": ("sparsify",)}
 
-def make(directory: Path, n: int, d: int) -> Path:
+
+def make(directory: Path, rule: str, n: int, d: int) -> Path:
     """Write SAELens's two files; returns the weights'."""
 
     def draw(rows: int, columns: int, scale: float) -> LazyTensor:
         block = scale * torch.randn(64, columns)  # rows repeat: only their number matters
         return LazyTensor((rows, columns), lambda a, b: block[torch.arange(a, b) % 64])
 
-    small = {"b_enc": torch.randn(n), "threshold": torch.rand(n), "b_dec": torch.randn(d)}
+    small = {"b_enc": torch.randn(n), "b_dec": torch.randn(d)}
+    small |= {"threshold": torch.rand(n)} if rule == "jumprelu" else {}
     tensors = {"W_enc": draw(d, n, d**-0.5), "W_dec": draw(n, d, 1.5 * d**-0.5)}
     path = directory / "sae_weights.safetensors"
     write_tensors(path, tensors | {name: LazyTensor.of(t) for name, t in small.items()}, {})
-    config = {"architecture": "jumprelu", "d_in": d, "d_sae": n, "apply_b_dec_to_input": False}
+    config = {"architecture": rule, "d_in": d, "d_sae": n, "apply_b_dec_to_input": False}
+    config |= {"k": 64, "rescale_acts_by_decoder_norm": True} if rule == "topk" else {}
     hook = {"metadata": {"hook_name": "blocks.21.hook_resid_post"}}
     (directory / "cfg.json").write_text(json.dumps(config | hook))
     return path
@@ -63,14 +67,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--n_latents", type=int, default=65536, help="latents [%(default)s]")
     parser.add_argument("--d_model", type=int, default=3072, help="width [%(default)s]")
     args = parser.parse_args(argv)
-    theirs = args.work_dir / "saelens"
-    theirs.mkdir(parents=True, exist_ok=True)
-    size = make(theirs, args.n_latents, args.d_model).stat().st_size
-    ours = args.work_dir / "sae.safetensors"
-    found = {"import": run("import", theirs, "--output_path", ours)}
-    for name in ("saelens", "dictionary_learning"):
-        out = args.work_dir / f"out_{name}"
-        found[f"export {name}"] = run("export", ours, "--format", name, "--output_dir", out)
+    found, size = {}, 1
+    for rule, formats in FORMATS.items():
+        theirs = args.work_dir / f"saelens_{rule}"
+        theirs.mkdir(parents=True, exist_ok=True)
+        size = make(theirs, rule, args.n_latents, args.d_model).stat().st_size
+        ours = args.work_dir / f"{rule}.safetensors"
+        found[f"import {rule}"] = run("import", theirs, "--output_path", ours)
+        for name in formats:
+            out = args.work_dir / f"out_{name}"
+            found[f"export {name}"] = run("export", ours, "--format", name, "--output_dir", out)
     for name, row in found.items():
         row["sizes"] = round(row["bytes"] / size, 2)
         print(f"{name}: {row['seconds']:.1f} s, {row['bytes'] / 1e9:.2f} GB, {row['sizes']} files")
