@@ -167,7 +167,8 @@ def largest(pieces: Pieces, a: Tensor, w_enc: Tensor, b_enc: Tensor, k: int) -> 
     values, indices = pieces.encode(a, w_enc, b_enc, min(k, len(w_enc)))
     if pieces.ranks.size == 1:
         return ActiveLatents.of_matrices(values, indices)
-    return torch_ops.keep(values, indices, among_largest(values, k, pieces.ranks) & (values > 0))
+    kept = among_largest(values, k, pieces.ranks) & (values > 0)
+    return torch_ops.keep(values, indices, kept, int(kept.sum()))
 
 
 def among_largest(values: Tensor, k: int, ranks: Axis) -> Tensor:

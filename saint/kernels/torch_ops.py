@@ -34,10 +34,18 @@ def decode(active: ActiveLatents, w_dec: Tensor) -> Tensor:
     )
 
 
-def keep(values: Tensor, indices: Tensor, kept: Tensor) -> ActiveLatents:
-    """Return the entries of (n_tokens, m) matrices that a bool mask keeps."""
-    offsets = F.pad(kept.sum(dim=1).cumsum(0), (1, 0))
-    return ActiveLatents(values[kept], indices[kept], offsets)
+def places_of(mask: Tensor, n: int) -> Tensor:
+    """Return where a mask (m,) is true, (n,) int64; n: how often, which the host must know."""
+    # Each one's place is written at its number; all others' at n, which is left out.
+    numbers = torch.where(mask, mask.cumsum(0) - 1, n)
+    places = torch.arange(len(mask), device=mask.device)
+    return places.new_empty(n + 1).scatter_(0, numbers, places)[:n]
+
+
+def keep(values: Tensor, indices: Tensor, kept: Tensor, n: int) -> ActiveLatents:
+    """Return the n entries of (n_tokens, m) matrices that a bool mask keeps."""
+    places, offsets = places_of(kept.flatten(), n), F.pad(kept.sum(dim=1).cumsum(0), (1, 0))
+    return ActiveLatents(values.flatten()[places], indices.flatten()[places], offsets)
 
 
 def concatenate(parts: Sequence[ActiveLatents]) -> ActiveLatents:
@@ -64,12 +72,15 @@ def complete(
     kept = (values >= cut) & (values > 0)
     k = values.shape[1]
     full = kept.all(dim=1) if k < n_latents else kept.new_zeros(len(kept))
-    rest = torch.nonzero(full).squeeze(1)
-    if not len(rest):
-        return keep(values, indices, kept)
-    kept[rest] = False
+    kept &= ~full.unsqueeze(1)
+    n_full, n_kept = torch.stack([full.sum(), kept.sum()]).tolist()
+    if not n_full:
+        return keep(values, indices, kept, n_kept)
+    rest = places_of(full, n_full)
     wider = top(a[rest], min(4 * k, n_latents))
-    return fill(keep(values, indices, kept), rest, complete(top, a[rest], cut, wider, n_latents))
+    return fill(
+        keep(values, indices, kept, n_kept), rest, complete(top, a[rest], cut, wider, n_latents)
+    )
 
 
 def fill(active: ActiveLatents, rest: Tensor, theirs: ActiveLatents) -> ActiveLatents:

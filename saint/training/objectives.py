@@ -14,11 +14,13 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from sae import ActiveLatents, TopKSparseAutoencoder
-from saint.kernels.torch_ops import TopK, complete
+from saint.kernels.torch_ops import TopK, complete, places_of
 from saint.stage.workers import Workers
 from saint.training.losses import Jump
+from saint.training.moments import Moments
 
 _MATRYOSHKA_SHARES = (16, 8, 4, 2, 1)  # prefixes are n_latents divided by these
 _ROUNDING = 1e-5  # what a product of other rows at once may change of an activation, and more
@@ -28,6 +30,7 @@ class Finder(Protocol):
     """What an objective may ask of a training step; `steps.Step` is one."""
 
     sae: TopKSparseAutoencoder
+    moments: Moments
 
     def top(self, a: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """As `kernels.torch_ops.TopK`, of the encoder's inputs x − b_pre; this rank's latents."""
@@ -141,7 +144,7 @@ class JumpReLU:
         """See `Objective`."""
         threshold, n_latents = step.sae.threshold, step.sae.config.n_latents
         assert threshold is not None
-        if not workers.latents.largest(threshold.amax()):
+        if not step.moments.n_steps and not workers.latents.largest(threshold.amax()):
             threshold.fill_(largest_of_batch(step.top, inputs, k, n_latents, workers)[1])
         half = self.bandwidth / 2
         bias, active = step.sae.b_enc - threshold + half, []
@@ -190,13 +193,15 @@ def largest_of_batch(
         complete(top, a, floor, pair, n_latents) for a, pair in zip(inputs, found, strict=True)
     ]
     cut = nth_largest([part.values for part in parts], n_active, workers)
-    return [_at_least(part, cut) for part in parts], cut
+    counts = torch.stack([(part.values >= cut).sum() for part in parts]).tolist()
+    return [_at_least(part, cut, n) for part, n in zip(parts, counts, strict=True)], cut
 
 
-def _at_least(active: ActiveLatents, cut: Tensor) -> ActiveLatents:
+def _at_least(active: ActiveLatents, cut: Tensor, n: int) -> ActiveLatents:
+    """Return the n entries that are at least a cut ()."""
     kept = active.values >= cut
-    ends = torch.cat([kept.new_zeros(1, dtype=torch.int64), kept.cumsum(0)])
-    return ActiveLatents(active.values[kept], active.indices[kept], ends[active.offsets])
+    places, ends = places_of(kept, n), F.pad(kept.cumsum(0), (1, 0))
+    return ActiveLatents(active.values[places], active.indices[places], ends[active.offsets])
 
 
 def nth_largest(parts: Sequence[Tensor], n: int, workers: Workers) -> Tensor:

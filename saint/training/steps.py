@@ -28,6 +28,7 @@ class Step(Protocol):
     """What the training loop needs of a step."""
 
     sae: TopKSparseAutoencoder
+    moments: Moments
 
     @property
     def name(self) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _ALWAYS = {
@@ -43,8 +44,23 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class _Reads(TorchFunctionMode):
+    """Counts what a CPU's tensor gives without any operation."""
+
+    def __init__(self, counts: Counter[str]) -> None:
+        super().__init__()
+        self.counts = counts
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        if func in (Tensor.tolist, Tensor.numpy):
+            self.counts[func.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
 def waits_of(work: Callable[[], Any]) -> Counter[str]:
     """Return what a piece of work would wait for."""
-    with Waits() as waits:
+    with Waits() as waits, _Reads(waits.counts):
         work()
     return waits.counts

@@ -76,3 +76,13 @@ def test_a_step_of_topk_waits_for_nothing(lazy, moments):
     trainer.step_on([x])
     assert len(trainer.dead) == 9
     assert not waits_of(lambda: trainer.step_on([x[:32], x[32:]]))
+
+
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "topk"])
+def test_a_number_of_latents_that_varies_is_all_that_is_waited_for(name):
+    """For the number above the cut and, where thresholds are the rule, for unsure tokens."""
+    trainer, x = trainer_of(objective=name, dead_tokens=64 * 10_000), batches(1)[0]
+    trainer.step_on([x])
+    waits = waits_of(lambda: trainer.step_on([x]))
+    # Once more for tokens that have more than twice as many as the mean, which these have.
+    assert waits == ({"nonzero": 1, "tolist": 1} if name == "jumprelu" else {"tolist": 3})
