@@ -352,8 +352,8 @@ def save_sae(path: Path, sae: TopKSparseAutoencoder) -> None:
     A path that ends in .safetensors becomes such a file, whose metadata hold the config, with the
     same config beside it as .json for people; any other one is written by `torch.save`.
     """
-    state = {name: tensor.detach().cpu() for name, tensor in file_tensors(sae).items()}
-    state["decoder.weight"] = state["decoder.weight"].contiguous()
+    # The decoder is transposed where it lies: a GPU does that in no time.
+    state = {name: tensor.detach().contiguous().cpu() for name, tensor in file_tensors(sae).items()}
     write_sae(path, sae.config, state, sae.max_activations)
 
 

@@ -39,7 +39,7 @@ from saint.training.run import Job, Pass, Plan, Run, Stop
 from saint.training.steps import KERNELS
 from saint.training.sweep_results import compare
 from saint.training.together import Together
-from saint.training.weights import leave_saes, save_whole
+from saint.training.weights import leave_saes, save_best
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -142,6 +142,7 @@ def train(this: Pass) -> list[Run]:
                 bar.set_postfix_str(min(said)[1])
             for run in saving if workers.data.rank == 0 else ():
                 if run not in bad:
+                    save_best(run.job.files.best, run.trainer)  # which a checkpoint counts on
                     state = run.trainer.state()
                     run.job.files.save(state, run.trainer.step, workers.latents)
             last_saved = time.monotonic() if saving else last_saved
@@ -184,7 +185,7 @@ def measure(this: Pass, runs: Sequence[Run]) -> dict[Run, Measured]:
     for run, (metrics, _) in zip(runs, found, strict=True):
         if metrics["val/loss"] < run.trainer.best_val_loss:
             run.trainer.best_val_loss = metrics["val/loss"]
-            save_whole(run.job.files.best, run.trainer)
+            run.trainer.keep_as_best()
     measured = dict(zip(runs, found, strict=True))
     ended = [run for run in runs if run.has_ended and n_sample < n_all]
     if ended:
@@ -223,6 +224,7 @@ def step_over(this: Pass, run: Run) -> None:
             raise UserError(run.failure)
         log.warning("warning: %s%s; the others go on", label, run.failure)
         return
+    del run.trainer, run.meter  # the next trainer needs the memory
     this.start(run)
     run.trainer.skipped_steps.add(bad_step)
     log.warning(

@@ -70,6 +70,7 @@ class Trainer:
         self.step = 0
         self.skipped_steps: set[int] = set()
         self.best_val_loss = math.inf
+        self.best: TopKSparseAutoencoder | None = None  # where no file has it yet
         # Sums of five figures and the steps since the last line of the log, see `LossMeter`.
         self.since_logged = torch.zeros(6, dtype=torch.float64, device=workers.device)
 
@@ -88,15 +89,31 @@ class Trainer:
         x = self.sae.normalise(rows.to(self.workers.device))[0]
         return x if self.basis is None else x @ self.basis
 
-    def plain_sae(self) -> TopKSparseAutoencoder:
-        """Return `sae`, or where there is a basis a copy in the activations' own coordinates."""
-        if self.basis is None:
+    def plain_sae(self, of: TopKSparseAutoencoder | None = None) -> TopKSparseAutoencoder:
+        """Return `sae`, or where there is a basis a copy in the activations' own coordinates.
+
+        of: another one like it, such as `best`, of which a copy is made.
+        """
+        if self.basis is None and of is None:
             return self.sae
-        plain = TopKSparseAutoencoder(self.sae.config, device=self.workers.device)
-        plain.load_state_dict(self.sae.state_dict())
-        plain.max_activations = self.sae.max_activations
-        turn(plain, self.basis.T)
+        whole = of or self.sae
+        plain = TopKSparseAutoencoder(whole.config, device=self.workers.device)
+        plain.load_state_dict(whole.state_dict())
+        plain.max_activations = whole.max_activations
+        if self.basis is not None:
+            turn(plain, self.basis.T)
         return plain.requires_grad_(False)
+
+    @torch.no_grad()
+    def keep_as_best(self) -> None:
+        """Copy `sae` to the host, where it waits to be written with the next checkpoint."""
+        if self.best is None:
+            self.best = TopKSparseAutoencoder(self.sae.config)
+            for kept in self.best.parameters() if self.workers.device.type == "cuda" else ():
+                kept.data = kept.data.pin_memory()  # else each copy waits for the device
+        self.best.config = self.sae.config
+        for kept, parameter in zip(self.best.parameters(), self.sae.parameters(), strict=True):
+            kept.copy_(parameter, non_blocking=True)
 
     def train_step(self, rows: Tensor, micro_batch_size: int) -> tuple[Losses, Tensor]:
         """Take one optimiser step on this rank's share of the batch: raw rows (n, d_model).
@@ -231,7 +248,7 @@ class Trainer:
         try:
             self.kernels = make_step(kernels, self.sae, self.moments, self.workers)
         except UserError as error:
-            log.warning("warning: the run began with %s: going on with %s", error, mine)
+            log.warning("warning: the run began with kernels %s: %s: now %s", kernels, error, mine)
 
     def read(self, paths: Sequence[Path]) -> Any:
         """Return what `restore` takes of a checkpoint's files, see `shard_files.read_part`.

@@ -176,7 +176,7 @@ def leave_saes(
     """
     _set_maxima(trainers, rows, together)
     for trainer, its in zip(trainers, files, strict=True):
-        save_whole(its.model, trainer)
+        save_whole(its.model, trainer, trainer.plain_sae())
     others = []
     for trainer, its in zip(trainers, files, strict=True):
         best = _load_best(trainer, its)
@@ -188,16 +188,23 @@ def leave_saes(
     _set_maxima(others, rows, together)
     for trainer, its in zip(trainers, files, strict=True):
         if its.keep_last_n and its.best.exists():
-            save_whole(its.best, trainer)
+            save_whole(its.best, trainer, trainer.plain_sae())
 
 
-def save_whole(path: Path, trainer: Trainer) -> None:
-    """Write the trainer's plain SAE; every rank calls it, or all with rank 0's tokens."""
+def save_best(path: Path, trainer: Trainer) -> None:
+    """Write the best SAE where no file has it yet, as `save_whole` does."""
+    if trainer.best is not None:
+        save_whole(path, trainer, trainer.plain_sae(trainer.best))
+        trainer.best = None
+
+
+def save_whole(path: Path, trainer: Trainer, sae: TopKSparseAutoencoder) -> None:
+    """Write a plain SAE of the trainer; every rank calls it, or all with rank 0's tokens."""
     workers = trainer.workers
     if workers.data.rank == 0 and workers.latents.size == 1:
-        save_sae(path, trainer.plain_sae())
+        save_sae(path, sae)
     elif workers.data.rank == 0:
-        write_whole(path, trainer.plain_sae(), workers.latents)
+        write_whole(path, sae, workers.latents)
 
 
 def _load_best(trainer: Trainer, files: RunFiles) -> TopKSparseAutoencoder | None:

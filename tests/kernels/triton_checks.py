@@ -132,7 +132,7 @@ def test_reconstruction_is_torchs_even_of_inactive_latents():
     regular = ActiveLatents.of_matrices(values, indices.int())
     kept = torch.rand(4, K, generator=torch.Generator().manual_seed(3)).to(DEVICE) < 0.6
     kept[2] = False
-    for active in (regular, torch_ops.keep(values, indices.int(), kept)):
+    for active in (regular, torch_ops.keep(values, indices.int(), kept, int(kept.sum()))):
         mine = triton_ops.reconstruct(x, active, *weights)
         for ours, torchs in zip(mine, torch_ops.reconstruct(x, active, *weights), strict=True):
             torch.testing.assert_close(ours, torchs, rtol=1e-5, atol=1e-7)

@@ -19,13 +19,13 @@ from sae import TopKSparseAutoencoder, load_sae, standardise
 from saint.kernels import fastest
 from saint.stage.errors import UserError
 from saint.store.shuffled_rows import open_batched_rows
-from saint.training import run
+from saint.training import run, steps, weights
 from saint.training.curves_page import PANELS, curves, training_page
 from saint.training.metrics import density_quantiles
 from saint.training.recipe import Recipe, recipe_table
 from saint.training.trainer import Trainer
 from tests.support.program import call
-from tests.support.training_checks import ALONE, make_sae
+from tests.support.training_checks import ALONE, make_sae, needs_cpp
 from tests.support.training_ranks import RECIPE
 from tests.support.training_rows import metrics_of, on_step, without_times, write_rows
 
@@ -127,8 +127,8 @@ def test_a_signal_checkpoints_and_the_same_command_ends_with_the_same_bits(
     assert newest_checkpoint(save)["step"] == 9 and not save.exists()
     train(data, save, "--k_anneal_steps", 10)
     mine, theirs = (load_sae(p, device="cpu") for p in (save, tmp_path / "whole.pt"))
-    for name, weights in theirs.state_dict().items():
-        assert torch.equal(mine.state_dict()[name], weights), name
+    for name, wanted in theirs.state_dict().items():
+        assert torch.equal(mine.state_dict()[name], wanted), name
     best = load_sae(tmp_path / "sae_checkpoints" / "sae.best.pt", device="cpu")
     assert best.config == replace(mine.config, threshold=best.config.threshold)
 
@@ -155,6 +155,43 @@ def test_one_long_epoch_shows_fvu_and_a_best_sae_before_its_end(data, tmp_path, 
         mine, theirs = ((tmp_path / name.format(n)).read_bytes() for n in ("sae", "whole"))
         assert mine == theirs
     assert [without_times(e) for e in metrics_of(save)] == [without_times(e) for e in entries]
+
+
+@needs_cpp
+def test_a_run_keeps_the_kernels_that_it_began_with_unless_others_are_asked_for(
+    data, tmp_path, monkeypatch, caplog
+):
+    caplog.set_level("INFO", logger="saint")
+    save, flags = tmp_path / "sae.pt", (("--kernels", "torch"), (), ("--kernels", "cpp_float32"))
+    for step, (how, kernels) in enumerate(
+        zip(flags, ("torch", "torch", "cpp_float32"), strict=True)
+    ):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            on_step(patch, {4 * step + 3}, lambda rows: os.kill(os.getpid(), 15) or rows)
+            train(data, save, *how)
+        assert newest_checkpoint(save)["kernels"] == kernels
+    assert "kernels: cpp_float32, as asked; the run began with torch" in caplog.text
+    monkeypatch.setattr(steps, "CppStep", _cannot)
+    train(data, save)
+    assert "the run began with kernels cpp_float32: none here: now torch" in caplog.text
+
+
+def _cannot(*args) -> None:
+    raise UserError("none here")
+
+
+def test_the_best_sae_is_written_with_checkpoints_alone(data, tmp_path, monkeypatch):
+    written, plain = [], weights.save_sae
+
+    def save_sae(path, sae) -> None:
+        written.append(path.name)
+        plain(path, sae)
+
+    monkeypatch.setattr(weights, "save_sae", save_sae)
+    train(data, tmp_path / "sae.pt", "--validations_per_epoch", 4)
+    assert sum("val/fvu" in entry for entry in metrics_of(tmp_path / "sae.pt")) > 4
+    # With the last checkpoint, then the SAE, and the best again with its latents' maxima.
+    assert written == ["sae.best.pt", "sae.pt", "sae.best.pt"]
 
 
 def test_density_quantiles_are_those_of_the_activations(data, tmp_path):
