@@ -124,7 +124,7 @@ def make_inputs(directory: Path, args: argparse.Namespace) -> None:
     }
     text = yaml.dump(labels, Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper))
     torch.manual_seed(0)
-    sae = TopKSparseAutoencoder(SAEConfig(d_model=64, n_latents=args.n_latents, k=8))
+    sae = TopKSparseAutoencoder(SAEConfig(d_model=64, n_latents=args.n_latents, k=8, layer=22))
     save_sae(directory / "sae.pt", sae)
     (directory / "labels.yaml").write_text(text)
 

@@ -16,7 +16,7 @@ from typing import Any
 from saint.evidence.file import Evidence
 from saint.evidence.labels import Label
 from saint.stage.errors import UserError, log
-from saint.stage.files import write_json
+from saint.stage.files import write_json, write_text
 
 MAX_FEATURES, MAX_LOGITS, MAX_EXPLANATION, MAX_TOKENS = 128, 20, 512, 1024
 _METHOD = "saint"
@@ -32,6 +32,7 @@ def source_id(layer: int, source_set: str) -> str:
 def feature(row: Mapping[str, Any], label: Label | None, explainer: str) -> dict[str, Any]:
     """Return one latent as `upload_batch` sends it. row: of the evidence file."""
     windows = [e for e in row["examples"] if e["kind"] in ("top", "quantile")]
+    bounds = _bounds(windows)
     explanations = []
     if label is not None and label.text:
         said = {"text": label.text[:MAX_EXPLANATION], "methodName": _METHOD, "modelName": explainer}
@@ -39,7 +40,7 @@ def feature(row: Mapping[str, Any], label: Label | None, explainer: str) -> dict
     return {
         "index": row["latent"],
         "density": row["density"],
-        "activations": [_activation(window, _bounds(windows)) for window in windows],
+        "activations": [_activation(window, bounds) for window in windows],
         "explanations": explanations,
         "topLogits": _logits(row["promoted"]),
         "bottomLogits": _logits(row["suppressed"]),
@@ -103,7 +104,9 @@ def write_batches(directory: Path, payloads: Iterator[dict[str, Any]], dead: lis
     """Write `batch_00000.json`, … and `left_out.json`; returns how many batches there are."""
     n = 0
     for n, payload in enumerate(payloads, start=1):
-        write_json(directory / f"batch_{n - 1:05d}.json", payload)
+        # Not indented: that is ten times slower, and a machine reads it.
+        text = json.dumps(payload, ensure_ascii=False)
+        write_text(directory / f"batch_{n - 1:05d}.json", text)
     write_json(directory / "left_out.json", {"dead_latents": dead})
     return n
 
