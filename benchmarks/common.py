@@ -10,6 +10,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -110,3 +111,30 @@ def in_child(work: Callable[[], object], limit: float | None = None) -> int | No
         child.join()
         return None
     return child.exitcode
+
+
+class PrivatePeak:
+    """The most memory of its own (RssAnon) that this process holds inside `with`, in bytes.
+
+    Looked at every 5 ms. before: at the beginning. Mapped files do not count.
+    """
+
+    def __enter__(self) -> PrivatePeak:
+        self.before = self.highest = _private_bytes()
+        self._done = threading.Event()
+        self._watcher = threading.Thread(target=self._watch)
+        self._watcher.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._watcher.join()
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.005):
+            self.highest = max(self.highest, _private_bytes())
+
+
+def _private_bytes() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))

@@ -20,8 +20,6 @@ import base64
 import itertools
 import json
 import tempfile
-import threading
-import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -33,7 +31,7 @@ import torch
 
 import capture_activations
 import llama_3_inference_text_completion as terminal
-from benchmarks.common import SHAPES, draw_sentences, in_child
+from benchmarks.common import SHAPES, PrivatePeak, draw_sentences, in_child
 from llama_3 import CheckpointError, Llama, LlamaArgs
 from sae import BLOCK_ELEMENTS, SAEConfig, TopKSparseAutoencoder, save_sae, standardise
 from saint.stage.devices import pick_device
@@ -190,33 +188,15 @@ def measure(
     part: Callable[[argparse.Namespace], dict], args: argparse.Namespace, said: Path
 ) -> None:
     """Run one part in this process; leave its peaks in GB with what it reports itself."""
-    peak, done, before = 0, threading.Event(), _private_bytes()
     on_gpu = pick_device(args.device).type == "cuda"
     args.num_samples = args.num_samples or (4000 if on_gpu else 64)
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.is_set():
-            peak = max(peak, _private_bytes())
-            time.sleep(0.005)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
+    with PrivatePeak() as peak:
         reported = part(args)
-    finally:
-        done.set()
-        watcher.join()
-    peaks = {"host": peak / 1e9, "host before": before / 1e9}
+    peaks = {"host": peak.highest / 1e9, "host before": peak.before / 1e9}
     if on_gpu:
         peaks["GPU"] = torch.cuda.max_memory_allocated() / 1e9
     found = {name: round(value, 3) for name, value in (peaks | reported).items()}
     said.write_text(json.dumps(found))
-
-
-def _private_bytes() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -20,7 +20,7 @@ from sae import ActiveLatents, encode
 from saint.kernels.rounding import error_bound, fourth_norms, product
 from saint.kernels.torch_ops import gather_dot
 
-_BLOCK_ELEMENTS = 1 << 28  # pre-activations of one block: 512 MB in bfloat16
+BLOCK_ELEMENTS = 1 << 28  # pre-activations of one block: 512 MB in bfloat16
 _GROUP = 32  # latents whose maximum is taken first
 _NEVER = -1e30  # the bias of latents that only fill up the last group
 _LEAST_AGAIN = 16
@@ -157,7 +157,7 @@ class Encoder:
         weights = self._rounded(w_enc)
         a, w_enc, b_enc = a.contiguous(), w_enc.detach(), b_enc.detach()
         _set_bias(weights, b_enc, a.shape[1])
-        n_rows = max(1, _BLOCK_ELEMENTS // len(w_enc))
+        n_rows = max(1, BLOCK_ELEMENTS // len(w_enc))
         parts = [self._of_block(block, w_enc, b_enc, weights, k) for block in a.split(n_rows)]
         self._n_tokens += len(a)
         values, indices, unsure = map(torch.cat, zip(*parts, strict=True))

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.shards import table as shards_table
 from saint.training.recipe import recipe_table
 from tests.support.source import MAY_IMPORT
 
@@ -162,3 +163,8 @@ def test_the_rooms_are_those_that_the_imports_are_held_to():
 def test_the_recipes_table_is_the_one_that_its_fields_make():
     text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
     assert recipe_table() in text, f"docs/training.md should hold:\n{recipe_table()}"
+
+
+def test_the_table_of_split_latents_is_the_one_that_is_counted():
+    text = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    assert shards_table() in text, f"docs/scaling.md should hold:\n{shards_table()}"
