@@ -310,4 +310,4 @@ def finish(run: Run, args: argparse.Namespace, seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    run_stage(main, when_full="--moments int8, or with --kernels dense --micro_batch_size 1024")

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llama_3 import HookPoint, Llama
+from llama_3.model import to_device
 from llama_3.tokenizer import Tokenizer
 from sae import SAEConfig, TopKSparseAutoencoder, denormalise
 from saint.capture.packing import Pack, batches_by_length, pack
@@ -107,7 +108,7 @@ def capture_to_hook(subject: Subject, packs: Sequence[Pack]) -> Captured:
             tokens = packed.tokens.to(model.device)
             found = model.capture(tokens, {below, hook}, seq_lens=packed.seq_lens)
             residuals.append(found[below].cpu())
-            raw = found[hook][packed.own]
+            raw = found[hook][_rows(packed.own, model.device)]
             x, mean, scale = sae.normalise(raw)
             active = sae.encode(x)
             fires, decoded = active.values > 0, sae.decode(active)
@@ -220,6 +221,11 @@ def predicting(packed: Pack) -> Tensor:
     return packed.own & ~last
 
 
+def _rows(mask: Tensor, device: torch.device) -> Tensor:
+    """Return on a device where a mask on the CPU is true: indexing by it does not wait."""
+    return to_device(mask.nonzero().squeeze(1), device)
+
+
 LOSSES = ("clean", "sae", "mean_ablated", "zero_ablated")
 _BLOCK_LOGITS = 1 << 25  # of float32: 128 MB
 
@@ -246,7 +252,7 @@ def next_token_losses(
     with progress(count_tokens(packs), unit="tok", description="language model") as bar:
         for packed, residual in zip(packs, captured.residuals, strict=True):
             own, wanted = packed.own, predicting(packed)
-            rows = wanted.to(model.device)
+            rows = _rows(wanted, model.device)
             finals = [_final(subject, packed, residual, edit)[rows] for edit in edits]
             targets = packed.tokens.roll(-1)[wanted].to(model.device)
             losses = torch.full((len(LOSSES) + 1, len(own)), math.nan)
