@@ -56,9 +56,6 @@ def load_llama(
             f"{model_dir}: the tokenizer has {tokenizer.n_vocab} tokens, the model "
             f"{args.vocab_size}: one of the files is another model's, or cut short"
         )
-    if device.type == "cuda":
-        # cuDNN's attention builds a plan for every new shape, which packs and growing caches are.
-        torch.backends.cuda.enable_cudnn_sdp(False)
     model = Llama(args, device=device, dtype=dtype, n_layers=n_layers, n_shards=model_parallel_size)
     whole = Llama(args, device=torch.device("meta"), dtype=dtype)
     words, weights = {} if is_meta else _TO_HF, dict(whole.named_parameters())

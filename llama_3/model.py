@@ -1,5 +1,6 @@
 """The Llama 3 forward pass, with hook points to read and edit."""
 
+import inspect
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -33,19 +34,30 @@ Make = Callable[..., Any]
 _FEW_ROWS = 8
 
 
+@dataclass(frozen=True)
+class Segments:
+    """Packed sequences for torch's own attention over them.
+
+    starts: (n_sequences + 1,) int32, where each begins, and the end. longest: tokens.
+    """
+
+    starts: Tensor
+    longest: int
+
+
 @dataclass
 class Layout:
     """What every attention layer of one pass shares.
 
     positions: (batch, seq), -1 for padding. rotation: complex64 (batch or 1, seq, 1, head_dim/2).
-    packing: for packed input, see `_rectangles`. For generation: cache, keys and values of all
-    positions to attend to, (2, n_layers, batch, n_positions, kv_heads, head_dim); mask, where some
-    rows have fewer, (batch, 1, 1, n_positions).
+    packing: for packed input, `Segments`, or see `_rectangles`. For generation: cache, keys and
+    values of all positions to attend to, (2, n_layers, batch, n_positions, kv_heads, head_dim);
+    mask, where some rows have fewer, (batch, 1, 1, n_positions).
     """
 
     positions: Tensor
     rotation: Tensor
-    packing: list[Tensor] | None = None
+    packing: list[Tensor] | Segments | None = None
     cache: Tensor | None = None
     mask: Tensor | None = None
 
@@ -143,6 +155,10 @@ class Llama(nn.Module):
             if args.tied:
                 self.output.weight = self.tok_embeddings.weight
         self.requires_grad_(False)
+        self.takes_segments = _takes_segments(device, dtype, args.head_dim)
+        if device.type == "cuda":
+            # cuDNN's attention builds a plan for every new shape, as packs and growing caches are.
+            torch.backends.cuda.enable_cudnn_sdp(False)
         self.frequencies = rope_frequencies(args).to(device)
 
     @property
@@ -217,8 +233,12 @@ class Llama(nn.Module):
             if not seq_lens or sum(seq_lens) != len(tokens) or min(seq_lens) < 1:
                 raise ValueError("packed tokens need seq_lens, positive, adding up to their number")
             positions = torch.cat([torch.arange(n) for n in seq_lens])[None]
-            positions, packing = to_device(positions, self.device), _rectangles(seq_lens)
-            packing = [to_device(rows, self.device) for rows in packing]
+            positions = to_device(positions, self.device)
+            if self.takes_segments and not torch.is_grad_enabled():
+                starts = torch.tensor([0, *seq_lens]).cumsum(0, dtype=torch.int32)
+                packing = Segments(to_device(starts, self.device), max(seq_lens))
+            else:
+                packing = [to_device(rows, self.device) for rows in _rectangles(seq_lens)]
             return Layout(positions, self.rotation(positions), packing)
         row = torch.arange(tokens.shape[1], device=self.device)[None]
         lengths = torch.tensor(seq_lens or [len(row[0])] * len(tokens), device=self.device)
@@ -293,8 +313,31 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> T
     return F.scaled_dot_product_attention(q, k, v, mask, **modes).transpose(1, 2)
 
 
-def _packed_attention(q: Tensor, k: Tensor, v: Tensor, packing: list[Tensor]) -> Tensor:
+def _takes_segments(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether torch has FlashAttention over packed sequences with grouped queries, as of 2.13."""
+    halves = (torch.bfloat16, torch.float16)
+    if device.type != "cuda" or dtype not in halves or head_dim % 8 or head_dim > 256:
+        return False
+    if torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return False
+    return {"window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys()
+
+
+def _packed_attention(q: Tensor, k: Tensor, v: Tensor, packing: list[Tensor] | Segments) -> Tensor:
     """Causal attention within each packed sequence; tensors are (1, n_tokens, heads, head_dim)."""
+    if isinstance(packing, Segments):
+        from torch.nn.attention import varlen
+
+        bounds = (packing.starts, packing.starts, packing.longest, packing.longest)
+        how = {
+            "window_size": (-1, 0),
+            "enable_gqa": q.shape[2] != k.shape[2],
+        }  # all before, none after
+        return cast(Tensor, varlen.varlen_attn(q[0], k[0], v[0], *bounds, **how))[None]
     parts, (*rectangles, inverse) = [], packing
     for rows in rectangles:
         boxed = (x[0].index_select(0, rows.flatten()).unflatten(0, rows.shape) for x in (q, k, v))

@@ -18,6 +18,7 @@ from llama_3.model import to_device
 from llama_3.tokenizer import Tokenizer
 from sae import SAEConfig, TopKSparseAutoencoder, denormalise
 from saint.capture.packing import Pack, batches_by_length, pack
+from saint.kernels.fastest import Encode, fastest_encode
 from saint.stage.errors import UserError
 from saint.stage.program import progress
 from saint.store.dataset import Sampler, SentenceDataset, is_held_out
@@ -101,7 +102,7 @@ def capture_to_hook(subject: Subject, packs: Sequence[Pack]) -> Captured:
     density = torch.zeros(sae.config.n_latents, dtype=torch.int64, device=model.device)
     raw_sum = torch.zeros(sae.config.d_model, dtype=torch.float64, device=model.device)
     sums = Sums(sae.config.d_model, model.device)
-    residuals, columns = [], []
+    residuals, columns, encode = [], [], fastest_encode(sae)
     n = count_tokens(packs)
     with progress(n, unit="tok", description="reconstruct") as bar:
         for packed in packs:
@@ -110,7 +111,7 @@ def capture_to_hook(subject: Subject, packs: Sequence[Pack]) -> Captured:
             residuals.append(found[below].cpu())
             raw = found[hook][_rows(packed.own, model.device)]
             x, mean, scale = sae.normalise(raw)
-            active = sae.encode(x)
+            active = encode(x)
             fires, decoded = active.values > 0, sae.decode(active)
             sums.add(x, decoded, raw.float(), denormalise(decoded, mean, scale))
             raw_sum += raw.double().sum(0)
@@ -129,6 +130,13 @@ def capture_to_hook(subject: Subject, packs: Sequence[Pack]) -> Captured:
     }
     table |= positions(packs)
     return Captured(residuals, table, (density / n).cpu(), (raw_sum / n).float(), metrics)
+
+
+def reconstruct(sae: TopKSparseAutoencoder, encode: Encode, x: Tensor) -> Tensor:
+    """As `TopKSparseAutoencoder.reconstruct`, by another encoder; x: (..., d_model)."""
+    z, mean, scale = sae.normalise(x)
+    decoded = sae.decode(encode(z.reshape(-1, z.shape[-1])))
+    return denormalise(decoded.reshape(z.shape), mean, scale).to(x.dtype)
 
 
 def relative_error(x: Tensor, decoded: Tensor) -> Tensor:
@@ -244,7 +252,7 @@ def next_token_losses(
     model, mean = subject.model, captured.mean.to(subject.model.device)
     edits: tuple[Callable[[Tensor], Tensor] | None, ...] = (
         None,
-        subject.sae.reconstruct,
+        partial(reconstruct, subject.sae, fastest_encode(subject.sae)),
         lambda x: mean.to(x.dtype).expand_as(x),
         torch.zeros_like,
     )

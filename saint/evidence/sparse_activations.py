@@ -13,6 +13,7 @@ import torch
 from safetensors.numpy import load_file as load_arrays
 from torch import Tensor
 
+from llama_3.model import to_device
 from sae import TopKSparseAutoencoder
 from saint.evidence.rankings import (
     Chunk,
@@ -203,7 +204,7 @@ def encode_shard(
     means = torch.zeros(len(shard.sentence_ids), sae.config.d_model, dtype=torch.float16)
     for first, end in batches_of_sentences(shard.offsets.numpy(), batch_tokens):
         rows = slice(int(shard.offsets[first]), int(shard.offsets[end]))
-        x = shard.read(rows).to(sae.W_enc.device)
+        x = to_device(shard.read(rows), sae.W_enc.device)
         z = sae.normalise(x)[0]
         active = encode(z)
         values.add(active.values.cpu())

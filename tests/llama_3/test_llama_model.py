@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama_3 import HOOK_NAMES, HookPoint, load_llama
+from llama_3 import HOOK_NAMES, HookPoint, Llama, LlamaArgs, load_llama
 from tests.support.llama_reference import (
     N_VOCAB,
     VARIANTS,
@@ -259,3 +259,37 @@ def test_a_pass_that_starts_at_a_layer_goes_on_as_the_whole_one(model):
         assert all(torch.equal(found[hook], whole[hook]) for hook in above)
     with pytest.raises(ValueError, match="lies below"):
         model.capture(tokens, [hooks[0]], seq_lens=seq_lens, start=(1, whole[hooks[5]]))
+
+
+def test_packed_sequences_by_torch_s_own_attention_are_as_by_rectangles(monkeypatch):
+    """What a GPU does, with a stand-in for the kernel that says what it is to compute."""
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+    calls = []
+
+    def stand_in(q, k, v, starts, also, longest, also_longest, *, window_size, enable_gqa):
+        assert torch.equal(starts, also) and starts.dtype == torch.int32
+        assert (window_size, enable_gqa) == ((-1, 0), True) and longest == also_longest == 7
+        calls.append(starts.tolist())
+        parts = []
+        for first, end in zip(starts, starts[1:], strict=False):
+            rows = (x[first:end].transpose(0, 1) for x in (q, k, v))
+            how = {"is_causal": True, "enable_gqa": enable_gqa}
+            parts.append(torch.nn.functional.scaled_dot_product_attention(*rows, **how))
+        return torch.cat([part.transpose(0, 1) for part in parts])
+
+    monkeypatch.setattr(varlen, "varlen_attn", stand_in)
+    args = LlamaArgs(32, 2, 4, 2, 8, 48, 50)
+    model = Llama(args, device=CPU, dtype=torch.float32)
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    tokens, lengths = torch.arange(15), [5, 7, 3]
+    hook = HookPoint(1, "resid_post")
+    assert not model.takes_segments
+    with torch.no_grad():
+        plain = model.capture(tokens, [hook], seq_lens=lengths)[hook]
+        model.takes_segments = True
+        segments = model.capture(tokens, [hook], seq_lens=lengths)[hook]
+    torch.testing.assert_close(segments, plain, rtol=1e-5, atol=1e-5)
+    assert calls == [[0, 5, 12, 15]] * 2
+    model.capture(tokens, [hook], seq_lens=lengths)  # gradients: by rectangles
+    assert len(calls) == 2
