@@ -219,7 +219,7 @@ _STUBS: dict[str, Any] = {
     "torch.cuda.get_device_capability": lambda device=None: (8, 9),
 }
 if _TRITON:
-    for name in ("triton_ops", "triton_encoder"):
+    for name in ("triton_ops", "triton_encoder", "triton_gradient", "triton_update"):
         _STUBS[f"saint.kernels.{name}.launch"] = lambda *arguments, **options: None
 
 

@@ -33,9 +33,10 @@ class SparseGradient:
     """A batch's gradient before any sum over tokens: what the weights' gradients are made of.
 
     active: the activations, in n_parts rows a token, see `torch_ops.nest`. g_values: (n_active,)
-    ∂loss/∂activation. a: (n_tokens, d_model), the encoder's input x − b_pre. g: (n_tokens ·
-    n_parts, d_model) ∂loss/∂x̂ as the row's decoder directions see it. g_b_pre: (d_model,) what
-    reaches b_pre through x̂. threshold: (n_latents,) thresholds' gradient, where they are learned.
+    ∂loss/∂activation; Triton's pass over latents makes its own. a: (n_tokens, d_model), the
+    encoder's input x − b_pre. g: (n_tokens · n_parts, d_model) ∂loss/∂x̂ as the row's decoder
+    directions see it. g_b_pre: (d_model,) what reaches b_pre through x̂. threshold: (n_latents,)
+    thresholds' gradient, where they are learned.
     """
 
     active: ActiveLatents

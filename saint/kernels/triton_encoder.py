@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sae import encode
 from saint.kernels.rounding import FACTOR, U, product
-from saint.kernels.triton_ops import launch, load_rows, round_row, row_shape
+from saint.kernels.triton_ops import launch, load_tile, round_row, row_shape, tile_shape
 
 _BLOCK_ELEMENTS = 1 << 28  # pre-activations of one block: 512 MB in bfloat16
 _GROUP = 64  # latents whose maximum is taken first, at most
@@ -30,7 +30,7 @@ _PRODUCT = tl.constexpr(U)
 
 
 @triton.jit
-def _round_rows(rows, rounded, norms, d_model, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+def _round_rows(rows, rounded, norms, d_model, BLOCK_D: tl.constexpr):
     number = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK_D)
     row = tl.load(rows + number * d_model + at, at < d_model, other=0.0)
@@ -168,20 +168,21 @@ def _score(
     k,
     capacity,
     ROWS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """Score candidates in float32; a token is sure when all k or more lie within their bounds."""
     token = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, BLOCK_D)
-    row = tl.load(a + token * d_model + at, at < d_model, other=0.0)
     token_norm, count = tl.load(token_norms + token), tl.load(counts + token)
     n_near = tl.zeros([ROWS], tl.int32)
     for start in range(0, tl.minimum(count, capacity), ROWS):
         number = start + tl.arange(0, ROWS)
         there = (number < count) & (number < capacity)
         latent = tl.load(candidates + token * capacity + number, there, other=0)
-        rows = load_rows(w_enc, latent, there, d_model, BLOCK_D)
-        exact = tl.sum(rows * row[None, :], axis=1)
+        exact = tl.zeros([ROWS], tl.float32)
+        for column in range(0, d_model, TILE):
+            at = column + tl.arange(0, TILE)
+            row = tl.load(a + token * d_model + at, at < d_model, other=0.0)
+            exact += tl.sum(load_tile(w_enc, latent, there, at, d_model) * row[None, :], axis=1)
         product = tl.load(pre + token * n_latents + latent, there, other=0.0).to(tl.float32)
         error = _error(product, token_norm, tl.load(latent_norms + latent, there, other=0.0))
         n_near += (there & (tl.abs(exact - product) <= error)).to(tl.int32)
@@ -336,7 +337,7 @@ class Encoder:
             *(_score, (n_tokens,)),
             *(a, w_enc, b_enc, pre, rounded.norms, weights.norms, candidates, counts),
             *(scores, unsure, n_latents, d_model, k, capacity),
-            **row_shape(d_model),
+            **tile_shape(a)[1],
         )
         found = (scores, candidates, counts)
         launch(_keep_largest, (n_tokens,), *found, values, indices, k, capacity, MANY=_MANY)

@@ -1,4 +1,4 @@
-"""Steps that never store a gradient: the optimiser's pass makes each latent's from its tokens."""
+"""Steps that take their gradient from the tokens' activations and errors, which ranks exchange."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from saint.training.moments import EPS, Moments
 
 
 class FusedStep:
-    """No gradient is ever stored: the optimiser's pass makes each latent's from its tokens.
+    """Each latent's gradient is made of its tokens, when the weights are moved.
 
     Ranks exchange their tokens' activations and errors rather than gradients, so each does what
     one rank does with the whole batch. Subclasses have `apply`, the pass itself.
@@ -116,7 +116,7 @@ class FusedStep:
 
 
 class CppStep(FusedStep):
-    """The fused step in C++, on a CPU."""
+    """The fused step in C++, on a CPU: no gradient is ever stored."""
 
     def __init__(
         self, sae: TopKSparseAutoencoder, moments: Moments, workers: Workers, pieces: CpuKernels

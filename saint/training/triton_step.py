@@ -10,6 +10,8 @@ from saint.kernels import torch_ops, triton_ops
 from saint.kernels.pieces import LOOKED_AT
 from saint.kernels.rounding import LEAST_CAPABILITY
 from saint.kernels.triton_encoder import Encoder
+from saint.kernels.triton_gradient import gradient_by_latent
+from saint.kernels.triton_update import AdamStep, update
 from saint.stage.errors import UserError
 from saint.stage.workers import Axis, Workers
 from saint.training.fused_step import FusedStep
@@ -50,22 +52,21 @@ class TritonStep(FusedStep):
     def apply(self, learning_rate: float, grad_clip: float) -> Tensor:
         """See `Step`."""
         sae, whole = self.sae, self._sum_of_parts()
-        gradient = triton_ops.group_by_latent(sae.config.n_latents, whole, self._dead)
-        grad_b, squares = triton_ops.gradient_squares(gradient, sae.W_dec.detach())
+        gradient = gradient_by_latent(whole, sae.W_dec.detach(), self._dead)
         # b_pre also enters every pre-activation, through W_enc · (x − b_pre).
-        grad_b_pre = whole.g_b_pre - sae.W_enc.T @ grad_b
-        norm = squares.double().sum() + grad_b_pre.double().square().sum()
+        grad_b_pre = whole.g_b_pre - sae.W_enc.T @ gradient.b
+        norm = gradient.squared_norm + grad_b_pre.double().square().sum()
         if whole.threshold is not None:
             norm += whole.threshold.double().square().sum()
         norm = norm.sqrt()
         scale = (grad_clip / (norm + 1e-6)).clamp(max=1.0).float()
         betas, lazy = self.moments.betas, self.moments.lazy
         constants = self.moments.advance(learning_rate)
-        step = triton_ops.AdamStep(*betas, EPS, *constants, lazy)
+        step = AdamStep(*betas, EPS, *constants, lazy)
         weights = self.pieces.encode.rounded_weights(sae.W_enc)
         parameters = [self._weight_and_moments(name) for name in ("W_enc", "b_enc", "W_dec")]
         rounded = (weights.rows, weights.norms)
-        triton_ops.update(gradient, parameters, rounded, grad_b, scale, step)
+        update(gradient, parameters, rounded, scale, step)
         step.move(*self._weight_and_moments("b_pre"), scale * grad_b_pre)
         self._move_thresholds(whole.threshold, scale, constants)
         return norm.float()

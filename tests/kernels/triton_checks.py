@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sae import ActiveLatents, TopKSparseAutoencoder, standardise
-from saint.kernels import torch_ops, triton_encoder, triton_ops
+from saint.kernels import torch_ops, triton_encoder, triton_gradient, triton_ops
 from saint.kernels.triton_encoder import Encoder, round_rows
 from saint.stage.workers import Workers
 from saint.training.losses import AuxK, sparse_gradient
@@ -31,9 +31,11 @@ N, D, L, K = 12, 20, 43, 5
 
 
 @pytest.fixture(autouse=True)
-def fewer_tokens_at_once_in_the_interpreter(monkeypatch):
+def several_tiles_and_parts_of_small_shapes(monkeypatch):
+    monkeypatch.setattr(triton_gradient, "_SPLIT", 8)
     if DEVICE.type == "cpu":
-        monkeypatch.setattr(triton_encoder, "_TOKENS", 4)
+        monkeypatch.setattr(triton_encoder, "_TOKENS", 4)  # fewer at once in the interpreter
+        monkeypatch.setattr(triton_ops, "_DEFAULT", triton_ops.Tiles(16, 4, 1))
 
 
 def sae_here(d: int = D, n_latents: int = L, k: int = K) -> TopKSparseAutoencoder:
@@ -132,10 +134,15 @@ def test_reconstruction_is_torchs_even_of_inactive_latents():
     regular = ActiveLatents.of_matrices(values, indices.int())
     kept = torch.rand(4, K, generator=torch.Generator().manual_seed(3)).to(DEVICE) < 0.6
     kept[2] = False
-    for active in (regular, torch_ops.keep(values, indices.int(), kept, int(kept.sum()))):
-        mine = triton_ops.reconstruct(x, active, *weights)
-        for ours, torchs in zip(mine, torch_ops.reconstruct(x, active, *weights), strict=True):
-            torch.testing.assert_close(ours, torchs, rtol=1e-5, atol=1e-7)
+    ragged = torch_ops.keep(values, indices.int(), kept, int(kept.sum()))
+    nested = torch_ops.nest(ragged, (6, 11, L))
+    for active, parts, at_rest in ((regular, 1, True), (ragged, 1, False), (nested, 3, False)):
+        how = {"parts": parts, "at_rest": at_rest}
+        mine = triton_ops.reconstruct(x, active, *weights, **how)
+        torchs = torch_ops.reconstruct(x, active, *weights, **how)
+        for i, (ours, theirs) in enumerate(zip(mine, torchs, strict=True)):
+            theirs = theirs[:0] if i == 1 and not at_rest else theirs  # by latent, later
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
     values[1, 0] = torch.nan
     regular = ActiveLatents.of_matrices(values, indices.int())
     squared = triton_ops.reconstruct(x, regular, *weights)[2]

@@ -2,8 +2,9 @@
 
     python tests/kernels/triton_compile.py    (without TRITON_INTERPRET)
 
-The step runs on CPU tensors, its launches only compile what they would have run. Prints a line for
-each kernel.
+The step runs on CPU tensors, its launches only compile what they would have run there, for what a
+launch specialises: a card's tiles, addresses and numbers that 16 divides, numbers that are 1.
+Prints a line for each kernel.
 """
 
 from __future__ import annotations
@@ -19,16 +20,18 @@ from triton.compiler import ASTSource
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from sae import SAEConfig, TopKSparseAutoencoder  # noqa: E402
-from saint.kernels import (
-    triton_encoder,  # noqa: E402
-    triton_ops,  # noqa: E402
+from saint.kernels import (  # noqa: E402
+    triton_encoder,
+    triton_gradient,
+    triton_ops,
+    triton_update,
 )
 from saint.stage.workers import Workers  # noqa: E402
 from saint.training.losses import AuxK  # noqa: E402
 from saint.training.moments import Moments  # noqa: E402
 from saint.training.triton_step import TritonStep  # noqa: E402
 
-TARGETS = [GPUTarget("cuda", capability, 32) for capability in (80, 90)]
+CAPABILITIES = ((8, 0), (8, 9), (9, 0))
 POINTERS = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
@@ -44,29 +47,54 @@ def type_of(argument: object) -> str:
     return "fp32" if isinstance(argument, float) else "i32"
 
 
-def compile_only(kernel, grid, *arguments, num_warps: int = 4, **constants) -> None:
+def divides(argument: object) -> bool:
+    value = argument.data_ptr() if isinstance(argument, torch.Tensor) else argument
+    return isinstance(value, int) and value % 16 == 0
+
+
+def compile_only(kernel, target: GPUTarget, arguments, num_warps: int = 4, **constants) -> None:
     """Stand in for `launch`; indices that the kernel would have written are zeros."""
     names = kernel.arg_names
-    signature = dict(zip(names, map(type_of, arguments), strict=False))
+    given = dict(zip(names, arguments, strict=False))
+    constants |= {name: 1 for name, value in given.items() if type(value) is int and value == 1}
+    signature = {name: type_of(value) for name, value in given.items()}
     signature |= dict.fromkeys(constants, "constexpr")
     assert set(signature) == set(names), (kernel, signature)
-    source = ASTSource(kernel, signature, {(names.index(n),): v for n, v in constants.items()})
-    for target in TARGETS:
-        compiled = triton.compile(source, target=target, options={"num_warps": num_warps})
-        assert compiled.asm["cubin"]
-    print(kernel.fn.__name__)
+    attributes = {
+        (names.index(name),): [["tt.divisibility", 16]]
+        for name, value in given.items()
+        if divides(value)
+    }
+    values = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel, signature, values, attributes)
+    options = {"num_warps": num_warps, "enable_fp_fusion": True}
+    assert triton.compile(source, target=target, options=options).asm["cubin"]
+    print(kernel.fn.__name__, flush=True)
     for argument in arguments:
-        if isinstance(argument, torch.Tensor) and not argument.is_floating_point():
+        if isinstance(argument, torch.Tensor) and argument.dtype is torch.int32:
             argument.zero_()
 
 
-def main() -> None:
-    triton_ops.launch = triton_encoder.launch = compile_only
-    triton_ops.interpreted = lambda: True  # these tensors are not on a GPU
+def compile_for(capability: tuple[int, int]) -> None:
+    """Take one step for a card of a compute capability."""
+    target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
+
+    def launch(kernel, grid, *arguments, **options) -> None:
+        compile_only(kernel, target, arguments, **options)
+
+    for module in (triton_encoder, triton_gradient, triton_ops, triton_update):
+        module.launch = launch  # pyright: ignore
+    triton_ops.tiles_on = lambda device: triton_ops.tiles_of(capability)
     sae = TopKSparseAutoencoder(SAEConfig(3072, 2048, 64))
     step = TritonStep(sae, Moments(sae), Workers(0, 1, torch.device("cpu")))
     step.accumulate(torch.randn(3, 3072), 64, AuxK(torch.arange(3), 2, 1 / 32), 1.0)
     step.apply(1e-3, 1.0)
+
+
+def main() -> None:
+    triton_ops.interpreted = lambda: True  # these tensors are not on a GPU
+    for capability in CAPABILITIES:
+        compile_for(capability)
 
 
 if __name__ == "__main__":
