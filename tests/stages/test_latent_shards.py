@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from sae import SAEConfig, TopKSparseAutoencoder, load_sae
+from saint.stage.workers import Axis
 from saint.training.run_files import RunFiles
+from saint.training.shard_files import read_part
 from tests.support.pipeline import train_args
 from tests.support.program import Finished, call, call_ranks
 
@@ -92,6 +94,20 @@ def test_a_sweep_may_be_split_too(root: Path, tmp_path: Path):
     assert call("sae_training", *flags, "--sweep_dir", tmp_path / "one").returncode == 0
     for name in ("topk", "jumprelu"):
         check_like_one_rank(*(tmp_path / n / f"objective={name}.pt" for n in ("two", "one")))
+
+
+def test_a_checkpoint_can_be_read_by_any_number_of_ranks(tmp_path: Path):
+    weights = {"W_enc": torch.randn(24, 3), "b_pre": torch.randn(3)}
+    whole = {"sae": weights, "threshold": torch.ones(())}
+    for n in (1, 2, 3, 4):
+        paths = [tmp_path / f"{i}-of-{n}.pt" for i in range(n)]
+        for path, rows in zip(paths, weights["W_enc"].chunk(n), strict=True):
+            torch.save(whole | {"sae": weights | {"W_enc": rows.clone()}}, path)
+        for size in (1, 2, 3, 4, 6):
+            read = [read_part(paths, Axis(rank, size)) for rank in range(size)]
+            assert torch.equal(torch.cat([p["sae"]["W_enc"] for p in read]), weights["W_enc"])
+            assert len({len(p["sae"]["W_enc"]) for p in read}) == 1
+            assert all(torch.equal(p["sae"]["b_pre"], weights["b_pre"]) for p in read)
 
 
 def test_every_part_begins_with_its_rows_of_one_draw():
