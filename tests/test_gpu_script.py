@@ -12,7 +12,7 @@ from benchmarks.sae_profile import busy
 from tests.support.program import REPO
 
 
-@pytest.mark.timeout(300)  # half a minute on two idle cores
+@pytest.mark.timeout(900)  # half a minute on two idle cores
 def test_every_line_runs(tmp_path):
     output = tmp_path / "results.jsonl"
     command = ["bash", "benchmarks/gpu.sh", "--device=cpu", "--tiny", f"--work_dir={tmp_path}"]

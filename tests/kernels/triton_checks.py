@@ -1,4 +1,4 @@
-"""The Triton step against float64 autograd; `test_triton_step.py` runs this file.
+"""The Triton step, and on a GPU torch's, against float64; `test_triton_step.py` runs this file.
 
 On a GPU where there is one, else in Triton's interpreter (which is slow: shapes are small).
 """
@@ -156,8 +156,9 @@ AUXES = {
 }
 
 
+@pytest.mark.parametrize("kernels", ["triton", "torch"])
 @pytest.mark.parametrize("aux", AUXES.values(), ids=AUXES)
-def test_gradients_and_step_equal_float64_autograd_and_adam(aux):
+def test_gradients_and_step_equal_float64_autograd_and_adam(aux, kernels):
     sae, x = sae_here(), rows_here()
     if aux is None:  # one latent fires everywhere, some tokens come twice
         x = rows_here(40)
@@ -166,14 +167,14 @@ def test_gradients_and_step_equal_float64_autograd_and_adam(aux):
             sae.b_enc[3] += 5
     else:
         aux = AuxK(torch.tensor(aux[0], device=DEVICE), aux[1], 0.5)
-    check_step(sae, x, aux)
+    check_step(sae, x, aux, kernels)
 
 
-def check_step(sae, x, aux) -> None:
+def check_step(sae, x, aux, kernels: str) -> None:
     wanted = reference(sae, x, aux)
     clip = wanted.norm / 3
     weights = wanted.stepped(sae, rate=1e-2, clip=clip)
-    losses, gradients, norm = one_step(sae, x, aux, "triton", rate=1e-2, clip=clip)
+    losses, gradients, norm = one_step(sae, x, aux, kernels, rate=1e-2, clip=clip)
     assert float(losses.loss) == pytest.approx(float(wanted.loss), rel=1e-5)
     assert float(losses.aux_loss) == pytest.approx(float(wanted.aux_loss), rel=1e-5)
     assert norm == pytest.approx(wanted.norm, rel=1e-5)
@@ -187,10 +188,11 @@ def check_step(sae, x, aux) -> None:
 
 
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="too slow in the interpreter")
+@pytest.mark.parametrize("kernels", ["triton", "torch"])
 @pytest.mark.parametrize("n_dead", [0, 1500])
-def test_a_large_step(n_dead):
+def test_a_large_step(n_dead, kernels):
     aux = AuxK(torch.arange(n_dead, device=DEVICE), 256, 0.5) if n_dead else None
-    check_step(sae_here(1000, 9000, 32), rows_here(700, 1000), aux)
+    check_step(sae_here(1000, 9000, 32), rows_here(700, 1000), aux, kernels)
 
 
 def test_triton_walks_with_dense_and_rounds_the_weights_that_it_has():
