@@ -330,7 +330,11 @@ def _lengths(n_tokens: int) -> list[int]:
 PARTS: dict[str, Callable[[], Ledger]] = {
     **{f"step, {name}": partial(step, name) for name in _KERNELS},
     **{f"step, {name}, 2,048 dead": partial(step, name, n_dead=2048) for name in _KERNELS},
-    "step, torch, int8 moments": partial(step, "torch", moments="int8"),
+    **{
+        f"step, {name}, int8 moments": partial(step, name, moments="int8")
+        for name in _KERNELS
+        if name != "dense"
+    },
     "step, torch, int8 moments, micro-batches of 1,024": partial(
         step, "torch", moments="int8", micro_batch_size=1024
     ),

@@ -12,27 +12,99 @@ from saint.kernels.triton_gradient import LatentGradient
 from saint.kernels.triton_ops import launch, round_row, row_shape
 
 
+@dataclass(frozen=True)
+class Codes:
+    """What moments in 8 bits have beside their codes; `training.moments` has the format.
+
+    enc, dec: (2, n_latents), the scales of W_enc's and W_dec's moments. keys: (2,) int64, with
+    which their rows' numbers are hashed.
+    """
+
+    enc: Tensor
+    dec: Tensor
+    keys: Tensor
+
+
 @triton.jit
 def _adam(
     weight,
+    first,
+    second,
     gradient,
-    first_at,
-    second_at,
-    mask,
     step_size,
     inverse_root,
     BETA1: tl.constexpr,
     BETA2: tl.constexpr,
     EPS: tl.constexpr,
 ):
-    """Move both moments, and return the moved weight."""
-    first = tl.load(first_at, mask, other=0.0)
-    second = tl.load(second_at, mask, other=0.0)
+    """Return the moved weight and both moments."""
     first += (1 - BETA1) * (gradient - first)
     second = BETA2 * second + (1 - BETA2) * gradient * gradient
+    return weight - step_size * first / (tl.sqrt(second) * inverse_root + EPS), first, second
+
+
+@triton.jit
+def _load_moments(first_at, second_at, mask, scales_at, n_latents, CODED: tl.constexpr):
+    """Return both moments of a row."""
+    first = tl.load(first_at, mask, other=0).to(tl.float32)
+    second = tl.load(second_at, mask, other=0).to(tl.float32)
+    if CODED:
+        first = first / 127
+        first = first * tl.abs(first) * tl.load(scales_at)
+        second = (second / 255) * (second / 255)
+        second = second * second * tl.load(scales_at + n_latents)
+    return first, second
+
+
+@triton.jit
+def _mix(h):
+    h = (h ^ (h >> 16)) * 0x7FEB352D
+    h = (h ^ (h >> 15)) * 0x846CA68B
+    return h ^ (h >> 16)
+
+
+@triton.jit
+def _share(moment):
+    """Return a row's moments (at least 0) as shares of the largest, and that, the scale."""
+    scale = tl.max(moment, axis=0)
+    scale = tl.where(scale < 1e-30, 0.0, scale)  # pyright: ignore[reportOperatorIssue]
+    return tl.where(scale > 0, moment / tl.maximum(scale, 1e-30), 0.0), scale
+
+
+@triton.jit
+def _store_moments(
+    first,
+    second,
+    first_at,
+    second_at,
+    columns,
+    mask,
+    scales_at,
+    n_latents,
+    key,
+    CODED: tl.constexpr,
+):
+    """Store both moments of a row; key: the hash of step, matrix and row."""
+    if CODED:
+        h = _mix(columns.to(tl.uint32) + key)
+        share, scale = _share(tl.abs(first))
+        tl.store(scales_at, scale)
+        low = tl.minimum(tl.floor(tl.sqrt(share) * 127), 126.0)
+        below, above = (low / 127) * (low / 127), ((low + 1) / 127) * ((low + 1) / 127)
+        uniform = ((h >> 16).to(tl.float32) + 0.5) / 65536
+        low = tl.where(uniform * (above - below) < share - below, low + 1, low)
+        first = tl.where(first < 0, -low, low).to(tl.int8)
+
+        share, scale = _share(second)
+        tl.store(scales_at + n_latents, scale)
+        low = tl.minimum(tl.floor(tl.sqrt(tl.sqrt(share)) * 255), 254.0)
+        below, above = (low / 255) * (low / 255), ((low + 1) / 255) * ((low + 1) / 255)
+        below, above = below * below, above * above
+        uniform = ((h & 0xFFFF).to(tl.float32) + 0.5) / 65536
+        low = tl.where(uniform * (above - below) < share - below, low + 1, low)
+        second = tl.where(share > 0, tl.maximum(low, 1.0), low).to(tl.uint8)
     tl.store(first_at, first, mask)
     tl.store(second_at, second, mask)
-    return weight - step_size * first / (tl.sqrt(second) * inverse_root + EPS)
 
 
 @triton.jit
@@ -51,6 +123,9 @@ def _update(
     w_dec,
     m_dec,
     v_dec,
+    s_enc,
+    s_dec,
+    keys,
     rounded,
     norms,
     scale_at,
@@ -61,9 +136,11 @@ def _update(
     BETA2: tl.constexpr,
     EPS: tl.constexpr,
     LAZY: tl.constexpr,
+    CODED: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     latent, scale = tl.program_id(0).to(tl.int64), tl.load(scale_at)
+    n_latents = tl.num_programs(0)
     has_gradient = tl.load(touched + latent) > 0
     if has_gradient | (not LAZY):
         columns = tl.arange(0, BLOCK_D)
@@ -71,51 +148,63 @@ def _update(
         there = columns < tl.where(has_gradient, d_model, 0)
         weight = tl.load(w_dec + at, inside, other=0.0)
         grad = tl.load(dec + at, there, other=0.0) - tl.load(along + latent) * weight
-        weight = _adam(
-            weight,
-            scale * grad,
+        first, second = _load_moments(
+            m_dec + at, v_dec + at, inside, s_dec + latent, n_latents, CODED
+        )
+        weight, first, second = _adam(
+            weight, first, second, scale * grad, step_size, inverse_root, BETA1, BETA2, EPS
+        )
+        _store_moments(
+            first,
+            second,
             m_dec + at,
             v_dec + at,
+            columns,
             inside,
-            step_size,
-            inverse_root,
-            BETA1,
-            BETA2,
-            EPS,
+            s_dec + latent,
+            n_latents,
+            _mix(tl.load(keys + 1).to(tl.uint32) ^ latent.to(tl.uint32)),
+            CODED,
         )
         weight = weight / tl.maximum(tl.sqrt(tl.sum(weight * weight, axis=0)), 1e-12)
         tl.store(w_dec + at, weight, inside)
 
         weight = tl.load(w_enc + at, inside, other=0.0)
         grad = tl.load(enc + at, there, other=0.0)
-        weight = _adam(
-            weight,
-            scale * grad,
+        first, second = _load_moments(
+            m_enc + at, v_enc + at, inside, s_enc + latent, n_latents, CODED
+        )
+        weight, first, second = _adam(
+            weight, first, second, scale * grad, step_size, inverse_root, BETA1, BETA2, EPS
+        )
+        _store_moments(
+            first,
+            second,
             m_enc + at,
             v_enc + at,
+            columns,
             inside,
-            step_size,
-            inverse_root,
-            BETA1,
-            BETA2,
-            EPS,
+            s_enc + latent,
+            n_latents,
+            _mix(tl.load(keys + 0).to(tl.uint32) ^ latent.to(tl.uint32)),
+            CODED,
         )
         tl.store(w_enc + at, weight, inside)
         round_row(weight, rounded, norms, latent, d_model, BLOCK_D)
 
-        bias, grad_bias = tl.load(b_enc + latent), scale * tl.load(grad_b + latent)
-        bias = _adam(
-            bias,
-            grad_bias,
-            m_b + latent,
-            v_b + latent,
-            latent >= 0,
+        bias, first, second = _adam(
+            tl.load(b_enc + latent),
+            tl.load(m_b + latent),
+            tl.load(v_b + latent),
+            scale * tl.load(grad_b + latent),
             step_size,
             inverse_root,
             BETA1,
             BETA2,
             EPS,
         )
+        tl.store(m_b + latent, first)
+        tl.store(v_b + latent, second)
         tl.store(b_enc + latent, bias)
 
 
@@ -147,22 +236,25 @@ def update(
     rounded: tuple[Tensor, Tensor],
     scale: Tensor,
     step: AdamStep,
+    codes: Codes | None,
 ) -> None:
     """Take one Adam step on scale · gradient and give the decoder directions unit norm again.
 
     parameters: W_enc, b_enc and W_dec, each with Adam's two moments. rounded: W_enc in bfloat16
     (n_latents, d_model) and its rows' 4-norms (n_latents,), made anew.
-    scale: (), clips the gradient.
+    scale: (), clips the gradient. codes: where the matrices' moments are in 8 bits.
     """
     n_latents, d_model = parameters[0][0].shape
     launch(
         *(_update, (n_latents,), gradient.touched, gradient.dec, gradient.enc),
         *(gradient.along, gradient.b),
         *(tensor for parameter in parameters for tensor in parameter),
+        *((codes.enc, codes.dec, codes.keys) if codes else (scale, scale, scale)),
         *(*rounded, scale, step.step_size, step.inverse_root, d_model),
         BETA1=step.beta1,
         BETA2=step.beta2,
         EPS=step.eps,
         LAZY=step.lazy,
+        CODED=codes is not None,
         **row_shape(d_model),
     )

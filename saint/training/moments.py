@@ -146,13 +146,16 @@ def _round(share: Tensor, root: Tensor, uniform: Tensor, *, top: int, power: int
 
 def uniform(step: int, tensor: int, rows: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     """Return the (n, d) numbers in (0, 1) that both moments of rows (n,) are rounded with."""
-    device = like.device
-    key = _mix(torch.full((), (2 * step + tensor) & _WORD, device=device))
-    row = _mix(key ^ rows)
-    columns = torch.arange(like.shape[1], device=device)
+    row = _mix(key(step, tensor, like.device) ^ rows)
+    columns = torch.arange(like.shape[1], device=like.device)
     h = _mix((row.unsqueeze(1) + columns).bitwise_and_(_WORD))
     first, second = (part.float().add_(0.5).div_(1 << 16) for part in (h >> 16, h & 0xFFFF))
     return first, second
+
+
+def key(step: int, tensor: int, device: torch.device) -> Tensor:
+    """Return what a tensor's row numbers are hashed with at a step, ()."""
+    return _mix(torch.full((), (2 * step + tensor) & _WORD, device=device))
 
 
 def _mix(h: Tensor) -> Tensor:

@@ -173,8 +173,7 @@ class Recipe:
     )
     seed: int = _field("of the first weights", seed_number, 0)
     moments: str = _field(
-        "how Adam's are kept; int8 takes 2 bytes per weight instead of 8 (not with --kernels "
-        "triton)",
+        "how Adam's are kept; int8 takes 2 bytes per weight instead of 8",
         str,
         "float32",
         choices=MOMENT_KINDS,

@@ -87,8 +87,6 @@ def make_step(kernels: str, sae: TopKSparseAutoencoder, moments: Moments, worker
             )
         except ImportError as error:
             raise UserError(f"--kernels triton: {error} (pip install triton)") from None
-        if moments.scales:
-            raise UserError("--kernels triton keeps float32 moments only: not --moments int8")
         return TritonStep(sae, moments, workers)
     on_cpu = workers.device.type == "cpu"
     if kernels.startswith("cpp") and not on_cpu:

@@ -11,11 +11,11 @@ from saint.kernels.pieces import LOOKED_AT
 from saint.kernels.rounding import LEAST_CAPABILITY
 from saint.kernels.triton_encoder import Encoder
 from saint.kernels.triton_gradient import gradient_by_latent
-from saint.kernels.triton_update import AdamStep, update
+from saint.kernels.triton_update import AdamStep, Codes, update
 from saint.stage.errors import UserError
 from saint.stage.workers import Axis, Workers
 from saint.training.fused_step import FusedStep
-from saint.training.moments import EPS, Moments
+from saint.training.moments import EPS, MATRICES, Moments, key
 
 
 class TritonKernels:
@@ -66,10 +66,18 @@ class TritonStep(FusedStep):
         weights = self.pieces.encode.rounded_weights(sae.W_enc)
         parameters = [self._weight_and_moments(name) for name in ("W_enc", "b_enc", "W_dec")]
         rounded = (weights.rows, weights.norms)
-        update(gradient, parameters, rounded, scale, step)
+        update(gradient, parameters, rounded, scale, step, self._codes())
         step.move(*self._weight_and_moments("b_pre"), scale * grad_b_pre)
         self._move_thresholds(whole.threshold, scale, constants)
         return norm.float()
+
+    def _codes(self) -> Codes | None:
+        moments = self.moments
+        if not moments.scales:
+            return None
+        keys = [key(moments.n_steps, n, self.workers.device) for n in range(len(MATRICES))]
+        scales = moments.scales
+        return Codes(scales["W_enc"], scales["W_dec"], torch.stack(keys))
 
     def diagnostics(self) -> dict[str, float]:
         """See `Step`."""

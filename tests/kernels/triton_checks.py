@@ -222,6 +222,27 @@ def test_triton_walks_with_dense_and_rounds_the_weights_that_it_has():
         assert relative(moments.second[name], wanted.second[name].double()) < 1e-4
 
 
+@pytest.mark.parametrize("lazy", [False, True])
+def test_moments_in_8_bits_have_torchs_codes(lazy):
+    ends = []
+    for kernels in ("triton", "torch"):
+        sae = sae_here()
+        moments = Moments(sae, "int8", lazy=lazy)
+        step = make_step(kernels, sae, moments, Workers(0, 1, DEVICE))
+        for i in range(3):
+            step.accumulate(rows_here(4, seed=i), K, None, 1.0)
+            step.apply(1e-3, 0.1)
+        ends.append((moments, [p.detach() for p in sae.parameters()]))
+    (mine, weights), (torchs, theirs) = ends
+    for name in ("W_enc", "W_dec"):
+        torch.testing.assert_close(mine.scales[name], torchs.scales[name], rtol=1e-4, atol=1e-12)
+        for codes, wanted in ((mine.first, torchs.first), (mine.second, torchs.second)):
+            apart = (codes[name].int() - wanted[name].int()).abs()
+            assert wanted[name].any() and apart.max() <= 1 and (apart > 0).double().mean() < 5e-3
+    for ours, wanted in zip(weights, theirs, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["matryoshka", "jumprelu"])
 def test_objectives_step_as_they_do_with_dense_gradients(name):
     ends = {}

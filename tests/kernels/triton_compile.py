@@ -28,7 +28,7 @@ from saint.kernels import (  # noqa: E402
 )
 from saint.stage.workers import Workers  # noqa: E402
 from saint.training.losses import AuxK  # noqa: E402
-from saint.training.moments import Moments  # noqa: E402
+from saint.training.moments import MOMENT_KINDS, Moments  # noqa: E402
 from saint.training.triton_step import TritonStep  # noqa: E402
 
 CAPABILITIES = ((8, 0), (8, 9), (9, 0))
@@ -37,6 +37,7 @@ POINTERS = {
     torch.bfloat16: "*bf16",
     torch.int32: "*i32",
     torch.int64: "*i64",
+    torch.int8: "*i8",
     torch.uint8: "*u8",
 }
 
@@ -76,7 +77,7 @@ def compile_only(kernel, target: GPUTarget, arguments, num_warps: int = 4, **con
 
 
 def compile_for(capability: tuple[int, int]) -> None:
-    """Take one step for a card of a compute capability."""
+    """Take steps for a card of a compute capability."""
     target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
 
     def launch(kernel, grid, *arguments, **options) -> None:
@@ -86,9 +87,10 @@ def compile_for(capability: tuple[int, int]) -> None:
         module.launch = launch  # pyright: ignore
     triton_ops.tiles_on = lambda device: triton_ops.tiles_of(capability)
     sae = TopKSparseAutoencoder(SAEConfig(3072, 2048, 64))
-    step = TritonStep(sae, Moments(sae), Workers(0, 1, torch.device("cpu")))
-    step.accumulate(torch.randn(3, 3072), 64, AuxK(torch.arange(3), 2, 1 / 32), 1.0)
-    step.apply(1e-3, 1.0)
+    for kind in MOMENT_KINDS:
+        step = TritonStep(sae, Moments(sae, kind), Workers(0, 1, torch.device("cpu")))
+        step.accumulate(torch.randn(3, 3072), 64, AuxK(torch.arange(3), 2, 1 / 32), 1.0)
+        step.apply(1e-3, 1.0)
 
 
 def main() -> None:

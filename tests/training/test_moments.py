@@ -9,10 +9,8 @@ import torch
 
 from sae import standardise
 from saint.kernels.cpu import is_available
-from saint.stage.errors import UserError
 from saint.training import moments
 from saint.training.moments import Moments, from_codes, to_codes, uniform
-from saint.training.steps import make_step
 from saint.training.trainer import Trainer
 from tests.support.training_checks import ALONE, make_sae, needs_cpp
 from tests.support.training_ranks import RECIPE
@@ -164,10 +162,3 @@ def test_moments_take_a_byte_each_and_a_scale_per_row():
     for name in ("W_enc", "W_dec"):
         tensors = (state.first[name], state.second[name], state.scales[name])
         assert sum(t.nbytes for t in tensors) == 2 * 200 * 24 + 2 * 4 * 200
-
-
-def test_triton_refuses():
-    pytest.importorskip("triton")
-    sae = make_sae()
-    with pytest.raises(UserError, match="not --moments int8"):
-        make_step("triton", sae, Moments(sae, "int8"), ALONE)
