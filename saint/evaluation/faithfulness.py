@@ -18,7 +18,7 @@ from llama_3.model import to_device
 from llama_3.tokenizer import Tokenizer
 from sae import SAEConfig, TopKSparseAutoencoder, denormalise
 from saint.capture.packing import Pack, batches_by_length, pack
-from saint.kernels.fastest import Encode, fastest_encode
+from saint.kernels.fastest import Encode, fastest_encode, take_fastest_encoder
 from saint.stage.errors import UserError
 from saint.stage.program import progress
 from saint.store.dataset import Sampler, SentenceDataset, is_held_out
@@ -71,6 +71,9 @@ class Subject:
     hook: HookPoint
     batch_tokens: int
     seed: int
+
+    def __post_init__(self) -> None:
+        take_fastest_encoder(self.sae)
 
     def bos(self) -> list[int]:
         """Return what goes before each sentence."""

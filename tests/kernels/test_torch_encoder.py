@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sae import encode
+from sae import ACTIVATIONS, TopKSparseAutoencoder, encode
+from saint.kernels import fastest
 from saint.kernels.torch_encoder import Encoder
-from tests.support.training_checks import activations
+from tests.support.training_checks import activations, make_sae
 
 SHAPES = [(24, 3, 2), (24, 64, 64), (100, 700, 9), (576, 4000, 32)]
 
@@ -69,3 +70,20 @@ def test_no_tokens_and_numbers_that_are_not_finite():
         broken = w.clone()
         broken[7, 7] = torch.nan
         assert call(a, broken, bias, 5)[0].isnan().any(dim=1).all()
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_an_sae_may_encode_by_it_whatever_its_rule(activation, monkeypatch):
+    threshold = 0.5 if activation == "batchtopk" else None
+    sae = make_sae(64, 500, 5, activation=activation, threshold=threshold)
+    if sae.threshold is not None:
+        torch.nn.init.constant_(sae.threshold, 0.5)
+    x = torch.randn(30, 64)
+    wanted, theirs = sae.encode(x), sae(x)
+    fastest.take_fastest_encoder(sae)
+    assert "encode" not in vars(sae), "this device is no GPU"
+    monkeypatch.setattr(fastest, "has_rounded_product", lambda device: True)
+    fastest.take_fastest_encoder(sae)
+    assert (sae.encode(x).values > 0).sum() == (wanted.values > 0).sum()
+    torch.testing.assert_close(sae(x), theirs, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(TopKSparseAutoencoder.forward(sae, x), theirs, rtol=1e-4, atol=1e-4)
