@@ -105,6 +105,35 @@ def _find(a: Tensor, weights: Rounded, m: int) -> _Candidates:
     )
 
 
+def decide(
+    found: tuple[Tensor, Tensor, Tensor], a: Tensor, w_enc: Tensor, b_enc: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Give the unsure tokens what the float32 product has; see `Encoder`.
+
+    found: values and indices (n_tokens, k), changed in place, and which are unsure (n_tokens,).
+    """
+    values, indices, unsure = found
+    rows = torch.nonzero(unsure).squeeze(1)
+    if len(rows):
+        again = encode(a[rows], w_enc, b_enc, values.shape[1])
+        for mine, theirs in zip((values, indices), again, strict=True):
+            mine[rows] = theirs.to(mine.dtype)
+    return values, indices
+
+
+def decide_without_waiting(
+    found: tuple[Tensor, Tensor, Tensor], a: Tensor, w_enc: Tensor, b_enc: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As `decide`, of so many unsure tokens as are always multiplied again."""
+    values, indices, unsure = found
+    n = min(len(a), max(_LEAST_AGAIN, len(a) // _SHARE_AGAIN))
+    rows = unsure.int().sort(descending=True, stable=True).indices[:n]
+    again, here = encode(a[rows], w_enc, b_enc, values.shape[1]), unsure[rows].unsqueeze(1)
+    for mine, theirs in zip((values, indices), again, strict=True):
+        mine[rows] = torch.where(here, theirs.to(mine.dtype), mine[rows])
+    return values, indices
+
+
 class Encoder:
     """As `sae.encode`; see the module's docstring. Of equal candidates the first are kept.
 
@@ -128,11 +157,7 @@ class Encoder:
 
     def __call__(self, a: Tensor, w_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """See `sae.encode`. Waits for the device, to know which tokens are unsure."""
-        values, indices, unsure = self._select(a, w_enc, b_enc, k)
-        rows = torch.nonzero(unsure).squeeze(1)
-        if len(rows):
-            values[rows], indices[rows] = encode(a[rows], w_enc, b_enc, k)
-        return values, indices
+        return decide(self._select(a, w_enc, b_enc, k), a, w_enc, b_enc)
 
     def without_waiting(
         self, a: Tensor, w_enc: Tensor, b_enc: Tensor, k: int
@@ -141,13 +166,7 @@ class Encoder:
 
         The others have the k largest of their candidates. Nothing depends on the data but values.
         """
-        values, indices, unsure = self._select(a, w_enc, b_enc, k)
-        n = min(len(a), max(_LEAST_AGAIN, len(a) // _SHARE_AGAIN))
-        rows = unsure.int().sort(descending=True, stable=True).indices[:n]
-        again, here = encode(a[rows], w_enc, b_enc, k), unsure[rows].unsqueeze(1)
-        for mine, theirs in zip((values, indices), again, strict=True):
-            mine[rows] = torch.where(here, theirs, mine[rows])
-        return values, indices
+        return decide_without_waiting(self._select(a, w_enc, b_enc, k), a, w_enc, b_enc)
 
     @torch.no_grad()
     def _select(

@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sae import encode
 from saint.kernels.rounding import FACTOR, U, product
+from saint.kernels.torch_encoder import decide, decide_without_waiting
 from saint.kernels.triton_ops import launch, load_tile, round_row, row_shape, tile_shape
 
 _BLOCK_ELEMENTS = 1 << 28  # pre-activations of one block: 512 MB in bfloat16
@@ -271,22 +271,17 @@ class Encoder:
     def __init__(self) -> None:
         self._weights: Rounded | None = None
         self._version = (0, 0)
-        self._reset()
+        self._n_tokens = 0
+        self._counts: Tensor | None = None  # candidates, and unsure tokens
 
-    def _reset(self) -> None:
-        self.n_tokens = self.n_unsure = 0
-        self.n_candidates: Tensor | int = 0
-
-    def diagnostics(self) -> dict[str, float]:
-        """Return what the rounded product left to do since the last call."""
-        n_tokens, n_candidates, n_unsure = self.n_tokens, self.n_candidates, self.n_unsure
-        self._reset()
-        if not n_tokens:
+    def diagnostics(self) -> dict[str, Tensor]:
+        """Return what the rounded product left to do since the last call, on the device."""
+        n_tokens, counts = self._n_tokens, self._counts
+        self._n_tokens, self._counts = 0, None
+        if counts is None:
             return {}
-        return {
-            "debug/candidates_per_token": float(n_candidates) / n_tokens,
-            "debug/float32_tokens_ratio": n_unsure / n_tokens,
-        }
+        names = ("debug/candidates_per_token", "debug/float32_tokens_ratio")
+        return dict(zip(names, (counts / max(1, n_tokens)).unbind(), strict=True))
 
     def rounded_weights(self, w_enc: Tensor) -> Rounded:
         """Return W_enc (n_latents, d_model) rounded, as it is now."""
@@ -296,27 +291,36 @@ class Encoder:
         return self._weights
 
     def __call__(self, a: Tensor, w_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """See `sae.encode`; of equal candidates the first latents are kept."""
+        """See `sae.encode`; of equal candidates the first are kept. Waits for the device."""
+        return decide(self._choose(a, w_enc, b_enc, k), a, w_enc, b_enc)
+
+    def without_waiting(
+        self, a: Tensor, w_enc: Tensor, b_enc: Tensor, k: int
+    ) -> tuple[Tensor, Tensor]:
+        """See `torch_encoder.Encoder.without_waiting`."""
+        return decide_without_waiting(self._choose(a, w_enc, b_enc, k), a, w_enc, b_enc)
+
+    @torch.no_grad()
+    def _choose(
+        self, a: Tensor, w_enc: Tensor, b_enc: Tensor, k: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return values and indices (n_tokens, k), and which tokens are unsure (n_tokens,)."""
         weights = self.rounded_weights(w_enc)
         a, w_enc, b_enc = a.contiguous(), w_enc.detach(), b_enc.detach()
-        values = a.new_empty(len(a), k)
-        indices = torch.empty(len(a), k, dtype=torch.int32, device=a.device)
+        values = a.new_zeros(len(a), k)  # also where too few candidates are numbers
+        indices = torch.zeros(len(a), k, dtype=torch.int32, device=a.device)
         unsure = torch.empty(len(a), dtype=torch.uint8, device=a.device)
-        n_rows = max(1, _BLOCK_ELEMENTS // len(w_enc))
+        n_rows, n_candidates = max(1, _BLOCK_ELEMENTS // len(w_enc)), a.new_zeros(())
         for start in range(0, len(a), n_rows):
             block = slice(start, start + n_rows)
             outputs = (values[block], indices[block], unsure[block])
-            self._select(a[block], w_enc, b_enc, weights, outputs)
+            n_candidates = n_candidates + self._select(a[block], w_enc, b_enc, weights, outputs)
         # Comparisons with NaN are false: a latent that has one would never be found.
-        finite = torch.isfinite(weights.norms.sum() + b_enc.sum())
-        unsure.masked_fill_(~finite, 1)
-        self.n_tokens += len(a)
-        rows = torch.nonzero(unsure).squeeze(1)
-        if len(rows):
-            self.n_unsure += len(rows)
-            values[rows], again = encode(a[rows], w_enc, b_enc, k)
-            indices[rows] = again.int()
-        return values, indices
+        certain = (unsure == 0) & torch.isfinite(weights.norms.sum() + b_enc.sum())
+        counts = torch.stack([n_candidates, (~certain).sum()]).double()
+        self._counts = counts if self._counts is None else self._counts + counts
+        self._n_tokens += len(a)
+        return values, indices, ~certain
 
     def _select(
         self,
@@ -325,8 +329,11 @@ class Encoder:
         b_enc: Tensor,
         weights: Rounded,
         outputs: tuple[Tensor, Tensor, Tensor],
-    ) -> None:
-        """Fill values and indices (n_tokens, k) of the tokens a, and unsure (n_tokens,)."""
+    ) -> Tensor:
+        """Fill values and indices (n_tokens, k) of the tokens a, and unsure (n_tokens,).
+
+        Returns how many candidates there were, ().
+        """
         values, indices, unsure = outputs
         (n_tokens, d_model), n_latents, k = a.shape, len(w_enc), values.shape[1]
         rounded, capacity = round_rows(a), 4 * k + 256
@@ -341,4 +348,4 @@ class Encoder:
         )
         found = (scores, candidates, counts)
         launch(_keep_largest, (n_tokens,), *found, values, indices, k, capacity, MANY=_MANY)
-        self.n_candidates = self.n_candidates + counts.sum()
+        return counts.sum()

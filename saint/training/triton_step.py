@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sae import TopKSparseAutoencoder
+from sae import ActiveLatents, TopKSparseAutoencoder
 from saint.kernels import torch_ops, triton_ops
+from saint.kernels.fastest import encode
 from saint.kernels.pieces import LOOKED_AT
 from saint.kernels.rounding import LEAST_CAPABILITY
 from saint.kernels.triton_encoder import Encoder
@@ -19,9 +20,12 @@ from saint.training.moments import EPS, MATRICES, Moments, key
 
 
 class TritonKernels:
-    """The pieces of the step in Triton. Raises UserError where the device cannot run them."""
+    """The pieces of the step in Triton. Raises UserError where the device cannot run them.
 
-    def __init__(self, device: torch.device) -> None:
+    waits: see `TorchKernels`.
+    """
+
+    def __init__(self, device: torch.device, encoder: Encoder, *, waits: bool = True) -> None:
         if not triton_ops.interpreted():
             if device.type != "cuda":
                 raise UserError(f"--kernels triton works on a GPU, this run is on {device}")
@@ -33,20 +37,22 @@ class TritonKernels:
                     f"{name} has {capability[0]}.{capability[1]}"
                 )
         self.ranks = Axis()
-        self.encode = Encoder()
-        self.above = torch_ops.above_by(self.encode, LOOKED_AT)
+        self.encode = encoder if waits else encoder.without_waiting
+        self.above = torch_ops.above_by(encoder, LOOKED_AT)
         self.nest = torch_ops.nest
         self.reconstruct = triton_ops.reconstruct
 
 
 class TritonStep(FusedStep):
-    """The fused step in Triton."""
+    """The fused step in Triton, for which the host never waits, where the objective lets it."""
 
     name = "triton"
-    pieces: TritonKernels
 
     def __init__(self, sae: TopKSparseAutoencoder, moments: Moments, workers: Workers):
-        super().__init__(sae, moments, workers, TritonKernels(workers.device))
+        self.encoder = Encoder()
+        pieces = TritonKernels(workers.device, self.encoder, waits=False)
+        super().__init__(sae, moments, workers, pieces)
+        self._outside = TritonKernels(workers.device, self.encoder)
 
     @torch.no_grad()
     def apply(self, learning_rate: float, grad_clip: float) -> Tensor:
@@ -63,7 +69,7 @@ class TritonStep(FusedStep):
         betas, lazy = self.moments.betas, self.moments.lazy
         constants = self.moments.advance(learning_rate)
         step = AdamStep(*betas, EPS, *constants, lazy)
-        weights = self.pieces.encode.rounded_weights(sae.W_enc)
+        weights = self.encoder.rounded_weights(sae.W_enc)
         parameters = [self._weight_and_moments(name) for name in ("W_enc", "b_enc", "W_dec")]
         rounded = (weights.rows, weights.norms)
         update(gradient, parameters, rounded, scale, step, self._codes())
@@ -79,6 +85,10 @@ class TritonStep(FusedStep):
         scales = moments.scales
         return Codes(scales["W_enc"], scales["W_dec"], torch.stack(keys))
 
-    def diagnostics(self) -> dict[str, float]:
+    def encode(self, x: Tensor) -> ActiveLatents:
         """See `Step`."""
-        return self.pieces.encode.diagnostics()
+        return encode(self.sae, self._outside, x)
+
+    def diagnostics(self) -> dict[str, Tensor]:
+        """See `Step`."""
+        return self.encoder.diagnostics()

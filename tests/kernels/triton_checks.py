@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sae import ActiveLatents, TopKSparseAutoencoder, standardise
-from saint.kernels import torch_ops, triton_encoder, triton_gradient, triton_ops
+from saint.kernels import torch_ops, triton_encoder, triton_gradient, triton_ops, triton_update
 from saint.kernels.triton_encoder import Encoder, round_rows
 from saint.stage.workers import Workers
 from saint.training.losses import AuxK, sparse_gradient
@@ -25,6 +25,7 @@ from tests.support.training_checks import (
     reference,
     relative,
 )
+from tests.support.waits import waits_of
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 N, D, L, K = 12, 20, 43, 5
@@ -48,7 +49,7 @@ def rows_here(n: int = N, d: int = D, seed: int = 1) -> torch.Tensor:
     )
 
 
-def check_selection(a, w, bias, k: int) -> dict[str, float]:
+def check_selection(a, w, bias, k: int) -> dict[str, torch.Tensor]:
     """Compare with float64: values within 1e-5, and the set but for what float32 cannot tell."""
     encoder = Encoder()
     values, indices = encoder(a, w, bias, k)
@@ -208,7 +209,7 @@ def test_triton_walks_with_dense_and_rounds_the_weights_that_it_has():
                 step.accumulate(part, k, aux, len(part) / len(x))
             step.apply(1e-3, 0.1)
             if name == "triton":
-                kept = step.pieces.encode.rounded_weights(sae.W_enc)  # pyright: ignore
+                kept = step.encoder.rounded_weights(sae.W_enc)  # pyright: ignore
                 fresh = round_rows(sae.W_enc.detach())
                 assert torch.equal(kept.rows, fresh.rows)
                 torch.testing.assert_close(kept.norms, fresh.norms, rtol=1e-6, atol=0)
@@ -261,6 +262,36 @@ def test_objectives_step_as_they_do_with_dense_gradients(name):
         torch.testing.assert_close(mine, dense, rtol=1e-5, atol=3e-5)
 
 
+@pytest.mark.parametrize("kind", ["float32", "int8"])
+def test_the_host_waits_for_nothing(monkeypatch, kind):
+    for module in (triton_encoder, triton_gradient, triton_ops, triton_update):
+        monkeypatch.setattr(module, "launch", lambda *arguments, **options: None)
+    sae = sae_here()
+    step = make_step("triton", sae, Moments(sae, kind, lazy=True), Workers(0, 1, DEVICE))
+    aux, x = AuxK(torch.arange(3, device=DEVICE), 2, 1 / 32), rows_here()
+
+    def work() -> None:
+        step.accumulate(x[:6], K, aux, 0.5)
+        step.accumulate(x[6:], K, aux, 0.5)
+        step.apply(1e-3, 0.1)
+
+    work()
+    assert not waits_of(work)
+
+
+def test_of_many_unsure_tokens_some_are_decided_in_float32():
+    torch.manual_seed(0)
+    a, w, bias = torch.randn(20, 64), torch.randn(300, 64), torch.zeros(300)
+    a, w, bias = a.to(DEVICE), w.to(DEVICE), bias.to(DEVICE)
+    encoder = Encoder()
+    encoder.rounded_weights(w).rows[::2] *= 1.5  # some other weights: all are unsure
+    values, indices = encoder.without_waiting(a, w, bias, 4)
+    wanted = (a.double() @ w.double().T).relu()
+    torch.testing.assert_close(values.double(), wanted.gather(1, indices.long()), rtol=0, atol=1e-4)
+    same = (values.double() - wanted.topk(4).values).abs().amax(dim=1) < 1e-4
+    assert same[:16].all() and encoder.diagnostics()["debug/float32_tokens_ratio"] == 1
+
+
 def test_weights_from_a_checkpoint_are_rounded_anew():
     sae, other = sae_here(), sae_here()
     with torch.no_grad():
@@ -302,5 +333,5 @@ def test_an_empty_batch_and_a_zero_token_change_nothing(x):
 def test_numbers_that_are_not_finite_show_in_the_loss():
     x = rows_here(3)
     x[2, 3] = torch.nan
-    losses, _ = sparse_gradient(sae_here(), x, K, None, TritonKernels(DEVICE))
+    losses, _ = sparse_gradient(sae_here(), x, K, None, TritonKernels(DEVICE, Encoder()))
     assert not torch.isfinite(losses.loss)
