@@ -7,7 +7,7 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 
-run=runs/quickstart sentences=21000 latents=4096 epochs=3 evaluated=150
+run=runs/quickstart sentences=20000 latents=4096 epochs=3 evaluated=150
 case "${1:-}" in
     "") ;;
     --short) run=runs/quickstart/short sentences=1500 latents=2048 epochs=4 evaluated=60 ;;
@@ -66,11 +66,13 @@ else
 fi
 
 python latent_browser.py --evidence_path $tops/evidence.parquet --labels_path $labels \
-    --sae_model_path $run/trained_sae.pt --html $run/latents.html
+    --sae_model_path $run/trained_sae.pt --html $run/latents.html &
+browser=$!
 
 step "7 words of the text turned up: which of them show in what the model writes"
 python -m saint.steering.showcase --llama_model_dir $model --sae_model_path $run/trained_sae.pt \
     --families benchmarks/data/concept_families.json
+wait $browser
 
 step "8 a page to look at"
 python -m embedded.page --run_dir $run --llama_model_dir $model
