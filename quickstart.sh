@@ -7,7 +7,7 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 
-run=runs/quickstart sentences=20000 latents=4096 epochs=3 evaluated=150
+run=runs/quickstart sentences=19000 latents=4096 epochs=3 evaluated=150
 case "${1:-}" in
     "") ;;
     --short) run=runs/quickstart/short sentences=1500 latents=2048 epochs=4 evaluated=60 ;;
