@@ -20,12 +20,19 @@ from saint.interpretation.report import build_report, report_page, show_report
 from saint.interpretation.responses import AnswerSet, count, read_all
 from saint.interpretation.scores import MeasuredLabels, add_effects, add_scores, made_labels
 from saint.stage.errors import UserError, log
-from saint.stage.files import remove_torn, write_json, write_text
+from saint.stage.files import atomic_path, remove_torn, write_json, write_text
 from saint.stage.flags import add_overwrite_flag
-from saint.stage.manifests import Output, file_checksum, fingerprint, manifest_path, read_manifest
+from saint.stage.manifests import (
+    Output,
+    announced,
+    file_checksum,
+    fingerprint,
+    manifest_path,
+    read_manifest,
+)
 from saint.stage.program import log_arguments, run_stage
 from saint.stage.terminal import FINAL, page_link
-from saint.stage.yaml_files import load_yaml, write_yaml
+from saint.stage.yaml_files import dump_yaml, load_yaml, write_yaml
 
 STAGE = "interpret_top_sentences_parse_responses"
 _Labels = dict[int, dict[str, Any]]
@@ -110,9 +117,11 @@ def _check_not_edited(args: argparse.Namespace) -> None:
     if args.overwrite or not path.exists():
         return
     own = "labels of your own belong in a file of the same form, named to --labels_path"
-    if not manifest.exists():
+    planned = announced(path, STAGE)
+    if not manifest.exists() and planned is None:
         raise UserError(f"this stage did not write {path} ({own}): --overwrite replaces it")
-    if file_checksum(path) != read_manifest(path, STAGE).files.get(path.name):
+    finished = read_manifest(path, STAGE).files.get(path.name) if manifest.exists() else None
+    if file_checksum(path) not in (finished, planned):
         raise UserError(f"{path} was changed by hand ({own}): --overwrite replaces it")
 
 
@@ -170,14 +179,17 @@ def _write(
         }
         write_yaml(_beside(args, ".failures.yaml"), failures)
         names.append(_beside(args, ".failures.yaml").name)
-    ranked = sorted(labels.items(), key=lambda item: (-_sure(item[1]), item[0]))
-    write_yaml(path, dict(ranked))
     sources = {"responses": fingerprint(sorted(r.custom_id for r in answers.kept.values()))}
     if evidence is not None:
         sources["evidence"] = evidence
     output = Output(
         path, STAGE, {"from_top_tokens": args.from_top_tokens}, sources, single_file=True
     )
+    ranked = sorted(labels.items(), key=lambda item: (-_sure(item[1]), item[0]))
+    with atomic_path(path) as temporary:
+        with temporary.open("w", encoding="utf-8") as file:
+            dump_yaml(dict(ranked), file)
+        output.announce({path.name: file_checksum(temporary)})
     counts = {"labels": _n_named(labels), **count(answers.kinds)}
     facts = {"controls": measured.pools()}
     output.finish(facts=facts, counts=counts, files=[path.name, *names])

@@ -149,6 +149,15 @@ def recorded_numbers(output: Path, stage: str) -> dict[str, int]:
     return {name: value for name, value in recorded.items() if type(value) is int and value > 0}
 
 
+def announced(path: Path, stage: str) -> Any:
+    """Return what a run that did not finish had announced of a file, None where nothing is."""
+    partial = _partial_path(manifest_path(path, stage, single_file=True))
+    if not partial.exists():
+        return None
+    files = read_record(partial).get("files")
+    return files.get(path.name) if isinstance(files, dict) else None
+
+
 def lock_path(manifest: Path) -> Path:
     """Return the file that is locked while a run writes what will have this manifest."""
     return manifest.with_name("." + manifest.name.removesuffix(".manifest.json") + ".lock")
@@ -325,6 +334,15 @@ class Output:
         self.partial_path.unlink(missing_ok=True)
         for path in self._own_files():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def announce(self, files: Mapping[str, dict[str, Any]]) -> None:
+        """Record checksums of files that are about to get their names, until `finish`.
+
+        For stages that a person's edits of their output must not be lost to: a file that differs
+        from its manifest is a killed run's, where it is `announced`, and else a person's.
+        """
+        record = {"arguments": self.arguments, "sources": self.sources}
+        write_json(self.partial_path, record | {"files": dict(files)})
 
     def finish(
         self,

@@ -12,6 +12,7 @@ import pytest
 from saint.evidence.labels import load_labels
 from saint.interpretation.client import open_client
 from saint.interpretation.prices import prompt_chars
+from saint.stage.manifests import Output, file_checksum
 from tests.support.interpretation_workplace import Workplace, error_of
 from tests.support.program import Finished
 
@@ -176,3 +177,22 @@ def test_a_patient_client_still_connects_quickly(monkeypatch: pytest.MonkeyPatch
     assert isinstance(timeout, anthropic.Timeout)
     assert (timeout.read, timeout.write, timeout.pool) == (seconds,) * 3
     assert timeout.connect == min(5, seconds)
+
+
+def test_labels_of_a_run_that_was_killed_are_not_taken_for_a_persons(work: Workplace):
+    work.everything()
+    whole = work.labels.read_bytes()
+    output = Output(
+        work.labels, "interpret_top_sentences_parse_responses", {}, {}, single_file=True
+    )
+    # Killed between the labels and their manifest, when there were other answers than now.
+    work.labels.write_bytes(whole + b"# as it was then\n")
+    output.announce({work.labels.name: file_checksum(work.labels)})
+    assert work.parse().returncode == 0 and work.labels.read_bytes() == whole
+    assert not output.partial_path.exists()
+    output.announce({work.labels.name: file_checksum(work.labels)})
+    work.labels.write_bytes(whole + b"# mine\n")
+    assert "was changed by hand" in error_of(work.parse())
+    output.manifest_path.unlink()
+    work.labels.write_bytes(whole)
+    assert work.parse().returncode == 0, "killed at the first time"
