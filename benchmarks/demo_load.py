@@ -48,7 +48,7 @@ class Server:
 
     def join(self, request: dict[str, Any]) -> str:
         """Get into the queue; returns the place's name. Raises Full."""
-        connection = self._connection()
+        connection = self.connection()
         try:
             body = json.dumps({"data": [request]})
             connection.request("POST", _CALL, body, {"Content-Type": "application/json"})
@@ -63,7 +63,7 @@ class Server:
 
     def follow(self, event_id: str, patience: float = _PATIENCE) -> list[Any] | None:
         """Wait for the answer; hang up after so many seconds, and return None."""
-        connection, ends = self._connection(), time.monotonic() + patience
+        connection, ends = self.connection(), time.monotonic() + patience
         connection.timeout = patience
         try:
             connection.request("GET", f"{_CALL}/{event_id}")
@@ -90,7 +90,8 @@ class Server:
         assert found is not None
         return found
 
-    def _connection(self) -> http.client.HTTPConnection:
+    def connection(self) -> http.client.HTTPConnection:
+        """A new connection, not opened yet."""
         where = urllib.parse.urlsplit(self.url)
         return http.client.HTTPConnection(where.hostname or "", where.port, timeout=_PATIENCE)
 
@@ -188,27 +189,37 @@ def load(server: Server, requests: Sequence[dict[str, Any]], seconds: float) -> 
     }
 
 
-def _after_all_left(server: Server, requests: Sequence[dict[str, Any]]) -> float:
-    """Fill the queue, hang up everywhere, and time one more request."""
-    followers = []
+def hang_up_together(server: Server, requests: Sequence[dict[str, Any]]) -> int:
+    """Join and listen until the queue is full or all have, then leave; returns how many joined."""
+    listening = []
     for request in requests:
         try:
             event = server.join(request)
         except Full:
             break
-        connection = server._connection()
+        connection = server.connection()
         connection.request("GET", f"{_CALL}/{event}")
-        followers.append(connection)
-    for connection in followers:
-        connection.sock.close()  # type: ignore[union-attr]
+        listening.append(connection)
+    for connection in listening:
         connection.close()
-    began = time.monotonic()
+    return len(listening)
+
+
+def answer_as_soon_as_there_is_room(server: Server, request: dict[str, Any]) -> list[Any]:
+    """Ask until the queue takes it."""
     while True:
         try:
-            server.ask(requests[0])
-            return time.monotonic() - began
+            return server.ask(request)
         except Full:
             time.sleep(0.05)
+
+
+def _after_all_left(server: Server, requests: Sequence[dict[str, Any]]) -> float:
+    """Fill the queue, hang up everywhere, and time one more request."""
+    hang_up_together(server, requests)
+    began = time.monotonic()
+    answer_as_soon_as_there_is_room(server, requests[0])
+    return time.monotonic() - began
 
 
 def resident_megabytes(pid: int) -> float:

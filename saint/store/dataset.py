@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -146,10 +146,8 @@ def _open(location: str, text_column: str) -> SentenceDataset:
 def _resolve(location: str) -> tuple[pafs.FileSystem, str]:
     if "://" not in location:
         return pafs.LocalFileSystem(), str(Path(location).expanduser())
-    try:
+    with suppress(pa.ArrowInvalid, pa.ArrowNotImplementedError):  # a scheme that only fsspec knows
         return pafs.FileSystem.from_uri(location)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-        pass
     import fsspec
 
     filesystem, path = fsspec.core.url_to_fs(location)
