@@ -81,11 +81,13 @@ def _store_moments(
     mask,
     scales_at,
     n_latents,
-    key,
+    latent,
+    key_at,
     CODED: tl.constexpr,
 ):
-    """Store both moments of a row; key: the hash of step, matrix and row."""
+    """Store both moments of a row; key_at: where the hash of step and matrix is, where coded."""
     if CODED:
+        key = _mix(tl.load(key_at).to(tl.uint32) ^ latent.to(tl.uint32))
         h = _mix(columns.to(tl.uint32) + key)
         share, scale = _share(tl.abs(first))
         tl.store(scales_at, scale)
@@ -105,6 +107,46 @@ def _store_moments(
         second = tl.where(share > 0, tl.maximum(low, 1.0), low).to(tl.uint8)
     tl.store(first_at, first, mask)
     tl.store(second_at, second, mask)
+
+
+@triton.jit
+def _moved_row(
+    weight,
+    grad,
+    first_at,
+    second_at,
+    columns,
+    mask,
+    scales,
+    n_latents,
+    latent,
+    key_at,
+    step_size,
+    inverse_root,
+    BETA1: tl.constexpr,
+    BETA2: tl.constexpr,
+    EPS: tl.constexpr,
+    CODED: tl.constexpr,
+):
+    """Return a row after Adam's step, and store its moments."""
+    first, second = _load_moments(first_at, second_at, mask, scales + latent, n_latents, CODED)
+    weight, first, second = _adam(
+        weight, first, second, grad, step_size, inverse_root, BETA1, BETA2, EPS
+    )
+    _store_moments(
+        first,
+        second,
+        first_at,
+        second_at,
+        columns,
+        mask,
+        scales + latent,
+        n_latents,
+        latent,
+        key_at,
+        CODED,
+    )
+    return weight
 
 
 @triton.jit
@@ -148,22 +190,22 @@ def _update(
         there = columns < tl.where(has_gradient, d_model, 0)
         weight = tl.load(w_dec + at, inside, other=0.0)
         grad = tl.load(dec + at, there, other=0.0) - tl.load(along + latent) * weight
-        first, second = _load_moments(
-            m_dec + at, v_dec + at, inside, s_dec + latent, n_latents, CODED
-        )
-        weight, first, second = _adam(
-            weight, first, second, scale * grad, step_size, inverse_root, BETA1, BETA2, EPS
-        )
-        _store_moments(
-            first,
-            second,
+        weight = _moved_row(
+            weight,
+            scale * grad,
             m_dec + at,
             v_dec + at,
             columns,
             inside,
-            s_dec + latent,
+            s_dec,
             n_latents,
-            _mix(tl.load(keys + 1).to(tl.uint32) ^ latent.to(tl.uint32)),
+            latent,
+            keys + 1,
+            step_size,
+            inverse_root,
+            BETA1,
+            BETA2,
+            EPS,
             CODED,
         )
         weight = weight / tl.maximum(tl.sqrt(tl.sum(weight * weight, axis=0)), 1e-12)
@@ -171,22 +213,22 @@ def _update(
 
         weight = tl.load(w_enc + at, inside, other=0.0)
         grad = tl.load(enc + at, there, other=0.0)
-        first, second = _load_moments(
-            m_enc + at, v_enc + at, inside, s_enc + latent, n_latents, CODED
-        )
-        weight, first, second = _adam(
-            weight, first, second, scale * grad, step_size, inverse_root, BETA1, BETA2, EPS
-        )
-        _store_moments(
-            first,
-            second,
+        weight = _moved_row(
+            weight,
+            scale * grad,
             m_enc + at,
             v_enc + at,
             columns,
             inside,
-            s_enc + latent,
+            s_enc,
             n_latents,
-            _mix(tl.load(keys + 0).to(tl.uint32) ^ latent.to(tl.uint32)),
+            latent,
+            keys + 0,
+            step_size,
+            inverse_root,
+            BETA1,
+            BETA2,
+            EPS,
             CODED,
         )
         tl.store(w_enc + at, weight, inside)
