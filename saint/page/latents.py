@@ -37,7 +37,7 @@ def with_pages(guides: Sequence[Guide], pages: Sequence[Path | None]) -> list[Gu
     found = list(guides)
     for sae, page in enumerate(pages):
         if page is not None:
-            found[sae] = replace(found[sae], page=f"latents-{sae}?demo=here")
+            found[sae] = replace(found[sae], page=f"latents-{sae}?sae={sae}")
     return found
 
 

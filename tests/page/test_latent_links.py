@@ -64,7 +64,7 @@ def test_a_latent_leads_to_its_page_and_its_page_back_to_a_pair(site: Site) -> N
             tab.locator("#results .card a", has_text="nuclear weapons").click()
         page = opened.value
         page.wait_for_selector(f"article[data-latent='{latent}']")
-        assert page.url == f"{site.url}/latents-0?demo=here#/latent/{latent}"
+        assert page.url == f"{site.url}/latents-1?sae=1#/latent/{latent}"
         page.get_by_text("Steer by it, or try your own text").click()
         with page.expect_popup() as back:
             page.get_by_role("link", name="Steer this in the demo").click()
@@ -72,4 +72,4 @@ def test_a_latent_leads_to_its_page_and_its_page_back_to_a_pair(site: Site) -> N
         pair.wait_for_selector("#result .done", timeout=40_000)
         assert pair.url.startswith(site.url)
         name = pair.locator("#result table.effects a", has_text=f"#{latent}")
-        assert name.get_attribute("href") == f"latents-0?demo=here#/latent/{latent}"
+        assert name.get_attribute("href") == f"latents-1?sae=1#/latent/{latent}"

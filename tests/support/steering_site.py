@@ -60,7 +60,7 @@ class Site:
 def running_site(
     root: Path, *, auth: tuple[str, str] | None = None, latent_page: Path | None = None
 ) -> Iterator[Site]:
-    """Serve a tiny model with two SAEs, on different layers; latent_page: of the first one."""
+    """Serve a tiny model with two SAEs, on different layers; latent_page: of the second."""
     model_dir, _ = write_setup(root)
     studio, guides = make_studio(model_dir, make_sae(), make_sae(layer=2, seed=4))
     brake, original = Brake(), completions.generate
@@ -78,7 +78,7 @@ def running_site(
         guides,
         finder=finder,
         shown_concepts=[example(finder)],
-        latent_pages=[latent_page, None],
+        latent_pages=[None, latent_page],
         host="127.0.0.1",
         port=None,
         share=False,

@@ -48,13 +48,14 @@ function keepButton(i) {
 
 // ---------------------------------------------------------------- steering by a latent
 
-const page = { demo: document.documentElement.dataset.demo };
-// The demo serves this page too, and says so: then it is where it runs.
-if (new URLSearchParams(location.search).get("demo") === "here") page.demo = location.href.replace(/[^/]*([?#].*)?$/s, "").replace(/\/$/, "");
+const page = { demo: document.documentElement.dataset.demo, sae: "0" };
+// The demo serves this page too, and says of which of its SAEs it is: then it is where it runs.
+const served = /[?&]sae=(\d+)/.exec(location.search);
+if (served) page.sae = served[1], page.demo = location.href.replace(/[^/]*([?#].*)?$/s, "").replace(/\/$/, "");
 
 /** A link that brings the running demo to a pair steered by this latent; see `read_link` of the demo. */
 function demoLink(i, text = "The best thing about today is") {
-  const record = { request: { prompts: [text], steer: [`0:${i}=add:2.0`], temperature: 0.7, top_p: 0.95 } };
+  const record = { request: { prompts: [text], steer: [`${page.sae}:${i}=add:2.0`], temperature: 0.7, top_p: 0.95 } };
   const bytes = String.fromCharCode(...new TextEncoder().encode(JSON.stringify(record)));
   return `${page.demo}/?steer=${btoa(bytes).replace(/\+/g, "-").replace(/\//g, "_").replace(/=+$/, "")}`;
 }
